@@ -1,0 +1,67 @@
+#pragma once
+// Storage types and their arithmetic type: halves are loaded to fp32, computed there, and rounded once on the way out.
+#include <cstdint>
+#include <cstring>
+
+#include "common/macros.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#else
+#include <c10/util/Half.h>
+#endif
+
+namespace fastreg {
+
+enum class Stored { f64, f32, f16, bf16 };
+
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using arithmetic_t = typename Arithmetic<T>::type;
+
+FASTREG_HD double load(double x) { return x; }
+FASTREG_HD float load(float x) { return x; }
+FASTREG_HD float load(bfloat16_t x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+FASTREG_HD float load(half_t x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  return c10::detail::fp16_ieee_to_fp32_value(x.bits);
+#endif
+}
+
+FASTREG_HD void store(double& out, double x) { out = x; }
+FASTREG_HD void store(float& out, float x) { out = x; }
+FASTREG_HD void store(bfloat16_t& out, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // A NaN whose payload sits in the low bits would round to infinity.
+  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+FASTREG_HD void store(half_t& out, float x) {
+#if defined(__F16C__)
+  out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  out.bits = c10::detail::fp16_ieee_from_fp32_value(x);
+#endif
+}
+
+}  // namespace fastreg

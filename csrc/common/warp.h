@@ -1,0 +1,41 @@
+#pragma once
+// Warp: sample positions, boundary rules and interpolation of out(p) = image(p + u(p)).
+// Positions are kept as integer + fraction of u alone: the fraction is exact however large the volume, and u = 0 is
+// exactly the identity.
+#include <cmath>
+#include <cstdint>
+
+#include "common/macros.h"
+
+namespace fastreg {
+
+enum class Padding : int { zeros, border, reflection };
+
+// The index a corner reads, or -1 for "outside, counts as 0". n >= 1.
+FASTREG_HD int64_t corner_index(int64_t i, int64_t n, Padding padding) {
+  if (i >= 0 && i < n) return i;
+  if (padding == Padding::zeros) return -1;
+  if (padding == Padding::border || n == 1) return i < 0 ? 0 : n - 1;
+  int64_t period = 2 * (n - 1);
+  i = (i < 0 ? -i : i) % period;
+  return i < n ? i : period - i;
+}
+
+// Splits a displacement into whole voxels and a fraction in [0, 1). |u| is capped where an int32 still holds p + u;
+// a NaN keeps its fraction NaN.
+template <class A>
+FASTREG_HD void split(A u, int32_t& whole, A& fraction) {
+  constexpr A kCap = A(1 << 29);
+  u = u > kCap ? kCap : u;
+  u = u < -kCap ? -kCap : u;
+  A down = std::floor(u);
+  fraction = u - down;
+  // A tiny negative u has a fraction that rounds to 1.
+  if (fraction >= A(1)) {
+    fraction = A(0);
+    down += A(1);
+  }
+  whole = int32_t(fraction == fraction ? down : A(0));
+}
+
+}  // namespace fastreg

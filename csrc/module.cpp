@@ -1,0 +1,61 @@
+// fastreg._C: loading it registers the CPU kernels with the dispatcher; build_info() says how it was built.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace fastreg {
+namespace {
+
+const char* const kNames[] = {"baseline", "avx2", "avx512"};
+
+bool available(Isa isa) {
+#if FASTREG_X86
+  __builtin_cpu_init();
+  bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return isa == Isa::baseline || (isa == Isa::avx2 ? avx2 : avx512);
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+Isa choose() {
+  const char* forced = std::getenv("FASTREG_ISA");
+  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
+    std::string name = kNames[int(isa)];
+    if (forced && *forced ? name == forced && available(isa) : available(isa)) return isa;
+  }
+  throw std::runtime_error(std::string("FASTREG_ISA must name an instruction set of this machine, got ") + forced);
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+}  // namespace fastreg
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastreg;
+  isa();  // a wrong FASTREG_ISA fails here, where fastreg._ext can report it
+  m.def("build_info", [] {
+    pybind11::list available_names;
+    for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512})
+      if (available(i)) available_names.append(kNames[int(i)]);
+    pybind11::dict info;
+    info["version"] = FASTREG_VERSION;
+    info["torch"] = FASTREG_TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    info["isa"] = kNames[int(isa())];
+    info["isa_available"] = available_names;
+    return info;
+  });
+}

@@ -1,0 +1,121 @@
+"""Loads the compiled kernels and declares ops: the dispatcher does everything else.
+
+An op is a schema, a plain-PyTorch reference at ``CompositeExplicitAutograd``, a fake kernel and an autograd formula, all in
+Python. The compiled extension only adds kernels at the ``CPU`` key, so there is no fallback branch anywhere: without it the
+dispatcher finds the reference.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+lib = torch.library.Library("fastreg", "DEF")
+_state = {"extension": "not loaded", "info": {}}
+
+
+def load():
+    """Loads ``fastreg._C`` once; warns, with the command that mends it, when it is missing or does not load."""
+    if os.environ.get("FASTREG_REFERENCE") == "1":
+        _state["extension"] = "not loaded: FASTREG_REFERENCE=1"
+        return
+    mend = "Build it with `pip install --no-build-isolation -e .` in a checkout of fastreg."
+    if importlib.util.find_spec("fastreg._C") is None:
+        _state["extension"] = "not built"
+        message = f"fastreg: compiled extension not found, using the PyTorch reference (slow). {mend}"
+    else:
+        try:
+            _state["info"] = importlib.import_module("fastreg._C").build_info()
+            _state["extension"] = "loaded"
+            return
+        except Exception as error:
+            _state["extension"] = f"failed to load: {error}"
+            message = (
+                f"fastreg: compiled extension failed to load under torch {torch.__version__} ({error}), "
+                f"using the PyTorch reference (slow). {mend}"
+            )
+    warnings.warn(message, stacklevel=3)
+
+
+def build_info():
+    """dict: how the loaded extension was built (version, torch, compiler, isa, isa_available); empty without one."""
+    return dict(_state["info"])
+
+
+def define(schema, reference, fake):
+    """Declares ``fastreg::<op>`` from its schema (no defaults: they would shorten ``needs_input_grad``)."""
+    name = schema.split("(")[0]
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    lib.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastreg::{name}", fake, lib=lib)
+
+
+def autograd(name, setup_context, backward):
+    torch.library.register_autograd(f"fastreg::{name}", backward, setup_context=setup_context, lib=lib)
+
+
+def once_differentiable(*names):
+    """Makes double backward through these backward ops raise: without a formula PyTorch could return None silently."""
+
+    for name in names:
+
+        def backward(ctx, *grads, name=name):
+            raise RuntimeError(f"fastreg::{name.removesuffix('_bwd')}: double backward is not supported")
+
+        autograd(name, lambda ctx, inputs, output: None, backward)
+
+
+def batched(*names):
+    """vmap rule of ops whose tensors all have N first: the mapped axis is folded into N and out again."""
+    for name in names:
+        op = getattr(torch.ops.fastreg, name).default
+
+        def rule(info, in_dims, *args, op=op):
+            size = info.batch_size
+
+            def fold(arg, dim):
+                if not isinstance(arg, torch.Tensor):
+                    return arg
+                arg = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                return arg.flatten(0, 1)
+
+            def unfold(out):
+                # An empty 1D tensor stands for a result that was not asked for.
+                return (out, None) if out.shape == (0,) else (out.unflatten(0, (size, -1)), 0)
+
+            out = op(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+            if isinstance(out, torch.Tensor):
+                return unfold(out)
+            return tuple(zip(*(unfold(o) for o in out), strict=True))
+
+        torch.library.register_vmap(f"fastreg::{name}", rule, lib=lib)
+
+
+def grad_of(reference, inputs, grads):
+    """Gradients of ``reference(*inputs)`` along ``grads``; inputs are tensors. Serves as ``<op>_bwd`` of the reference."""
+    output, vjp = torch.func.vjp(reference, *inputs)
+    return tuple(g.clone() for g in vjp(grads.to(output.dtype)))
+
+
+def backends():
+    """Which implementation answers for each op on each device.
+
+    Returns:
+        dict[str, dict[str, str]]: op -> {"cpu" | "cuda": implementation and, for the reference, why}.
+    """
+    names = {"CPU": "cpu", "CUDA": "cuda"}
+    table = {}
+    for op in sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastreg::")):
+        row = {}
+        for key, device in names.items():
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{op}", key):
+                row[device] = f"C++ ({build_info().get('isa')})" if key == "CPU" else "CUDA C++"
+            elif key == "CPU":
+                compiled = _state["extension"] == "loaded"
+                row[device] = f"PyTorch reference ({'no kernel' if compiled else 'extension ' + _state['extension']})"
+            else:
+                row[device] = "PyTorch reference (no kernel)"
+        table[op] = row
+    return table

@@ -1,0 +1,3 @@
+from fastreg.ops.warp import warp
+
+__all__ = ["warp"]

@@ -1,0 +1,88 @@
+"""Checks of what users pass: ``fastreg::<op>: <argument> must <rule>, got <value>``."""
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+AXES = {2: "H, W", 3: "D, H, W"}
+
+
+def fail(op, argument, rule, got, error=ValueError):
+    raise error(f"fastreg::{op}: {argument} must {rule}, got {got}")
+
+
+def floating(op, **tensors):
+    """Real floating tensors on one device, outside the transforms through which ops have no derivative."""
+    device = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, torch.Tensor):
+            fail(op, name, "be a tensor", type(t).__name__, TypeError)
+        if t.dtype not in FLOATS:
+            fail(op, name, "be fp64, fp32, fp16 or bf16", t.dtype, TypeError)
+        if t.layout != torch.strided:
+            fail(op, name, "be a dense tensor", t.layout)
+        device = device or t.device
+        if t.device != device:
+            fail(op, name, f"be on {device} as the other tensors", t.device)
+    _no_forward_derivative(op, *tensors.values())
+
+
+def _no_forward_derivative(op, *tensors):
+    """torch.func.grad and forward mode would see a silent zero tangent: refuse them."""
+    if torch.compiler.is_compiling():
+        return
+    stack = torch._C._functorch.get_interpreter_stack()
+    for interpreter in stack or ():
+        if interpreter.key() in (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp):
+            raise RuntimeError(
+                f"fastreg::{op}: torch.func.grad, vjp and jvp are not supported; use torch.autograd.grad or .backward()"
+            )
+    if torch.autograd.forward_ad._current_level >= 0:
+        for t in tensors:
+            if isinstance(t, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(f"fastreg::{op}: forward-mode differentiation is not supported")
+
+
+def image(op, name, t, nd=None):
+    """(N, C, *spatial) of 2 or 3 axes; returns the number of axes."""
+    rule = f"have shape (N, C, {AXES[nd]})" if nd else "have shape (N, C, D, H, W) or (N, C, H, W)"
+    if t.dim() not in ((nd + 2,) if nd else (4, 5)):
+        fail(op, name, rule, tuple(t.shape))
+    return t.dim() - 2
+
+
+def displacement(op, name, t, spatial=None, batch=None):
+    """(N, nd, *spatial); returns nd."""
+    nd = len(spatial) if spatial is not None else t.dim() - 2
+    rule = f"have shape (N, {nd}, {AXES[nd]})" if nd in AXES else "have shape (N, 3, D, H, W) or (N, 2, H, W)"
+    if nd not in AXES or t.dim() != nd + 2 or t.shape[1] != nd:
+        fail(op, name, rule, tuple(t.shape))
+    if spatial is not None and t.shape[2:] != spatial:
+        fail(op, name, f"{rule} with the spatial shape {tuple(spatial)}", tuple(t.shape))
+    if batch is not None and t.shape[0] != batch:
+        fail(op, name, f"{rule} with N = {batch}", tuple(t.shape))
+    return nd
+
+
+def same_shape(op, name, t, other_name, other):
+    if t.shape != other.shape:
+        fail(op, name, f"have the shape {tuple(other.shape)} of {other_name}", tuple(t.shape))
+
+
+def choice(op, name, value, allowed):
+    if value not in allowed:
+        fail(op, name, "be " + " or ".join(repr(a) for a in allowed), repr(value))
+
+
+def per_axis(op, name, value, nd, *, minimum=0.0, strict=False):
+    """A finite number, or one per axis, as a list of nd floats, each >= minimum (> where strict)."""
+    try:
+        values = [float(value)] * nd if isinstance(value, (int, float)) else [float(v) for v in value]
+    except (TypeError, ValueError):
+        fail(op, name, f"be a number or {nd} numbers", repr(value), TypeError)
+    sign = ">" if strict else ">="
+    good = len(values) == nd and all(minimum < v < float("inf") or (v == minimum and not strict) for v in values)
+    if not good:
+        fail(op, name, f"be a number {sign} {minimum:g}, or one per axis ({nd})", value)
+    return values

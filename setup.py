@@ -1,0 +1,69 @@
+"""Builds fastreg._C, the CPU kernels.
+
+Every csrc/cpu/<op>.cpp is compiled once for its bindings and once per instruction set. Objects are linked from the
+oldest instruction set to the newest: where two of them hold a copy of one inline function the linker keeps the first,
+so no function is ever newer than the code that calls it.
+
+FASTREG_EXT=0 skips the extension, DEBUG=1 builds without optimisation, FASTREG_SANITIZE=address,undefined adds sanitizers.
+"""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = (ROOT / "fastreg" / "_version.py").read_text().split('"')[1]
+ISAS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    ISAS = {"baseline": ["-march=x86-64-v2"], "avx2": avx2, "avx512": avx512}
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext):
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        debug = os.environ.get("DEBUG") == "1"
+        sanitize = [f"-fsanitize={s}" for s in [os.environ.get("FASTREG_SANITIZE", "")] if s]
+        common = ["-std=c++20", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+        common += ["-O0", "-g"] if debug else ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+        common += [*sanitize, "-g1"] if sanitize else []
+        macros = [("TORCH_EXTENSION_NAME", "_C"), ("FASTREG_X86", str(int("avx2" in ISAS)))]
+        macros += [("FASTREG_TORCH_VERSION", f'"{torch.__version__}"'), ("FASTREG_VERSION", f'"{VERSION}"')]
+        macros += [("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi())))]
+        includes = [str(ROOT / "csrc"), *include_paths()]
+
+        def compile_one(job):
+            source, isa = job
+            out = Path(self.build_temp) / (isa or "bindings")
+            # `pass_` names what this compilation is: the bindings, or the kernels of one instruction set.
+            pass_ = [("FASTREG_ISA", isa)] if isa else []
+            flags = [*common, *(ISAS[isa] if isa else [])]
+            return self.compiler.compile(
+                [source], output_dir=str(out), macros=[*macros, *pass_], include_dirs=[*includes, *self.include_dirs],
+                extra_postargs=flags,
+            )
+
+        kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+        jobs = [(s, None) for s in ["csrc/module.cpp", *kernels]] + [(s, isa) for isa in ISAS for s in kernels]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            objects = [o for group in pool.map(compile_one, jobs) for o in group]
+        # OpenMP symbols come from the runtime torch has loaded (no -lgomp): one thread pool for both.
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), library_dirs=library_paths(),
+            libraries=["c10", "torch", "torch_cpu", "torch_python"], extra_postargs=sanitize, target_lang="c++",
+        )
+
+
+setup(
+    version=VERSION,
+    packages=find_packages(include=["fastreg*"]),
+    ext_modules=[] if os.environ.get("FASTREG_EXT") == "0" else [Extension("fastreg._C", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
+)
