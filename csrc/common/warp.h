@@ -21,11 +21,13 @@ FASTREG_HD int64_t corner_index(int64_t i, int64_t n, Padding padding) {
   return i < n ? i : period - i;
 }
 
-// Splits a displacement into whole voxels and a fraction in [0, 1). |u| is capped where an int32 still holds p + u;
-// a NaN keeps its fraction NaN.
+// |u| is capped here, where an int32 still holds p + u.
+constexpr int32_t kFarthest = 1 << 29;
+
+// Splits a displacement into whole voxels and a fraction in [0, 1). A NaN keeps its fraction NaN.
 template <class A>
 FASTREG_HD void split(A u, int32_t& whole, A& fraction) {
-  constexpr A kCap = A(1 << 29);
+  constexpr A kCap = A(kFarthest);
   u = u > kCap ? kCap : u;
   u = u < -kCap ? -kCap : u;
   A down = std::floor(u);

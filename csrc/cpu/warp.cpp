@@ -199,7 +199,9 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
             sum[ND - 1][i] += g * dx;
           } else if (!is_nan(p, i)) {
             each_corner<ND>(a, p, i, 0, a.in[3 - ND], true, [&](int corner, A, int64_t offset) {
+              const int64_t at[3] = {row.z, row.y, x0 + i};
               for (int k = 0; k < ND; ++k) {
+                if (std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;  // capped: constant
                 A weight = corner >> (ND - 1 - k) & 1 ? A(1) : A(-1);
                 for (int j = 0; j < ND; ++j)
                   if (j != k) weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
@@ -282,7 +284,15 @@ void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t
               v[0] += lo_y - lo_y * fx, v[1] += lo_y * fx;
               v[line] += hi_y - hi_y * fx, v[line + 1] += hi_y * fx;
             } else if (!is_nan(p, i)) {
-              each_corner<ND>(a, p, i, lo, hi, false, [&](int, A weight, int64_t offset) { out[offset] += g * weight; });
+              // The share of a corner, rounded step by step as above: which path a voxel takes depends on the slabs.
+              each_corner<ND>(a, p, i, lo, hi, false, [&](int corner, A, int64_t offset) {
+                A share = g;
+                for (int k = 0; k < ND; ++k) {
+                  const A up = share * p.fraction[k][i];
+                  share = corner >> (ND - 1 - k) & 1 ? up : share - up;
+                }
+                out[offset] += share;
+              });
             }
           }
         }

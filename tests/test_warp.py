@@ -1,0 +1,243 @@
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+from common import COMPILED, DTYPES, assert_close, check_against_reference, layouts
+
+import fastreg
+from fastreg.ops.warp import MODES, PADDINGS, warp_ref
+
+SHAPES = [
+    pytest.param((2, 3, 5, 6, 7), id="n2c3d5h6w7"),
+    pytest.param((1, 1, 4, 3, 70), id="n1c1d4h3w70"),
+    pytest.param((2, 2, 9, 67), id="n2c2h9w67"),
+    pytest.param((1, 2, 1, 1, 5), id="one-voxel-axes"),
+]
+
+
+def make(shape, dtype=torch.float64, amplitude=2.0):
+    image = torch.rand(shape).to(dtype).requires_grad_()
+    u = amplitude * torch.randn(shape[0], len(shape) - 2, *shape[2:])
+    # Away from integers, where the interpolant has a kink.
+    u = u.floor() + 0.1 + 0.8 * (u - u.floor())
+    return image, u.to(dtype).requires_grad_()
+
+
+def reference(mode, padding):
+    return lambda image, u: warp_ref(image, u, mode, padding)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_reference(shape, dtype, padding):
+    image, u = make(shape, dtype)
+    u = (u.detach().float() if dtype in (torch.float16, torch.bfloat16) else u.detach()).requires_grad_()
+    check_against_reference(lambda i, d: fastreg.warp(i, d, padding=padding), reference("linear", padding), (image, u))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nearest(shape, padding):
+    image, u = make(shape)
+    check_against_reference(lambda i, d: fastreg.warp(i, d, mode="nearest", padding=padding) + 0 * d.sum(),
+                            lambda i, d: warp_ref(i, d, "nearest", padding) + 0 * d.sum(), (image, u))  # fmt: skip
+    assert torch.autograd.grad(fastreg.warp(image, u, mode="nearest", padding=padding).sum(), u)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 2, 9, 12)])
+def test_reference_is_grid_sample(shape, padding, mode):
+    image, u = make(shape)
+    nd, size = u.shape[1], torch.tensor(shape[2:])
+    steps = torch.stack(torch.meshgrid(*[torch.arange(s) for s in shape[2:]], indexing="ij"))
+    grid = (2 * (steps + u).movedim(1, -1) / (size - 1) - 1).flip(-1)
+    stock = F.grid_sample(image, grid, {"linear": "bilinear"}.get(mode, mode), padding, align_corners=True)
+    ours = warp_ref(image, u, mode, padding)
+    assert_close(ours, stock, 1e-9)
+    weight = torch.randn_like(stock)
+    expected = torch.autograd.grad((stock * weight).sum(), (image, u))
+    assert_close(torch.autograd.grad((ours * weight).sum(), image, retain_graph=True)[0], expected[0], 1e-9)
+    if mode == "linear":
+        inside = torch.ones_like(expected[1], dtype=torch.bool)
+        if padding == "border":  # grid_sample's gradient stops at the last voxel; ours is one-sided there, too
+            position = steps + u
+            inside = (position > 0) & (position < (size - 1).view(1, -1, *[1] * nd))
+        ours_u = torch.autograd.grad((ours * weight).sum(), u)[0]
+        assert_close(ours_u * inside, expected[1] * inside, 1e-9)
+
+
+def test_reference_is_scipy():
+    image, u = make((1, 1, 6, 7, 8))
+    steps = np.stack(np.meshgrid(*[np.arange(s) for s in image.shape[2:]], indexing="ij"))
+    for padding, mode in (("zeros", "grid-constant"), ("border", "nearest"), ("reflection", "mirror")):
+        expected = scipy.ndimage.map_coordinates(
+            image[0, 0].detach().numpy(), steps + u[0].detach().numpy(), order=1, mode=mode
+        )
+        assert_close(warp_ref(image, u, "linear", padding)[0, 0], torch.from_numpy(expected), 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 4, 3), (1, 2, 4, 3)])
+def test_gradcheck(shape):
+    inputs = make(shape)
+    assert torch.autograd.gradcheck(fastreg.warp, inputs)
+    for padding in PADDINGS:
+        assert torch.autograd.gradgradcheck(lambda i, u, p=padding: fastreg.warp(i, u, padding=p), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_displacement_is_the_identity(dtype):
+    image = torch.randn(2, 3, 5, 66, 67).to(dtype)
+    image[0, 0, 2, 3, 4] = float("nan")
+    image[0, 1, 2, 3, 4] = float("inf")
+    for u_dtype in {dtype, torch.float32}:
+        u = torch.zeros(2, 3, 5, 66, 67, dtype=u_dtype)
+        for padding in PADDINGS:
+            assert torch.equal(fastreg.warp(image, u, padding=padding).nan_to_num(7), image.nan_to_num(7))
+
+
+def test_gradient_at_zero_displacement_is_one_sided():
+    image = torch.rand(1, 1, 5, 6, 7, dtype=torch.float64)
+    u = torch.zeros(1, 3, 5, 6, 7, dtype=torch.float64, requires_grad=True)
+    grad = torch.autograd.grad(fastreg.warp(image, u, padding="border").sum(), u)[0]
+    for axis in range(3):
+        last = image.select(axis + 2, -1).unsqueeze(axis + 2)
+        assert_close(grad[:, axis], torch.diff(image, dim=axis + 2, append=last)[:, 0], 1e-12)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_non_finite_and_far_displacements(padding):
+    image, u = make((1, 2, 5, 6, 70))
+    with torch.no_grad():
+        u[0, 1, 2, 3, 4] = float("nan")
+        u[0, 0, 1, 1, 1] = float("inf")
+        u[0, 2, 3, 2, 66] = -1e30
+        u[0, 2, 4, 2, 6] = 1e7
+    check_against_reference(lambda i, d: fastreg.warp(i, d, padding=padding).nan_to_num(),
+                            lambda i, d: warp_ref(i, d, "linear", padding).nan_to_num(), (image, u))  # fmt: skip
+    assert fastreg.warp(image, u, padding=padding).isnan().nonzero().tolist() == [[0, 0, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+def test_composition():
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(0, 3, 24)] * 3, indexing="ij"))
+    image = torch.sin(grid.sum(0))[None, None].double()
+    u, v = (0.8 * torch.sin(grid + s)[None].double() for s in (0.3, 1.1))
+    twice = fastreg.warp(fastreg.warp(image, u), v)
+    once = fastreg.warp(image, v + fastreg.warp(u, v))
+    assert (twice - once)[..., 3:-3, 3:-3, 3:-3].abs().max() < 0.02 * image.abs().max()
+    assert (twice - image)[..., 3:-3, 3:-3, 3:-3].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 3, 8, 9)])
+def test_layouts(shape):
+    image, u = (t.detach() for t in make(shape, torch.float32))
+    expected, grad = fastreg.warp(image, u), torch.randn(shape)
+    for name in layouts(image):
+        i, d, g = layouts(image)[name].requires_grad_(), layouts(u)[name].requires_grad_(), layouts(grad)[name]
+        out = fastreg.warp(i, d)
+        assert torch.equal(out, expected), name
+        plain = [t.clone().requires_grad_() for t in (image, u)]
+        wanted = torch.autograd.grad(fastreg.warp(*plain), plain, grad)
+        for ours, theirs in zip(torch.autograd.grad(out, (i, d), g), wanted, strict=True):
+            assert torch.equal(ours, theirs), name
+    image, u = image.requires_grad_(), u.requires_grad_()
+    expanded = torch.autograd.grad(fastreg.warp(image, u).sum(), (image, u))  # gradient of stride 0
+    for ours, theirs in zip(expanded, torch.autograd.grad(fastreg.warp(image, u), (image, u), torch.ones(shape)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("image_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("u_dtype", DTYPES, ids=str)
+def test_mixed_dtypes(image_dtype, u_dtype):
+    image, u = make((1, 2, 4, 5, 6))
+    image, u = image.detach().to(image_dtype).requires_grad_(), u.detach().to(u_dtype).requires_grad_()
+    check_against_reference(fastreg.warp, reference("linear", "zeros"), (image, u))
+
+
+@pytest.mark.skipif(not COMPILED, reason="a property of the compiled scatter")
+def test_image_gradient_does_not_depend_on_threads():
+    image = torch.rand(1, 2, 33, 20, 40, requires_grad=True)
+    u = 6 * torch.randn(1, 3, 33, 20, 40)
+    grad = torch.randn(image.shape)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.autograd.grad(fastreg.warp(image, u), image, grad)[0])
+    torch.set_num_threads(2)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 1, 0, 4, 5), (1, 1, 4, 0)])
+def test_empty(shape):
+    image = torch.zeros(shape, requires_grad=True)
+    u = torch.zeros(shape[0], len(shape) - 2, *shape[2:], requires_grad=True)
+    out = fastreg.warp(image, u)
+    assert out.shape == image.shape
+    grads = torch.autograd.grad(out.sum(), (image, u))
+    assert [g.shape for g in grads] == [image.shape, u.shape]
+    assert all(g.eq(0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    image, u = make((2, 2, 4, 5, 6), dtype)
+    torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, "linear", "zeros"))
+    torch.library.opcheck(torch.ops.fastreg.warp_bwd.default,
+                          (torch.rand_like(image), image, u, "linear", "border", True, True))  # fmt: skip
+
+
+def test_compile():
+    def step(image, u):
+        return fastreg.warp(image * 2, u, padding="border").square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for shape in [(1, 1, 5, 6, 7), (1, 1, 8, 7, 6)]:
+        image, u = make(shape, torch.float32)
+        expected = torch.autograd.grad(step(image, u), (image, u))
+        for ours, theirs in zip(torch.autograd.grad(compiled(image, u), (image, u)), expected, strict=True):
+            assert_close(ours, theirs)
+
+
+def test_vmap():
+    image, u = torch.rand(4, 2, 3, 5, 6), torch.randn(4, 2, 2, 5, 6)
+    expected = torch.stack([fastreg.warp(i, d) for i, d in zip(image, u, strict=True)])
+    assert torch.equal(torch.vmap(fastreg.warp)(image, u), expected)
+    shared = torch.stack([fastreg.warp(image[0], d) for d in u])
+    assert torch.equal(torch.vmap(fastreg.warp, in_dims=(None, 1))(image[0], u.movedim(0, 1)), shared)
+
+
+def test_transforms_without_a_derivative_raise():
+    image, u = torch.rand(1, 1, 4, 5), torch.rand(1, 2, 4, 5)
+    with pytest.raises(RuntimeError, match="fastreg::warp: torch.func.grad"):
+        torch.func.grad(lambda d: fastreg.warp(image, d).sum())(u)
+    with pytest.raises(RuntimeError, match="fastreg::warp: torch.func.grad"):
+        torch.func.jvp(lambda d: fastreg.warp(image, d), (u,), (u,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(u, u)
+        with pytest.raises(RuntimeError, match="fastreg::warp: forward-mode"):
+            fastreg.warp(image, dual)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "image must be a tensor, got list", {"image": [1]}),
+        (TypeError, "image must be fp64, fp32, fp16 or bf16, got torch.int64", {"image": torch.zeros(2, 1, 3, 4, 5).long()}),
+        (TypeError, "displacement must be fp64", {"displacement": torch.zeros(2, 3, 3, 4, 5, dtype=torch.complex64)}),
+        (ValueError, r"image must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(3, 4, 5\)", {"image": torch.zeros(3, 4, 5)}),
+        (ValueError, r"displacement must have shape \(N, 3, D, H, W\), got \(2, 2, 3, 4, 5\)", {"displacement": torch.zeros(2, 2, 3, 4, 5)}),
+        (ValueError, r"with the spatial shape \(3, 4, 5\), got \(2, 3, 3, 4, 6\)", {"displacement": torch.zeros(2, 3, 3, 4, 6)}),
+        (ValueError, "with N = 2, got", {"displacement": torch.zeros(1, 3, 3, 4, 5)}),
+        (ValueError, "must be on cpu as the other tensors, got meta", {"displacement": torch.zeros(2, 3, 3, 4, 5, device="meta")}),
+        (ValueError, "displacement must be a dense tensor", {"displacement": torch.zeros(2, 3, 3, 4, 5).to_sparse()}),
+        (ValueError, "mode must be 'linear' or 'nearest', got 'cubic'", {"mode": "cubic"}),
+        (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
+    ],
+)  # fmt: skip
+def test_errors(error, match, change):
+    arguments = {"image": torch.zeros(2, 1, 3, 4, 5), "displacement": torch.zeros(2, 3, 3, 4, 5)} | change
+    with pytest.raises(error, match=f"fastreg::warp: .*{match}" if "must be on" not in match else match):
+        fastreg.warp(arguments.pop("image"), arguments.pop("displacement"), **arguments)
