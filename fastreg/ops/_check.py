@@ -70,6 +70,17 @@ def same_shape(op, name, t, other_name, other):
         fail(op, name, f"have the shape {tuple(other.shape)} of {other_name}", tuple(t.shape))
 
 
+def mask(op, t, image):
+    """(N, 1, *spatial) weights without a gradient."""
+    if t is None:
+        return
+    shape = (image.shape[0], 1, *image.shape[2:])
+    if t.shape != shape:
+        fail(op, "mask", f"have shape {tuple(shape)}", tuple(t.shape))
+    if t.requires_grad:
+        fail(op, "mask", "not require a gradient", "requires_grad=True")
+
+
 def choice(op, name, value, allowed):
     if value not in allowed:
         fail(op, name, "be " + " or ".join(repr(a) for a in allowed), repr(value))

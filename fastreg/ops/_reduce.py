@@ -1,0 +1,11 @@
+"""Reductions shared by the losses, whose ops return one sum per sample."""
+
+import torch
+
+
+def mean_of(total, image, mask):
+    """Mean over voxels, channels and batch of ``image``, weighted by the mask; an all-zero mask gives 0."""
+    if mask is None:
+        return total / image.numel() if image.numel() else total * float("nan")
+    weight = mask.sum(dtype=total.dtype) * image.shape[1]
+    return torch.where(weight > 0, total / weight.clamp_min(torch.finfo(total.dtype).tiny), 0)

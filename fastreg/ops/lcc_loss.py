@@ -1,0 +1,237 @@
+"""Local cross-correlation (LCC, also LNCC) over a box window: ``LCC = c^2 / (v w)`` per voxel, minimised as ``-mean``.
+
+``v``, ``w`` and ``c`` are the variance sums of fixed and moved and their covariance sum over the window, from sums shifted by
+a local reference, never ``E[x^2] - E[x]^2`` of raw values. A window whose variance is not resolved is flat and contributes 0,
+with no gradient. Gradient of a sample q: ``sum over windows p holding q of 2 dLCC/dv (f_q - f_mean_p) + dLCC/dc (m_q - m_mean_p)``.
+Avants et al. 2008; same numbers as VoxelMorph's NCC ("product", "zeros") and MONAI's LNCC ("clamp", "zeros").
+
+The forward kernel computes the unit gradient in the same pass when an input requires one; the backward only scales it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastreg import _ext
+from fastreg.ops import _check, _reduce
+
+PADDINGS = ("zeros", "valid")
+DENOMINATORS = ("product", "clamp", "each")
+REDUCTIONS = ("mean", "sum", "none")
+TILE = 32  # voxels an axis over which the reference implementation shares one shift
+TAU = 2.0**-42
+
+
+def lcc_loss(
+    fixed, moved, window=9, *, mask=None, squared=True, padding="zeros", smooth_nr=0.0, smooth_dr=1e-5,
+    denominator="product", reduction="mean",
+):  # fmt: skip
+    """Negative local cross-correlation of two images over a box of ``window`` voxels an axis.
+
+    Args:
+        fixed, moved (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
+        window (int): odd number of samples per axis; may exceed the image.
+        mask (Tensor, optional): (N, 1, *spatial), >= 0: weights samples in every sum and voxels in the mean. No gradient.
+        squared (bool): ``c^2 / D`` in [0, 1], else ``c / sqrt(D)`` in [-1, 1].
+        padding (str): "zeros": samples outside the image are 0 and count (VoxelMorph, MONAI). "valid": only samples inside the
+            image count; it alone is exactly invariant to an intensity offset.
+        smooth_nr, smooth_dr (float): ``LCC = (c^2 + smooth_nr) / D``.
+        denominator (str): D: "product" ``v w + dr``, "clamp" ``max(v, dr) max(w, dr)``, "each" ``(v + dr)(w + dr)``.
+        reduction (str): "mean" over voxels, channels and batch (weighted by the mask), "sum", or "none".
+
+    Returns:
+        Tensor: scalar, or for "none" the map -LCC averaged over channels, (N, 1, *spatial); fp32 (fp64 for fp64 inputs).
+        Differentiable once in fixed and moved; both gradients come from one pass.
+
+    Raises:
+        TypeError: not floating. ValueError: shapes, devices, an even window, a mask that requires a gradient, a bad option.
+
+    Notes:
+        A window that holds a NaN or infinity is NaN, no other. Constant images and an all-zero mask give 0 with gradient 0.
+        CPU: one pass, fp64 sums, cost independent of the window; rings of 2 (window) planes are the only extra memory.
+    """
+    _check.floating("lcc_loss", fixed=fixed, moved=moved, mask=mask)
+    _check.image("lcc_loss", "fixed", fixed)
+    _check.same_shape("lcc_loss", "moved", moved, "fixed", fixed)
+    _check.choice("lcc_loss", "padding", padding, PADDINGS)
+    _check.choice("lcc_loss", "denominator", denominator, DENOMINATORS)
+    _check.choice("lcc_loss", "reduction", reduction, REDUCTIONS)
+    if isinstance(window, bool) or not isinstance(window, int):
+        _check.fail("lcc_loss", "window", "be an int", repr(window), TypeError)
+    if window < 1 or window % 2 == 0:
+        _check.fail("lcc_loss", "window", "be odd and positive", window)
+    for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
+        if not 0 <= value < float("inf"):
+            _check.fail("lcc_loss", name, "be a finite number >= 0", value)
+    _check.mask("lcc_loss", mask, fixed)
+    if fixed.dtype != moved.dtype:
+        dtype = torch.promote_types(fixed.dtype, moved.dtype)
+        fixed, moved = fixed.to(dtype), moved.to(dtype)
+    options = (window, bool(squared), padding, float(smooth_nr), float(smooth_dr), denominator)
+    if reduction == "none":
+        return torch.ops.fastreg.lcc_map(fixed, moved, mask, *options)
+    grad = torch.is_grad_enabled()
+    need = (grad and fixed.requires_grad, grad and moved.requires_grad)
+    total = torch.ops.fastreg.lcc_loss(fixed, moved, mask, *options, *need)[0].sum()
+    return total if reduction == "sum" else _reduce.mean_of(total, fixed, mask)
+
+
+def _box(x, radius):
+    """Sum over a window, axis by axis, zeros outside. Never subtractive."""
+    nd, pool = x.dim() - 2, (F.avg_pool2d, F.avg_pool3d)[x.dim() - 4]
+    for axis in range(nd):
+        kernel, pad = [1] * nd, [0] * 2 * nd
+        kernel[axis] = 2 * radius + 1
+        pad[2 * (nd - 1 - axis)] = pad[2 * (nd - 1 - axis) + 1] = radius
+        x = pool(F.pad(x, pad), kernel, 1, divisor_override=1)
+    return x
+
+
+def _tiles(spatial):
+    ranges = [range(0, s, TILE) for s in spatial]
+    for start in torch.cartesian_prod(*[torch.tensor(r) for r in ranges]).view(-1, len(spatial)).tolist():
+        yield [(s, min(s + TILE, n)) for s, n in zip(start, spatial, strict=True)]
+
+
+def _lcc_tile(fixed, moved, mask, outside, radius, squared, smooth_nr, smooth_dr, denominator):
+    """LCC of every window of a tile with its halo; `outside` counts the padded samples of each window."""
+    dims = tuple(range(2, fixed.dim()))
+    bad = ~(fixed.detach().isfinite() & moved.detach().isfinite()) & (mask > 0)
+    keep = (mask > 0) & ~bad
+    weight = torch.where(keep, mask, 0)
+
+    def shifted(x):
+        x = torch.where(keep, x, 0)
+        c = x.detach().sum(dims, keepdim=True) / keep.sum(dims, keepdim=True).clamp_min(1)
+        return torch.where(keep, x - c, 0), c
+
+    (f, cf), (m, cm) = shifted(fixed), shifted(moved)
+    n = _box(weight.expand_as(f), radius) + outside
+    s1, t1 = _box(weight * f, radius) - outside * cf, _box(weight * m, radius) - outside * cm
+    s2, t2 = _box(weight * f * f, radius) + outside * cf**2, _box(weight * m * m, radius) + outside * cm**2
+    st = _box(weight * f * m, radius) + outside * cf * cm
+    per_n = torch.where(n > 0, 1 / n.clamp_min(torch.finfo(n.dtype).tiny), 0)
+    v, w, c = s2 - s1**2 * per_n, t2 - t1**2 * per_n, st - s1 * t1 * per_n
+    counted = n >= 2
+    resolved = (v.detach() > TAU * s2.detach()) & (w.detach() > TAU * t2.detach()) & counted
+    v, w, c = (torch.where(resolved, x, 0) for x in (v, w, c))
+    if denominator == "product":
+        d = v * w + smooth_dr
+    elif denominator == "clamp":
+        d = v.clamp_min(smooth_dr) * w.clamp_min(smooth_dr)
+    else:
+        d = (v + smooth_dr) * (w + smooth_dr)
+    positive = d.detach() > 0
+    d = torch.where(positive, d, 1)
+    lcc = (c**2 + smooth_nr) / d if squared else c / d.sqrt()
+    lcc = torch.where(positive & counted, lcc.clamp_max(1), 0)
+    return torch.where(_box(bad.to(f.dtype), radius) > 0, float("nan"), lcc)
+
+
+def _lcc(fixed, moved, mask, window, squared, padding, smooth_nr, smooth_dr, denominator):
+    """LCC per channel, (N, C, *spatial), in fp64 tile by tile."""
+    spatial, radius = fixed.shape[2:], window // 2
+    f, m = fixed.double(), moved.double()
+    mask = torch.ones_like(f[:, :1]) if mask is None else mask.double()
+    whole = float(window ** len(spatial)) - _box(torch.ones_like(f[:1, :1]), radius) if padding == "zeros" else None
+    out = torch.zeros_like(f)
+    for tile in _tiles(spatial):
+        near = [(max(lo - radius, 0), min(hi + radius, n)) for (lo, hi), n in zip(tile, spatial, strict=True)]
+        region = (..., *[slice(*s) for s in near])
+        outside = whole[region] if padding == "zeros" else torch.zeros_like(f[:1, :1][region])
+        lcc = _lcc_tile(f[region], m[region], mask[region], outside, radius, squared, smooth_nr, smooth_dr, denominator)
+        inner = (..., *[slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(tile, near, strict=True)])
+        out[(..., *[slice(*s) for s in tile])] = lcc[inner]
+    return out
+
+
+def _arithmetic(t):
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def lcc_map_ref(fixed, moved, mask, *options):
+    """-LCC averaged over channels, (N, 1, *spatial)."""
+    return -_lcc(fixed, moved, mask, *options).mean(1, keepdim=True).to(_arithmetic(fixed))
+
+
+def lcc_map_bwd_ref(grad, fixed, moved, mask, *options_and_needs):
+    *options, need_fixed, need_moved = options_and_needs
+    grads = _ext.grad_of(lambda f, m: lcc_map_ref(f, m, mask, *options), (fixed, moved), grad)
+    return tuple(g if need else g.new_zeros(0) for g, need in zip(grads, (need_fixed, need_moved), strict=True))
+
+
+def lcc_loss_ref(fixed, moved, mask, *options_and_needs):
+    """Per sample -sum of mask * LCC over voxels and channels, and its gradients in arithmetic dtype where asked for."""
+    *options, need_fixed, need_moved = options_and_needs
+    dtype = _arithmetic(fixed)
+
+    def total(f, m):
+        lcc = _lcc(f, m, mask, *options)
+        return -(lcc if mask is None else torch.where(mask > 0, mask * lcc, 0)).flatten(1).sum(1).to(dtype)
+
+    empty = fixed.new_zeros(0, dtype=dtype)
+    if not (need_fixed or need_moved):
+        return total(fixed, moved), empty, empty.clone()
+    loss, vjp = torch.func.vjp(total, fixed.to(dtype), moved.to(dtype))
+    grads = vjp(torch.ones_like(loss))
+    return loss, *(g.clone() if need else empty.clone() for g, need in zip(grads, (need_fixed, need_moved), strict=True))
+
+
+def _map_fake(fixed, moved, mask, *options):
+    return fixed.new_empty((fixed.shape[0], 1, *fixed.shape[2:]), dtype=_arithmetic(fixed))
+
+
+def _map_bwd_fake(grad, fixed, moved, mask, *options_and_needs):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in zip((fixed, moved), options_and_needs[-2:], strict=True)
+    )
+
+
+def _loss_fake(fixed, moved, mask, *options_and_needs):
+    dtype = _arithmetic(fixed)
+    return fixed.new_empty(fixed.shape[0], dtype=dtype), *(
+        fixed.new_empty(fixed.shape if need else 0, dtype=dtype) for need in options_and_needs[-2:]
+    )
+
+
+_OPTIONS = "int window, bool squared, str padding, float smooth_nr, float smooth_dr, str denominator"
+_IMAGES = f"Tensor fixed, Tensor moved, Tensor? mask, {_OPTIONS}"
+_NEEDS = "bool need_fixed, bool need_moved"
+_ext.define(f"lcc_loss({_IMAGES}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", lcc_loss_ref, _loss_fake)
+_ext.define(f"lcc_map({_IMAGES}) -> Tensor", lcc_map_ref, _map_fake)
+_ext.define(f"lcc_map_bwd(Tensor grad, {_IMAGES}, {_NEEDS}) -> (Tensor, Tensor)", lcc_map_bwd_ref, _map_bwd_fake)
+
+
+def _loss_setup(ctx, inputs, output):
+    ctx.dtypes, ctx.needs = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx, grad, grad_unit_fixed, grad_unit_moved):
+    if grad_unit_fixed is not None or grad_unit_moved is not None:
+        raise RuntimeError("fastreg::lcc_loss: double backward is not supported")
+    grads = [None, None]
+    for i, unit in enumerate(ctx.saved_tensors):
+        if ctx.needs_input_grad[i] and grad is not None:
+            if not ctx.needs[i]:
+                raise RuntimeError("fastreg::lcc_loss: call it with need_fixed / need_moved set for what requires a gradient")
+            grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
+    return (*grads, *[None] * 9)
+
+
+def _map_setup(ctx, inputs, output):
+    fixed, moved, mask, *ctx.options = inputs
+    ctx.save_for_backward(fixed, moved, mask)
+
+
+def _map_backward(ctx, grad):
+    need = ctx.needs_input_grad[:2]
+    grads = torch.ops.fastreg.lcc_map_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
+    return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 7)
+
+
+_ext.autograd("lcc_loss", _loss_setup, _loss_backward)
+_ext.autograd("lcc_map", _map_setup, _map_backward)
+_ext.once_differentiable("lcc_map_bwd")
+_ext.batched("lcc_loss", "lcc_map", "lcc_map_bwd")
