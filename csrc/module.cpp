@@ -31,7 +31,8 @@ Isa choose() {
     std::string name = kNames[int(isa)];
     if (forced && *forced ? name == forced && available(isa) : available(isa)) return isa;
   }
-  throw std::runtime_error(std::string("FASTREG_ISA must name an instruction set of this machine, got ") + forced);
+  throw std::runtime_error(std::string("FASTREG_ISA must name an instruction set of this machine, got ") +
+                           forced);
 }
 
 }  // namespace

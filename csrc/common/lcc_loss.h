@@ -1,5 +1,6 @@
 #pragma once
-// LCC of one window from its sums, and the derivatives of LCC by the window's variances and covariance (FORMULAS: LCC).
+// LCC of one window from its sums, and the derivatives of LCC by the window's variances and covariance
+// (FORMULAS: LCC).
 #include <cmath>
 
 #include "common/macros.h"
@@ -10,12 +11,13 @@ enum class Denominator : int { product, clamp, each };
 
 struct LccRule {
   double smooth_nr, smooth_dr;
-  double tau;  // a variance below tau times the largest second moment seen is rounding: the window counts as flat
+  double tau;  // a variance below tau times the largest second moment seen is rounding: the window counts as
+               // flat
 };
 
 template <class A>
 struct LccTerms {
-  A value;          // LCC, at most 1
+  A value;             // LCC, at most 1
   A by_v, by_w, by_c;  // its derivatives by the two variance sums and the covariance sum
 };
 
@@ -48,7 +50,8 @@ FASTREG_HD LccTerms<A> lcc_terms(A v, A w, A c, A smooth_nr, A smooth_dr) {
   }
   const bool below = value <= A(1);
   const A pass = below ? A(1) : A(0);
-  return {below ? value : A(1), pass * common * denominator_by_v, pass * common * denominator_by_w, pass * by_c};
+  return {below ? value : A(1), pass * common * denominator_by_v, pass * common * denominator_by_w,
+          pass * by_c};
 }
 
 }  // namespace fastreg

@@ -1,5 +1,6 @@
 #pragma once
-// Storage types and their arithmetic type: halves are loaded to fp32, computed there, and rounded once on the way out.
+// Storage types and their arithmetic type: halves are loaded to fp32, computed there, and rounded once on the
+// way out.
 #include <cstdint>
 #include <cstring>
 

@@ -18,7 +18,8 @@ struct WarpArgs {
 };
 
 // Work units are rows (n, z, y) of the output grid, except for warp_bwd_image: (n, slab of the image).
-#define FASTREG_WARP_KERNEL(name) FASTREG_KERNEL(void, name, Stored, int nd, const WarpArgs&, int64_t, int64_t)
+#define FASTREG_WARP_KERNEL(name) \
+  FASTREG_KERNEL(void, name, Stored, int nd, const WarpArgs&, int64_t, int64_t)
 FASTREG_WARP_KERNEL(warp_fwd)
 FASTREG_WARP_KERNEL(warp_bwd_displacement)
 FASTREG_KERNEL(void, warp_row_range, Stored, int nd, const WarpArgs&, int32_t* range, int64_t, int64_t)
@@ -34,7 +35,8 @@ FASTREG_KERNEL(void, warp_bwd_image, Stored, int nd, const WarpArgs&, const int3
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-constexpr int kBlock = 64;  // voxels of a row whose positions are computed together (vectorised) before they are read
+constexpr int kBlock =
+    64;  // voxels of a row whose positions are computed together (vectorised) before they are read
 
 template <class A, int ND>
 struct Positions {
@@ -55,9 +57,11 @@ Row row_at(const WarpArgs& a, int64_t index) {
 
 // The `count` voxels of `row` from x0 on. [lo, hi) bounds the slowest axis.
 template <class A, int ND>
-void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi, Positions<A, ND>& p) {
+void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi,
+            Positions<A, ND>& p) {
   const int64_t n_voxels = a.out[0] * a.out[1] * a.out[2];
-  const A* u = static_cast<const A*>(a.displacement) + row.n * ND * n_voxels + (row.z * a.out[1] + row.y) * a.out[2] + x0;
+  const A* u = static_cast<const A*>(a.displacement) + row.n * ND * n_voxels +
+               (row.z * a.out[1] + row.y) * a.out[2] + x0;
   const int32_t start[3] = {int32_t(row.z), int32_t(row.y), int32_t(x0)};
   for (int i = 0; i < count; ++i) p.inside[i] = 1;
   for (int k = 0; k < ND; ++k) {
@@ -89,8 +93,8 @@ A lerp(A a, A b, A f) {
   return a + f * (b - a);
 }
 
-// Calls visit(corner, weight, offset) for the corners that exist and carry weight. An absent corner is skipped rather
-// than multiplied by 0, so a NaN or infinity never reaches a voxel that does not touch it.
+// Calls visit(corner, weight, offset) for the corners that exist and carry weight. An absent corner is
+// skipped rather than multiplied by 0, so a NaN or infinity never reaches a voxel that does not touch it.
 template <int ND, class A, class Visit>
 void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, bool weightless,
                  Visit visit) {
@@ -121,11 +125,13 @@ template <int ND, class A, class T>
 A interpolate_anywhere(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int i) {
   if (is_nan(p, i)) return A(NAN);
   A sum = A(0);
-  each_corner<ND>(a, p, i, 0, a.in[3 - ND], false, [&](int, A weight, int64_t offset) { sum += weight * load(image[offset]); });
+  each_corner<ND>(a, p, i, 0, a.in[3 - ND], false,
+                  [&](int, A weight, int64_t offset) { sum += weight * load(image[offset]); });
   return sum;
 }
 
-// Bytes: reads nd + C volumes, writes C. Floor by arithmetic: 2^nd - 1 lerps and 2^nd loads a voxel and channel.
+// Bytes: reads nd + C volumes, writes C. Floor by arithmetic: 2^nd - 1 lerps and 2^nd loads a voxel and
+// channel.
 template <class T, int ND>
 void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -139,7 +145,8 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
       locate<A, ND>(a, row, x0, count, 0, a.in[3 - ND], p);
       for (int64_t c = 0; c < a.c; ++c) {
         const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * n_in;
-        T* out = static_cast<T*>(a.result) + (row.n * a.c + c) * n_out + (row.z * a.out[1] + row.y) * a.out[2] + x0;
+        T* out = static_cast<T*>(a.result) + (row.n * a.c + c) * n_out +
+                 (row.z * a.out[1] + row.y) * a.out[2] + x0;
         for (int i = 0; i < count; ++i) {
           A value = A(NAN);
           if (FASTREG_LIKELY(p.inside[i])) {
@@ -162,7 +169,8 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
 }
 
 // du_k = sum over channels of grad * (interpolant differentiated along k). A gather: deterministic.
-// Bytes: reads nd + 2C volumes, writes nd. Arithmetic: 2^nd loads and about 4 (3D: 11) lerps a voxel and channel.
+// Bytes: reads nd + 2C volumes, writes nd. Arithmetic: 2^nd loads and about 4 (3D: 11) lerps a voxel and
+// channel.
 template <class T, int ND>
 void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -204,7 +212,8 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
                 if (std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;  // capped: constant
                 A weight = corner >> (ND - 1 - k) & 1 ? A(1) : A(-1);
                 for (int j = 0; j < ND; ++j)
-                  if (j != k) weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
+                  if (j != k)
+                    weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
                 if (weight != A(0)) sum[k][i] += g * weight * load(image[offset]);
               }
             });
@@ -223,7 +232,8 @@ void row_range(const WarpArgs& a, int32_t* range, int64_t begin, int64_t end) {
   const int64_t n_voxels = a.out[0] * a.out[1] * a.out[2];
   for (int64_t index = begin; index < end; ++index) {
     const Row row = row_at(a, index);
-    const A* u = static_cast<const A*>(a.displacement) + row.n * ND * n_voxels + (row.z * a.out[1] + row.y) * a.out[2];
+    const A* u =
+        static_cast<const A*>(a.displacement) + row.n * ND * n_voxels + (row.z * a.out[1] + row.y) * a.out[2];
     // NaN voxels scatter nothing; comparisons written so that they leave the range alone.
     A low = A(1 << 29), high = -low;
     for (int64_t x = 0; x < a.out[2]; ++x) {
@@ -235,17 +245,18 @@ void row_range(const WarpArgs& a, int32_t* range, int64_t begin, int64_t end) {
     // One plane of slack on both sides for rounding to nearest.
     int64_t lo = start + int64_t(std::floor(std::max<double>(low, -cap))) - 1;
     int64_t hi = start + int64_t(std::floor(std::min<double>(high, cap))) + 2;
-    if (a.padding == Padding::border) lo = std::clamp<int64_t>(lo, 0, last), hi = std::clamp<int64_t>(hi, 0, last);
+    if (a.padding == Padding::border)
+      lo = std::clamp<int64_t>(lo, 0, last), hi = std::clamp<int64_t>(hi, 0, last);
     if (a.padding == Padding::reflection && (lo < 0 || hi > last)) lo = 0, hi = last;
     range[2 * index] = int32_t(std::clamp<int64_t>(lo, -1, last + 1));
     range[2 * index + 1] = int32_t(std::clamp<int64_t>(hi, -1, last + 1));
   }
 }
 
-// Scatter of grad into the image, without atomics: a work unit owns a slab of image planes and visits, in one fixed
-// order, the rows whose range meets it. Every image voxel therefore sums its contributions in the same order whatever
-// the number of threads or slabs: bit-equal runs, no deterministic mode needed.
-// Bytes: reads nd + C volumes, reads and writes C. Arithmetic: 2^nd multiply-adds to memory a voxel and channel.
+// Scatter of grad into the image, without atomics: a work unit owns a slab of image planes and visits, in one
+// fixed order, the rows whose range meets it. Every image voxel therefore sums its contributions in the same
+// order whatever the number of threads or slabs: bit-equal runs, no deterministic mode needed. Bytes: reads
+// nd + C volumes, reads and writes C. Arithmetic: 2^nd multiply-adds to memory a voxel and channel.
 template <class T, int ND>
 void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -284,7 +295,8 @@ void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t
               v[0] += lo_y - lo_y * fx, v[1] += lo_y * fx;
               v[line] += hi_y - hi_y * fx, v[line + 1] += hi_y * fx;
             } else if (!is_nan(p, i)) {
-              // The share of a corner, rounded step by step as above: which path a voxel takes depends on the slabs.
+              // The share of a corner, rounded step by step as above: which path a voxel takes depends on the
+              // slabs.
               each_corner<ND>(a, p, i, lo, hi, false, [&](int corner, A, int64_t offset) {
                 A share = g;
                 for (int k = 0; k < ND; ++k) {
@@ -304,10 +316,14 @@ void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t
 template <template <class, int> class Op, class... Args>
 void dispatch(Stored type, int nd, Args&&... args) {
   switch (type) {
-    case Stored::f64: return nd == 3 ? Op<double, 3>::run(args...) : Op<double, 2>::run(args...);
-    case Stored::f32: return nd == 3 ? Op<float, 3>::run(args...) : Op<float, 2>::run(args...);
-    case Stored::f16: return nd == 3 ? Op<half_t, 3>::run(args...) : Op<half_t, 2>::run(args...);
-    case Stored::bf16: return nd == 3 ? Op<bfloat16_t, 3>::run(args...) : Op<bfloat16_t, 2>::run(args...);
+    case Stored::f64:
+      return nd == 3 ? Op<double, 3>::run(args...) : Op<double, 2>::run(args...);
+    case Stored::f32:
+      return nd == 3 ? Op<float, 3>::run(args...) : Op<float, 2>::run(args...);
+    case Stored::f16:
+      return nd == 3 ? Op<half_t, 3>::run(args...) : Op<half_t, 2>::run(args...);
+    case Stored::bf16:
+      return nd == 3 ? Op<bfloat16_t, 3>::run(args...) : Op<bfloat16_t, 2>::run(args...);
   }
 }
 
@@ -321,23 +337,30 @@ struct BwdDisplacement {
 };
 template <class T, int ND>
 struct RowRange {
-  static void run(const WarpArgs& a, int32_t* r, int64_t b, int64_t e) { row_range<arithmetic_t<T>, ND>(a, r, b, e); }
+  static void run(const WarpArgs& a, int32_t* r, int64_t b, int64_t e) {
+    row_range<arithmetic_t<T>, ND>(a, r, b, e);
+  }
 };
 template <class T, int ND>
 struct BwdImage {
-  static void run(const WarpArgs& a, const int32_t* r, int64_t s, int64_t b, int64_t e) { bwd_image<T, ND>(a, r, s, b, e); }
+  static void run(const WarpArgs& a, const int32_t* r, int64_t s, int64_t b, int64_t e) {
+    bwd_image<T, ND>(a, r, s, b, e);
+  }
 };
 
 }  // namespace
 
-void warp_fwd(Stored type, int nd, const WarpArgs& a, int64_t b, int64_t e) { dispatch<Fwd>(type, nd, a, b, e); }
+void warp_fwd(Stored type, int nd, const WarpArgs& a, int64_t b, int64_t e) {
+  dispatch<Fwd>(type, nd, a, b, e);
+}
 void warp_bwd_displacement(Stored type, int nd, const WarpArgs& a, int64_t b, int64_t e) {
   dispatch<BwdDisplacement>(type, nd, a, b, e);
 }
 void warp_row_range(Stored type, int nd, const WarpArgs& a, int32_t* range, int64_t b, int64_t e) {
   dispatch<RowRange>(type, nd, a, range, b, e);
 }
-void warp_bwd_image(Stored type, int nd, const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t b, int64_t e) {
+void warp_bwd_image(Stored type, int nd, const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t b,
+                    int64_t e) {
   dispatch<BwdImage>(type, nd, a, range, n_slabs, b, e);
 }
 
@@ -352,11 +375,15 @@ namespace {
 
 using at::Tensor;
 
-WarpArgs arguments(const Tensor& image, const Tensor& displacement, c10::string_view mode, c10::string_view padding) {
+WarpArgs arguments(const Tensor& image, const Tensor& displacement, c10::string_view mode,
+                   c10::string_view padding) {
   const int64_t nd = displacement.size(1);
-  FASTREG_CHECK(displacement.dim() == nd + 2 && image.dim() == nd + 2 && (nd == 2 || nd == 3), "warp", "image and displacement must have 2 or 3 spatial axes");
-  FASTREG_CHECK(image.size(0) == displacement.size(0), "warp", "image and displacement must have one batch size");
-  FASTREG_CHECK(displacement.scalar_type() == arithmetic_of(image), "warp", "displacement must have the arithmetic type of image");
+  FASTREG_CHECK(displacement.dim() == nd + 2 && image.dim() == nd + 2 && (nd == 2 || nd == 3), "warp",
+                "image and displacement must have 2 or 3 spatial axes");
+  FASTREG_CHECK(image.size(0) == displacement.size(0), "warp",
+                "image and displacement must have one batch size");
+  FASTREG_CHECK(displacement.scalar_type() == arithmetic_of(image), "warp",
+                "displacement must have the arithmetic type of image");
   WarpArgs a{};
   a.image = image.const_data_ptr();
   a.displacement = displacement.const_data_ptr();
@@ -365,9 +392,12 @@ WarpArgs arguments(const Tensor& image, const Tensor& displacement, c10::string_
     a.in[k] = k < 3 - nd ? 1 : image.size(k + nd - 1);
     a.out[k] = k < 3 - nd ? 1 : displacement.size(k + nd - 1);
     FASTREG_CHECK(a.in[k] < (1 << 29) && a.out[k] < (1 << 29), "warp", "an axis must be shorter than 2^29");
-    FASTREG_CHECK(a.in[k] > 0 || displacement.numel() == 0, "warp", "image must not have an empty spatial axis");
+    FASTREG_CHECK(a.in[k] > 0 || displacement.numel() == 0, "warp",
+                  "image must not have an empty spatial axis");
   }
-  a.padding = padding == "zeros" ? Padding::zeros : padding == "border" ? Padding::border : Padding::reflection;
+  a.padding = padding == "zeros"    ? Padding::zeros
+              : padding == "border" ? Padding::border
+                                    : Padding::reflection;
   a.nearest = mode == "nearest";
   return a;
 }
@@ -378,7 +408,8 @@ std::pair<Tensor, Tensor> common_type(const Tensor& image, const Tensor& displac
   return {i.contiguous(), displacement.to(arithmetic_of(i)).contiguous()};
 }
 
-Tensor warp_cpu(const Tensor& image, const Tensor& displacement, c10::string_view mode, c10::string_view padding) {
+Tensor warp_cpu(const Tensor& image, const Tensor& displacement, c10::string_view mode,
+                c10::string_view padding) {
   auto [i, u] = common_type(image, displacement);
   WarpArgs a = arguments(i, u, mode, padding);
   auto size = i.sizes().vec();
@@ -387,7 +418,8 @@ Tensor warp_cpu(const Tensor& image, const Tensor& displacement, c10::string_vie
   if (out.numel() == 0) return out.to(image.scalar_type());
   a.result = out.mutable_data_ptr();
   auto kernel = FASTREG_PICK(warp_fwd);
-  at::parallel_for(0, a.n * a.out[0] * a.out[1], 1, [&](int64_t b, int64_t e) { kernel(stored(i), int(u.size(1)), a, b, e); });
+  at::parallel_for(0, a.n * a.out[0] * a.out[1], 1,
+                   [&](int64_t b, int64_t e) { kernel(stored(i), int(u.size(1)), a, b, e); });
   return out.to(image.scalar_type());
 }
 
@@ -397,12 +429,15 @@ std::tuple<Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor& image,
   auto [i, u] = common_type(image, displacement);
   WarpArgs a = arguments(i, u, mode, padding);
   Tensor g = grad.to(i.scalar_type()).contiguous();
-  FASTREG_CHECK(g.size(0) == a.n && g.size(1) == a.c && g.sizes().slice(2) == u.sizes().slice(2), "warp_bwd", "grad must have the shape of the output");
+  FASTREG_CHECK(g.size(0) == a.n && g.size(1) == a.c && g.sizes().slice(2) == u.sizes().slice(2), "warp_bwd",
+                "grad must have the shape of the output");
   a.grad = g.const_data_ptr();
   const int nd = int(u.size(1));
   const int64_t rows = a.n * a.out[0] * a.out[1];
   Tensor grad_image = at::zeros(need_image ? i.sizes() : at::IntArrayRef{0}, u.options());
-  Tensor grad_u = need_displacement && !a.nearest ? at::empty_like(u) : at::zeros(need_displacement ? u.sizes() : at::IntArrayRef{0}, u.options());
+  Tensor grad_u = need_displacement && !a.nearest
+                      ? at::empty_like(u)
+                      : at::zeros(need_displacement ? u.sizes() : at::IntArrayRef{0}, u.options());
   if (g.numel() == 0) grad_u.zero_();
   if (need_displacement && !a.nearest && g.numel() > 0) {
     a.result = grad_u.mutable_data_ptr();
@@ -418,7 +453,8 @@ std::tuple<Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor& image,
     // Twice as many slabs as threads: a row near a border of two slabs is visited by both, so not many more.
     const int64_t n_slabs = std::clamp<int64_t>((2 * at::get_num_threads() + a.n - 1) / a.n, 1, a.in[3 - nd]);
     auto kernel = FASTREG_PICK(warp_bwd_image);
-    at::parallel_for(0, a.n * n_slabs, 1, [&](int64_t b, int64_t e) { kernel(stored(i), nd, a, r, n_slabs, b, e); });
+    at::parallel_for(0, a.n * n_slabs, 1,
+                     [&](int64_t b, int64_t e) { kernel(stored(i), nd, a, r, n_slabs, b, e); });
   }
   return {grad_image.to(image.scalar_type()), grad_u.to(displacement.scalar_type())};
 }

@@ -1,0 +1,342 @@
+// resize_displacement and smooth: both, and their transposes, apply one sparse matrix per axis whose rows are
+// runs of consecutive columns.
+#include <cstdint>
+
+#include "common/scalar.h"
+#include "cpu/isa.h"
+
+namespace fastreg {
+
+// Row i: weight[offset[i] .. offset[i + 1]) times the voxels from first[i] on. first, and first + count,
+// never decrease.
+struct AxisMatrix {
+  int64_t n_in, n_out;
+  const int64_t* first;
+  const int64_t* offset;
+  const double* weight;
+  int64_t widest;                  // most weights in a row
+  int64_t plain_begin, plain_end;  // rows that are shifts of one another
+};
+
+// 2D is a volume of one slice.
+struct SeparableArgs {
+  const void* input;  // (volumes, *n_in)
+  void* output;       // (volumes, *n_out)
+  int64_t volumes;
+  AxisMatrix axis[3];
+  const double* factor;  // factor[volume % n_factors] multiplies a volume
+  int64_t n_factors;
+};
+
+// Work units are rows (volume, z, y) of the output.
+FASTREG_KERNEL(void, separable, Stored, const SeparableArgs&, int64_t, int64_t)
+
+}  // namespace fastreg
+
+#ifdef FASTREG_ISA
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/vector.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// out[x] = sum over k of weight[k] * rows[k][x].
+template <class T, class O, class A>
+void weighted_sum(const T* const* rows, const A* weight, int64_t count, int64_t n, O* out) {
+  constexpr int kGroup = 4;  // vectors in flight: hides the latency of the additions
+  constexpr int64_t kStep = kGroup * kLanes<A>;
+  using V = Vector<A>;
+  int64_t x = 0;
+  for (; x + kStep <= n; x += kStep) {
+    V sum[kGroup] = {};
+    for (int64_t k = 0; k < count; ++k)
+      for (int i = 0; i < kGroup; ++i) sum[i] += weight[k] * load_as<V>(rows[k] + x + i * kLanes<A>);
+    for (int i = 0; i < kGroup; ++i) store_as<V>(out + x + i * kLanes<A>, sum[i]);
+  }
+  cover_x<A>(x, n, [&](auto v, int64_t i) {
+    using W = decltype(v);
+    W sum = {};
+    for (int64_t k = 0; k < count; ++k) sum += weight[k] * load_as<W>(rows[k] + i);
+    store_as<W>(out + i, sum);
+  });
+}
+
+template <class A>
+struct Weights {
+  explicit Weights(const AxisMatrix& m) : axis(m), value(m.weight, m.weight + m.offset[m.n_out]) {}
+  int64_t first(int64_t i) const { return axis.first[i]; }
+  int64_t count(int64_t i) const { return axis.offset[i + 1] - axis.offset[i]; }
+  const A* at(int64_t i) const { return value.data() + axis.offset[i]; }
+  const AxisMatrix& axis;
+  std::vector<A> value;
+};
+
+// The last axis: no row of a vector is like the next, so three forms by the shape of the matrix.
+template <class A>
+class AlongX {
+ public:
+  explicit AlongX(const AxisMatrix& m) : weights_(m), taps_(m.widest) {
+    bool pairs = m.plain_end <= m.plain_begin;
+    for (int64_t i = 0; i < m.n_out; ++i) pairs = pairs && (weights_.count(i) == 1 || weights_.count(i) == 2);
+    if (!pairs) return;
+    // One or two weights a row (interpolation): a gather.
+    for (int64_t i = 0; i < m.n_out; ++i) {
+      const bool two = weights_.count(i) == 2;
+      low_.push_back(int32_t(m.first[i]));
+      high_.push_back(int32_t(m.first[i] + two));
+      low_weight_.push_back(weights_.at(i)[0]);
+      high_weight_.push_back(two ? weights_.at(i)[1] : A(0));
+    }
+  }
+
+  template <class T>
+  void apply(const A* line, T* out) {
+    const AxisMatrix& m = weights_.axis;
+    if (!low_.empty()) {
+      const int32_t *low = low_.data(), *high = high_.data();
+      const A *w = low_weight_.data(), *v = high_weight_.data();
+      for (int64_t x = 0; x < m.n_out; ++x) {
+        const A near = line[low[x]] * w[x], far = line[high[x]] * v[x];
+        store(out[x], v[x] == A(0) ? near : near + far);
+      }
+      return;
+    }
+    const bool plain = m.plain_end > m.plain_begin;
+    const int64_t begin = plain ? m.plain_begin : m.n_out, end = plain ? m.plain_end : m.n_out;
+    for (int64_t x = 0; x < begin; ++x) store(out[x], dot(line, x));
+    for (int64_t x = end; x < m.n_out; ++x) store(out[x], dot(line, x));
+    if (!plain) return;
+    for (int64_t k = 0; k < weights_.count(begin); ++k) taps_[k] = line + m.first[begin] + k;
+    weighted_sum(taps_.data(), weights_.at(begin), weights_.count(begin), end - begin, out + begin);
+  }
+
+ private:
+  A dot(const A* line, int64_t x) const {
+    const A *w = weights_.at(x), *v = line + weights_.first(x);
+    A sum = A(0);
+    for (int64_t k = 0; k < weights_.count(x); ++k) sum += w[k] * v[k];
+    return sum;
+  }
+
+  Weights<A> weights_;
+  std::vector<const A*> taps_;
+  std::vector<int32_t> low_, high_;
+  std::vector<A> low_weight_, high_weight_;
+};
+
+// One pass over memory: rows are combined along z into a ring of the rows that the filter along y needs,
+// those into a line, and the line along x into the output. The ring and the line stay in cache; nothing in
+// between is written out. Bytes: reads 1 volume (each plane again for its neighbours in z, from cache),
+// writes 1. Arithmetic: the weights of the three axes, one multiply-add each a voxel.
+template <class T>
+void rows(const SeparableArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const AxisMatrix &mz = a.axis[0], &my = a.axis[1], &mx = a.axis[2];
+  const Weights<A> wz(mz), wy(my);
+  AlongX<A> along_x(mx);
+  const int64_t line_in = mx.n_in, plane_in = my.n_in * line_in, n_ring = std::max<int64_t>(my.widest, 1);
+  std::vector<A> ring(n_ring * line_in), line(line_in), scaled(n_ring);
+  std::vector<const T*> planes(std::max<int64_t>(mz.widest, 1));
+  std::vector<const A*> lines(n_ring);
+  int64_t current = -1, filled = 0;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t y = index % my.n_out, plane = index / my.n_out, z = plane % mz.n_out,
+                  volume = plane / mz.n_out;
+    const T* input = static_cast<const T*>(a.input) + (volume * mz.n_in + wz.first(z)) * plane_in;
+    if (plane != current) current = plane, filled = 0;
+    filled = std::max(filled, wy.first(y));
+    for (; filled < wy.first(y) + wy.count(y); ++filled) {
+      for (int64_t k = 0; k < wz.count(z); ++k) planes[k] = input + k * plane_in + filled * line_in;
+      weighted_sum(planes.data(), wz.at(z), wz.count(z), line_in, ring.data() + filled % n_ring * line_in);
+    }
+    const A factor = A(a.factor[volume % a.n_factors]);
+    for (int64_t k = 0; k < wy.count(y); ++k) {
+      lines[k] = ring.data() + (wy.first(y) + k) % n_ring * line_in;
+      scaled[k] = wy.at(y)[k] * factor;
+    }
+    weighted_sum(lines.data(), scaled.data(), wy.count(y), line_in, line.data());
+    along_x.apply(line.data(), static_cast<T*>(a.output) + index * mx.n_out);
+  }
+}
+
+}  // namespace
+
+void separable(Stored type, const SeparableArgs& a, int64_t b, int64_t e) {
+  switch (type) {
+    case Stored::f64:
+      return rows<double>(a, b, e);
+    case Stored::f32:
+      return rows<float>(a, b, e);
+    case Stored::f16:
+      return rows<half_t>(a, b, e);
+    case Stored::bf16:
+      return rows<bfloat16_t>(a, b, e);
+  }
+}
+
+}  // namespace fastreg::FASTREG_ISA
+
+#else
+
+#include <algorithm>
+#include <vector>
+
+#include "common/displacement.h"
+#include "common/warp.h"
+#include "cpu/binding.h"
+
+namespace fastreg {
+namespace {
+
+using at::Tensor;
+
+struct Matrix {
+  int64_t n_in, n_out, plain_begin = 0, plain_end = 0;
+  std::vector<int64_t> first, offset{0};
+  std::vector<double> weight;
+
+  AxisMatrix view() const {
+    int64_t widest = 0;
+    for (int64_t i = 0; i < n_out; ++i) widest = std::max(widest, offset[i + 1] - offset[i]);
+    return {n_in, n_out, first.data(), offset.data(), weight.data(), widest, plain_begin, plain_end};
+  }
+};
+
+// Rows are voxels of the resized axis; transposed: voxels of the original axis, with the outputs that read
+// them.
+Matrix linear_matrix(int64_t n_in, int64_t n_out, bool align_corners, bool transposed) {
+  Matrix m{transposed ? n_out : n_in, transposed ? n_in : n_out};
+  std::vector<int64_t> lower(n_out);
+  std::vector<double> fraction(n_out);
+  for (int64_t o = 0; o < n_out; ++o) fraction[o] = linear_source(o, n_in, n_out, align_corners, lower[o]);
+  if (!transposed) {
+    for (int64_t o = 0; o < n_out; ++o) {
+      m.first.push_back(lower[o]);
+      m.weight.push_back(1.0 - fraction[o]);
+      // A weight of 0 is left out: it must not read a NaN.
+      if (fraction[o] > 0.0) m.weight.push_back(fraction[o]);
+      m.offset.push_back(int64_t(m.weight.size()));
+    }
+    return m;
+  }
+  int64_t o = 0;
+  for (int64_t i = 0; i < n_in; ++i) {
+    while (o < n_out && (lower[o] < i - 1 || (lower[o] == i - 1 && fraction[o] == 0.0))) ++o;
+    m.first.push_back(o);
+    for (int64_t k = o; k < n_out && lower[k] <= i; ++k)
+      m.weight.push_back(lower[k] == i ? 1.0 - fraction[k] : fraction[k]);
+    m.offset.push_back(int64_t(m.weight.size()));
+  }
+  return m;
+}
+
+// Row i covers [i - radius, i + radius] cut at the borders, transposed or not: a boundary rule only moves a
+// sample nearer.
+Matrix gaussian_matrix(int64_t n, double sigma, double truncate, Padding padding, bool transposed) {
+  const int64_t radius = sigma > 0 ? gaussian_radius(sigma, truncate) : 0;
+  std::vector<double> sample(2 * radius + 1, 1.0);
+  double total = 0;
+  for (int64_t k = -radius; k <= radius; ++k)
+    total += sample[k + radius] = radius ? gaussian_sample(k, sigma) : 1.0;
+  Matrix m{n, n};
+  const auto begin = [&](int64_t i) { return std::max<int64_t>(0, i - radius); };
+  for (int64_t i = 0; i < n; ++i) {
+    m.first.push_back(begin(i));
+    m.offset.push_back(m.offset.back() + std::min(n - 1, i + radius) - begin(i) + 1);
+  }
+  m.weight.assign(m.offset.back(), 0.0);
+  for (int64_t o = 0; o < n; ++o)
+    for (int64_t k = -radius; k <= radius; ++k) {
+      const int64_t i = corner_index(o + k, n, padding);
+      const int64_t row = transposed ? i : o, column = transposed ? o : i;
+      if (i >= 0) m.weight[m.offset[row] + column - begin(row)] += sample[k + radius] / total;
+    }
+  // Reflection brings voxel `radius` a second contribution in the transpose.
+  const int64_t margin = radius + (transposed && radius > 0 && padding == Padding::reflection);
+  m.plain_begin = margin, m.plain_end = n - margin;
+  return m;
+}
+
+Tensor apply(const Tensor& input, c10::IntArrayRef size, const std::vector<Matrix>& matrices,
+             const std::vector<double>& factor) {
+  Tensor in = input.contiguous(), out = at::empty(size, in.options());
+  if (out.numel() == 0) return out;
+  const Matrix single{1, 1, 0, 0, {0}, {0, 1}, {1.0}};
+  SeparableArgs a{in.const_data_ptr(), out.mutable_data_ptr(), in.size(0) * in.size(1), {},
+                  factor.data(),       int64_t(factor.size())};
+  const int64_t missing = 3 - int64_t(matrices.size());
+  for (int64_t k = 0; k < 3; ++k) a.axis[k] = k < missing ? single.view() : matrices[k - missing].view();
+  auto kernel = FASTREG_PICK(separable);
+  at::parallel_for(0, a.volumes * a.axis[0].n_out * a.axis[1].n_out, 1,
+                   [&](int64_t b, int64_t e) { kernel(stored(in), a, b, e); });
+  return out;
+}
+
+Tensor resize(const char* op, const Tensor& input, c10::IntArrayRef size, bool align_corners,
+              std::optional<at::ArrayRef<double> > scale, bool transposed) {
+  const int64_t nd = int64_t(size.size());
+  FASTREG_CHECK((nd == 2 || nd == 3) && input.dim() == nd + 2 && input.size(1) == nd, op,
+                "u must have shape (N, nd, *spatial) and size nd numbers");
+  FASTREG_CHECK(!scale || int64_t(scale->size()) == nd, op, "scale must have a number per axis");
+  auto shape = input.sizes().vec();
+  std::vector<Matrix> matrices;
+  std::vector<double> factor;
+  for (int64_t k = 0; k < nd; ++k) {
+    const int64_t n_in = transposed ? size[k] : input.size(k + 2),
+                  n_out = transposed ? input.size(k + 2) : size[k];
+    FASTREG_CHECK(n_in > 0 && n_out > 0 && n_in < (1 << 29) && n_out < (1 << 29), op,
+                  "an axis must have from 1 to 2^29 voxels");
+    matrices.push_back(linear_matrix(n_in, n_out, align_corners, transposed));
+    factor.push_back(scale ? (*scale)[k] : exact_scale(n_in, n_out, align_corners));
+    shape[k + 2] = size[k];
+  }
+  return apply(input, shape, matrices, factor);
+}
+
+Tensor resize_displacement_cpu(const Tensor& u, c10::IntArrayRef size, bool align_corners,
+                               std::optional<at::ArrayRef<double> > scale) {
+  return resize("resize_displacement", u, size, align_corners, scale, false);
+}
+
+Tensor resize_displacement_bwd_cpu(const Tensor& grad, c10::IntArrayRef size, bool align_corners,
+                                   std::optional<at::ArrayRef<double> > scale) {
+  return resize("resize_displacement_bwd", grad, size, align_corners, scale, true);
+}
+
+Tensor filter(const char* op, const Tensor& input, at::ArrayRef<double> sigma, c10::string_view padding,
+              double truncate, bool transposed) {
+  const int64_t nd = int64_t(sigma.size());
+  FASTREG_CHECK((nd == 2 || nd == 3) && input.dim() == nd + 2, op,
+                "u must have shape (N, C, *spatial) and sigma a number per axis");
+  const Padding rule = padding == "zeros"    ? Padding::zeros
+                       : padding == "border" ? Padding::border
+                                             : Padding::reflection;
+  std::vector<Matrix> matrices;
+  for (int64_t k = 0; k < nd; ++k)
+    matrices.push_back(gaussian_matrix(input.size(k + 2), sigma[k], truncate, rule, transposed));
+  return apply(input, input.sizes(), matrices, {1.0});
+}
+
+Tensor smooth_cpu(const Tensor& u, at::ArrayRef<double> sigma, c10::string_view padding, double truncate) {
+  return filter("smooth", u, sigma, padding, truncate, false);
+}
+
+Tensor smooth_bwd_cpu(const Tensor& grad, at::ArrayRef<double> sigma, c10::string_view padding,
+                      double truncate) {
+  return filter("smooth_bwd", grad, sigma, padding, truncate, true);
+}
+
+TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("resize_displacement", resize_displacement_cpu);
+  m.impl("resize_displacement_bwd", resize_displacement_bwd_cpu);
+  m.impl("smooth", smooth_cpu);
+  m.impl("smooth_bwd", smooth_bwd_cpu);
+}
+
+}  // namespace
+}  // namespace fastreg
+
+#endif

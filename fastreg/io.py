@@ -1,0 +1,397 @@
+"""Images, landmarks and displacements between files and tensors: grids in physical space, atomic writes.
+
+Physical points are ITK's: millimetres, LPS, in the order (x, y, z). Arrays, tensors and voxel indices are
+(z, y, x). Only images need SimpleITK.
+"""
+
+import contextlib
+import csv
+import gzip
+import math
+import os
+import secrets
+import shutil
+import signal
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+__all__ = [
+    "Geometry",
+    "InputError",
+    "output_folder",
+    "read_image",
+    "read_landmarks",
+    "replacing",
+    "resample",
+    "write_displacement",
+    "write_image",
+    "write_landmarks",
+]
+
+
+SLAB = 1 << 20  # voxels
+
+
+class InputError(ValueError):
+    """What a user passed cannot be used; the message is one line that says why."""
+
+
+def _sitk():
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ImportError("reading and writing images needs SimpleITK: pip install fastreg[all]") from error
+    return SimpleITK
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a voxel grid lies: point = origin + direction @ (spacing * index), in ITK's order (x, y, z)."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    @classmethod
+    def of(cls, shape, spacing):
+        """The grid of an array: shape and spacing (mm) in (z, y, x), origin 0, axes along the patient's."""
+        nd = len(shape)
+        eye = tuple(float(v) for v in np.eye(nd).ravel())
+        return cls(tuple(shape)[::-1], tuple(float(s) for s in spacing)[::-1], (0.0,) * nd, eye)
+
+    @property
+    def nd(self):
+        return len(self.size)
+
+    @property
+    def shape(self):
+        """(z, y, x)."""
+        return self.size[::-1]
+
+    @property
+    def spacing_zyx(self):
+        """mm, (z, y, x)."""
+        return self.spacing[::-1]
+
+    @property
+    def matrix(self):
+        """(nd, nd): turns a step in voxels (z, y, x) into mm (x, y, z)."""
+        direction = np.asarray(self.direction, dtype=np.float64).reshape(self.nd, self.nd)
+        return (direction * np.asarray(self.spacing))[:, ::-1].copy()
+
+    def to_physical(self, index):
+        """(..., nd) voxels (z, y, x) -> (..., nd) mm (x, y, z)."""
+        return np.asarray(index, dtype=np.float64) @ self.matrix.T + np.asarray(self.origin)
+
+    def to_index(self, points):
+        """(..., nd) mm (x, y, z) -> (..., nd) voxels (z, y, x)."""
+        return (np.asarray(points, dtype=np.float64) - self.origin) @ np.linalg.inv(self.matrix).T
+
+    def contains(self, index):
+        """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
+        return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)
+
+    def matches(self, other):
+        """Whether both are one grid, up to what file formats round away (a thousandth of a voxel)."""
+        if self.size != other.size:
+            return False
+        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1)
+        apart = np.abs(self.to_physical(corners) - other.to_physical(corners)).max()
+        return bool(apart <= 1e-3 * min(self.spacing))
+
+    def __str__(self):
+        return f"{'x'.join(map(str, self.size))} voxels of {' x '.join(f'{s:g}' for s in self.spacing)} mm"
+
+
+@contextlib.contextmanager
+def _silent_stderr():
+    """The C libraries below SimpleITK print to file descriptor 2; what they say is in the error we raise."""
+    try:
+        saved = os.dup(2)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def _not_finite_in_nifti(path, image):
+    """How many values of a NIfTI file are NaN or infinite; EOFError where the file is cut short.
+
+    SimpleITK reads both without a word, as zeros, so the bytes have to be looked at.
+    """
+    name = path.name.lower()
+    if not name.endswith((".nii", ".nii.gz")):
+        return 0
+    fields = ("vox_offset", "bitpix", "datatype")
+    offset, bits, kind = (int(float(image.GetMetaData(f))) if image.HasMetaDataKey(f) else 0 for f in fields)
+    missing = math.prod(image.GetSize()) * image.GetNumberOfComponentsPerPixel() * bits // 8
+    bad = 0
+    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as stream:
+        header = stream.read(max(offset, 4))
+        order = "<" if int.from_bytes(header[:4], "little") in (348, 540) else ">"
+        dtype = {16: f"{order}f4", 64: f"{order}f8"}.get(kind)
+        while block := stream.read(1 << 22):
+            if dtype and missing > 0:
+                values = np.frombuffer(block[:missing], dtype, min(len(block), missing) // (bits // 8))
+                bad += values.size - np.count_nonzero(np.isfinite(values))
+            missing -= len(block)
+    if missing > 0:
+        raise EOFError
+    return bad
+
+
+def _read(path):
+    sitk = _sitk()
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    source = str(path)
+    if path.is_dir():
+        with _silent_stderr():
+            series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(source)
+            if len(series) == 1:
+                source = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(source, series[0])
+        if len(series) != 1:
+            raise InputError(f"{path}: a folder must hold exactly one DICOM series, got {len(series)}")
+    elif not os.access(path, os.R_OK):
+        raise InputError(f"{path}: permission denied")
+    try:
+        with _silent_stderr():
+            image = sitk.ReadImage(source)
+        bad = 0 if path.is_dir() else _not_finite_in_nifti(path, image)
+    except (RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: not an image SimpleITK can read, or damaged") from error
+    return image, bad
+
+
+def read_image(path):
+    """Reads a scalar 2D or 3D image: any file SimpleITK reads, or a folder with one DICOM series.
+
+    Returns:
+        (ndarray, Geometry): the array in (z, y, x), in the file's dtype.
+    Raises:
+        InputError: missing, damaged, 4D, one slice only, several values a voxel, not finite.
+        ImportError: no SimpleITK.
+    """
+    sitk = _sitk()
+    image, bad = _read(path)
+    nd, n_components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
+    if nd not in (2, 3):
+        raise InputError(f"{path}: must be a 2D or 3D image, got {nd} dimensions")
+    if n_components != 1:
+        raise InputError(f"{path}: must have one value a voxel, got {n_components}")
+    geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    flat = [axis for axis, n in zip("xyz", geometry.size, strict=False) if n < 2]
+    if flat:
+        also = "; save it as a 2D image" if nd == 3 and len(flat) == 1 else ""
+        axes = " and ".join(flat)
+        raise InputError(f"{path}: must have at least 2 voxels an axis, got 1 along {axes}{also}")
+    numbers = np.concatenate([geometry.spacing, geometry.origin, geometry.direction])
+    usable = np.isfinite(numbers).all() and min(geometry.spacing) > 0
+    if not (usable and np.linalg.cond(geometry.matrix) < 1e6):
+        raise InputError(f"{path}: its spacing, origin or direction is not usable")
+    array = sitk.GetArrayFromImage(image)
+    if np.iscomplexobj(array):
+        raise InputError(f"{path}: must have real values, got complex ones")
+    bad = bad or array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise InputError(f"{path}: must be finite, got NaN or infinity in {bad} of {array.size} voxels")
+    return array, geometry
+
+
+def read_landmarks(path, nd):
+    """Reads points from a csv file whose header names x, y and z (2D: x and y); other columns are ignored.
+
+    Returns:
+        ndarray: (P, nd) fp64, mm, (x, y, z), P >= 1.
+    Raises:
+        InputError: missing, not text, without those columns, a row that is no point, no rows.
+    """
+    axes = ["x", "y", "z"][:nd]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            rows = [(n, row) for n, row in enumerate(csv.reader(stream), 1) if any(v.strip() for v in row)]
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a csv file") from error
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
+    if any(header.count(axis) != 1 for axis in axes) or (nd == 2 and "z" in header):
+        raise InputError(f"{path}: the header must be {','.join(axes)}, got {','.join(header)[:60]!r}")
+    columns = [header.index(axis) for axis in axes]
+    points = []
+    for line, row in rows[1:]:
+        try:
+            point = [float(row[c]) for c in columns]
+        except (ValueError, IndexError):
+            point = [math.nan]
+        if not np.isfinite(point).all():
+            raise InputError(f"{path}: line {line} must hold {nd} numbers, got {','.join(row)[:60]!r}")
+        points.append(point)
+    if not points:
+        raise InputError(f"{path}: holds no landmarks")
+    return np.asarray(points, dtype=np.float64)
+
+
+def write_landmarks(path, points):
+    """Writes (P, nd) points, mm, (x, y, z), as read_landmarks reads them."""
+    points = np.asarray(points, dtype=np.float64)
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow("xyz"[: points.shape[1]])
+        writer.writerows([f"{v:.9g}" for v in point] for point in points)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a name beside path, which takes its place at the end; left behind in no case."""
+    path = Path(path)
+    # The extension decides the format, so it stays at the end of the name.
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path, image, geometry):
+    sitk = _sitk()
+    image.SetSpacing(geometry.spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    with replacing(path) as temporary:
+        try:
+            with _silent_stderr():
+                sitk.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:
+            raise OSError(f"{path}: cannot be written as an image") from error
+
+
+def write_image(path, array, geometry):
+    """Writes an array (z, y, x) on its grid; the extension of path is the format. OSError when that fails."""
+    array = np.asarray(array)
+    known = {np.dtype(np.float16): np.float32, np.dtype(bool): np.uint8}  # what files cannot hold
+    array = np.ascontiguousarray(array, dtype=known.get(array.dtype))
+    _write(path, _sitk().GetImageFromArray(array), geometry)
+
+
+def write_displacement(path, u, geometry):
+    """Writes u (1, nd, *spatial), in voxels of geometry, as an ITK displacement field: (x, y, z), mm, fp32.
+
+    ITK's DisplacementFieldTransform of the file maps a fixed point to the moving point it corresponds to.
+    """
+    voxels = u[0].detach().cpu().double().movedim(0, -1).numpy()
+    vectors = (voxels @ geometry.matrix.T).astype(np.float32)
+    _write(path, _sitk().GetImageFromArray(vectors, isVector=True), geometry)
+
+
+def resample(image, geometry, onto, u=None, *, mode="linear", outside=0.0):
+    """Interpolates an image once on another grid: out(p) = image at the physical point of p + u(p).
+
+    Args:
+        image (Tensor): (1, C, *geometry.shape). geometry, onto (Geometry): its grid, and that of the result.
+        u (Tensor): (1, nd, *onto.shape), in voxels of onto; None: zero. mode: "linear" or "nearest".
+        outside (float): the value where that point is not inside the image; None: the nearest value inside.
+            As in ITK the image reaches half a voxel beyond its outermost voxel centres, with their value.
+    Returns:
+        (Tensor, Tensor): the image (1, C, *onto.shape), dtype of image; bool (1, 1, *onto.shape): inside.
+    """
+    nd, shape = onto.nd, onto.shape
+    # index_moving = m (p + u) + t
+    inverse = np.linalg.inv(geometry.matrix)
+    m = torch.from_numpy(inverse @ onto.matrix)
+    t = torch.from_numpy(inverse @ (np.asarray(onto.origin) - np.asarray(geometry.origin)))
+    if geometry == onto:
+        m = torch.eye(nd, dtype=torch.float64)  # what the inverse gives, without its rounding
+    upper = torch.tensor(geometry.shape, dtype=torch.float64).view(-1, *[1] * nd) - 0.5
+    out = image.new_empty((1, image.shape[1], *shape))
+    inside = torch.empty((1, 1, *shape), dtype=torch.bool)
+    # Slabs along the first axis: a whole grid of fp64 positions would outweigh everything else.
+    step = max(1, SLAB // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        axes = [torch.arange(start, stop), *(torch.arange(n) for n in shape[1:])]
+        p = torch.stack(torch.meshgrid(*axes, indexing="ij")).double()
+        target = p if u is None else p + u[0, :, start:stop].cpu().double()
+        target = torch.einsum("ij,j...->i...", m, target) + t.view(-1, *[1] * nd)
+        # A thousandth of a millionth of a voxel forgives the rounding of grids that share a face.
+        reach = 0.5 + 1e-9
+        kept = ((target >= -reach) & (target <= upper + 1e-9)).all(0)
+        p[0] -= start
+        slab = torch.ops.fastreg.warp(image, (target - p)[None], mode, "border")
+        if outside is not None:
+            slab = torch.where(kept, slab, torch.as_tensor(outside, dtype=image.dtype))
+        out[:, :, start:stop] = slab
+        inside[0, 0, start:stop] = kept
+    return out, inside
+
+
+@contextlib.contextmanager
+def output_folder(out, names, *, replace=False):
+    """Yields an empty folder that becomes `out` at the end; on any error `out` is as it was before.
+
+    A new `out` appears by one rename. In one that exists the files written take the places of their namesakes
+    and others of `names` disappear, one atomic step a file, with Ctrl-C held back; what else is in it stays.
+    Raises:
+        InputError: out is no folder, holds one of `names` and replace is false, or cannot be made.
+    """
+    out = Path(out)
+    exists = out.is_dir()
+    if not exists and (out.exists() or out.is_symlink()):
+        raise InputError(f"{out}: exists and is not a folder")
+    taken = [name for name in names if exists and (out / name).exists()]
+    if taken and not replace:
+        raise InputError(f"{out}: already holds {taken[0]}; give another folder, or --force to replace it")
+    missing = [] if exists else [parent for parent in out.absolute().parents if not parent.exists()]
+    # Inside an existing folder, which may be a mount of its own that no rename crosses.
+    temporary = (out if exists else out.absolute().parent) / f".{out.name or 'out'}.{secrets.token_hex(4)}"
+    done = False
+    try:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{out}: cannot be made: {(error.strerror or str(error)).lower()}") from error
+        yield temporary
+        with _no_interrupt():
+            if exists:
+                written = os.listdir(temporary)
+                for name in written:
+                    os.replace(temporary / name, out / name)
+                for name in set(names) - set(written):
+                    (out / name).unlink(missing_ok=True)
+            else:
+                os.rename(temporary, out)
+            done = True
+    finally:
+        with _no_interrupt():
+            shutil.rmtree(temporary, ignore_errors=True)
+            for parent in [] if done else missing:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+@contextlib.contextmanager
+def _no_interrupt():
+    """Ctrl-C does nothing inside: for steps of milliseconds that must not stop half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,137 @@
+"""Numbers that judge a registration: overlap of labels, landmark error, regularity of the displacement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg.ops import jacobian_determinant
+from fastreg.ops._check import fail
+
+__all__ = ["TRE", "Dice", "dice", "folding", "move_points", "sdlogj", "tre"]
+
+
+class Dice(NamedTuple):
+    """mean: over `per_label`, NaN when that is empty. per_label: label -> overlap in [0, 1]."""
+
+    mean: float
+    per_label: dict[int, float]
+
+
+class TRE(NamedTuple):
+    """Landmark distances, in the unit of the spacing; sd is that of the population."""
+
+    mean: float
+    sd: float
+    q25: float
+    median: float
+    q75: float
+
+
+def _tensor(op, name, value):
+    if not isinstance(value, Tensor):
+        fail(op, name, "be a tensor", type(value).__name__, TypeError)
+
+
+def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Iterable[int] | None = None) -> Dice:
+    """Overlap 2 |A and B| / (|A| + |B|) of each label.
+
+    Args: fixed_labels, moved_labels: integer or bool, of one shape. labels: the ones to score; all but the
+    background 0 when None. A label absent from both is left out, absent from one it scores 0.
+    Raises: TypeError for floating labels, ValueError for unequal shapes.
+    """
+    for name, value in (("fixed_labels", fixed_labels), ("moved_labels", moved_labels)):
+        _tensor("dice", name, value)
+        if value.is_floating_point() or value.is_complex():
+            fail("dice", name, "be integer or bool", value.dtype, TypeError)
+    shape = tuple(fixed_labels.shape)
+    if moved_labels.shape != fixed_labels.shape:
+        fail("dice", "moved_labels", f"have the shape {shape} of fixed_labels", tuple(moved_labels.shape))
+    if moved_labels.device != fixed_labels.device:
+        fail("dice", "moved_labels", f"be on {fixed_labels.device}", moved_labels.device)
+    fixed, moved = fixed_labels.reshape(-1).long(), moved_labels.reshape(-1).long()
+    present, index = torch.cat([fixed, moved]).unique(return_inverse=True)
+    fixed, moved = index[: fixed.numel()], index[fixed.numel() :]
+    n = present.numel()
+    total = index.bincount(minlength=n).tolist()
+    both = fixed[fixed == moved].bincount(minlength=n).tolist()
+    scores = {label: 2 * b / t for label, b, t in zip(present.tolist(), both, total, strict=True)}
+    wanted = [label for label in scores if label != 0] if labels is None else [int(label) for label in labels]
+    per_label = {label: scores[label] for label in wanted if label in scores}
+    mean = sum(per_label.values()) / len(per_label) if per_label else float("nan")
+    return Dice(mean, per_label)
+
+
+def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) -> TRE:
+    """Statistics of the distances ||(a - b) * spacing||.
+
+    Args: points_a, points_b: (P, nd) in voxels, row i of one matching row i of the other, P >= 1.
+    spacing: per axis, in the points' axis order, or one number.
+    Raises: TypeError, ValueError.
+    """
+    for name, value in (("points_a", points_a), ("points_b", points_b)):
+        _tensor("tre", name, value)
+        if value.ndim != 2 or value.numel() == 0:
+            fail("tre", name, "have shape (P, nd), P >= 1", tuple(value.shape))
+    if points_a.shape != points_b.shape:
+        shape = tuple(points_a.shape)
+        fail("tre", "points_b", f"have the shape {shape} of points_a", tuple(points_b.shape))
+    nd = points_a.shape[1]
+    scale = torch.as_tensor(spacing, dtype=torch.float64, device=points_a.device)
+    if scale.numel() not in (1, nd) or scale.ndim > 1 or not bool((scale > 0).all()):
+        fail("tre", "spacing", f"be 1 or {nd} positive numbers", spacing)
+    distance = ((points_a.double() - points_b.to(points_a.device).double()) * scale).norm(dim=1)
+    quartiles = distance.quantile(distance.new_tensor([0.25, 0.5, 0.75]))
+    return TRE(distance.mean().item(), distance.std(correction=0).item(), *quartiles.tolist())
+
+
+def folding(u: Tensor) -> float:
+    """Share of voxels of u (N, nd, *spatial), in voxels, at which x + u(x) folds: Jacobian determinant <= 0.
+
+    A NaN counts as folded.
+    """
+    determinant = jacobian_determinant(u)
+    return (~(determinant > 0)).double().mean().item()
+
+
+def sdlogj(u: Tensor) -> float:
+    """Standard deviation over voxels of log(max(det, 1e-9)), det the Jacobian determinant of x + u(x)."""
+    return jacobian_determinant(u).double().clamp(min=1e-9).log().std(correction=0).item()
+
+
+def move_points(points: Tensor, u: Tensor) -> Tensor:
+    """p + u(p): where a displacement sends points of its own grid. Linear; outside, u of the nearest border.
+
+    Args: points: (P, nd) in voxels, axis order of u. u: (1, nd, *spatial) or (nd, *spatial), in voxels.
+    Returns: (P, nd), the wider dtype of both, at least fp32.
+    Raises: TypeError, ValueError.
+    """
+    for name, value in (("points", points), ("u", u)):
+        _tensor("move_points", name, value)
+    if not u.is_floating_point():
+        fail("move_points", "u", "be floating point", u.dtype, TypeError)
+    field = u[0] if u.ndim in (4, 5) and u.shape[0] == 1 and u.shape[1] == u.ndim - 2 else u
+    nd = field.ndim - 1
+    if nd not in (2, 3) or field.shape[0] != nd or field.numel() == 0:
+        fail("move_points", "u", "have shape (1, nd, *spatial) or (nd, *spatial)", tuple(u.shape))
+    if points.ndim != 2 or points.shape[1] != nd:
+        fail("move_points", "points", f"have shape (P, {nd})", tuple(points.shape))
+    if points.device != u.device:
+        fail("move_points", "points", f"be on {u.device}", points.device)
+
+    p = points.double()
+    last = torch.tensor(field.shape[1:], device=p.device) - 1
+    inside = p.clamp(min=torch.zeros_like(last).double(), max=last.double())
+    # Clamping the index too keeps NaN from reading out of bounds; its weight makes the result NaN.
+    low = inside.floor().long().clamp(min=torch.zeros_like(last), max=last)
+    fraction = inside - low
+    moved = p.clone()
+    for corner in range(2**nd):
+        bits = torch.tensor([corner >> axis & 1 for axis in range(nd)], device=p.device)
+        index = torch.minimum(low + bits, last)
+        weight = torch.where(bits.bool(), fraction, 1 - fraction).prod(dim=1)
+        moved += weight[:, None] * field[(slice(None), *index.unbind(1))].T.double()
+    return moved.to(torch.promote_types(torch.promote_types(points.dtype, u.dtype), torch.float32))

@@ -1,0 +1,512 @@
+import functools
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import fastreg
+from fastreg import cli, io, metrics
+from fastreg.data import phantom
+from fastreg.registration import register
+
+sitk = pytest.importorskip("SimpleITK")
+pytest.importorskip("matplotlib")
+
+FAST = ["--iterations", "2", "--levels", "1"]
+TURN = (0.96, -0.28, 0.0, 0.28, 0.96, 0.0, 0.0, 0.0, -1.0)  # about z, and z upside down
+
+
+def blobs(geometry, shift=(0.0, 0.0, 0.0), seed=0):
+    """Smooth blobs, fixed in physical space but for the shift (mm), seen on a grid."""
+    rng = np.random.default_rng(seed)
+    nd = geometry.nd
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in geometry.shape], indexing="ij"), -1)
+    points = geometry.to_physical(index) - np.array(shift[:nd])
+    image = np.zeros(geometry.shape)
+    for centre, width in zip(rng.uniform(0, 24, (40, 3)), rng.uniform(2, 4, 40), strict=True):
+        image += np.exp(-((points - centre[:nd]) ** 2).sum(-1) / (2 * width**2))
+    return (100 * image).astype(np.float32)
+
+
+def volume(kind):
+    """(fixed grid, moving grid) of a small pair."""
+    if kind == "2d":
+        return io.Geometry.of((24, 26), (1.0, 1.0)), io.Geometry(
+            (26, 22), (0.9, 1.2), (-1.0, 0.0), (1.0, 0, 0, 1.0)
+        )
+    fixed = io.Geometry.of((16, 20, 24), (1.5, 1.2, 1.0))
+    if kind == "same":
+        return fixed, fixed
+    return fixed, io.Geometry((22, 24, 14), (1.3, 1.1, 1.9), (1.5, -4.0, 24.0), TURN)
+
+
+@pytest.fixture
+def case(tmp_path):
+    """A function that writes a small pair and gives its arguments: kind "same", "other" or "2d"."""
+
+    def make(kind="other", shift=(1.5, 1.0, -1.0)):
+        grids = volume(kind)
+        folder = tmp_path / "in"
+        folder.mkdir(exist_ok=True)
+        for name, grid, move in zip(("fixed", "moving"), grids, ((0, 0, 0), shift), strict=True):
+            image = blobs(grid, move)
+            io.write_image(folder / f"{name}.nii.gz", image, grid)
+            labels = np.digitize(image, [60, 140]).astype(np.uint8)
+            io.write_image(folder / f"{name}_labels.nii.gz", labels, grid)
+            points = np.random.default_rng(1).uniform(6, 18, (12, 3)) + np.array(move)
+            io.write_landmarks(folder / f"{name}.csv", points[:, : grid.nd])
+        return folder
+
+    return make
+
+
+def run(folder, *more, out=None):
+    out = folder.parent / "out" if out is None else out
+    images = [str(folder / "fixed.nii.gz"), str(folder / "moving.nii.gz")]
+    return cli.main(["register", *images, "-o", str(out), *FAST, *map(str, more)])
+
+
+def extras(folder):
+    options = []
+    for which in ("fixed", "moving"):
+        options += [f"--{which}-landmarks", folder / f"{which}.csv"]
+        options += [f"--{which}-labels", folder / f"{which}_labels.nii.gz"]
+    return options
+
+
+def one_line(capsys):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("fastreg: error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize("kind", ["same", "other", "2d"])
+def test_register_writes_everything(case, tmp_path, capsys, kind):
+    folder = case(kind)
+    assert run(folder, *extras(folder)) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "written to" in captured.out
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    out = tmp_path / "out"
+    assert sorted(os.listdir(out)) == sorted(cli.OUTPUTS)
+    fixed_grid = volume(kind)[0]
+    moved, own = io.read_image(out / "moved.nii.gz")
+    assert own.matches(fixed_grid)
+    assert moved.dtype == np.float32
+    assert (out / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    # ITK moves the original image by our file as we did.
+    field = sitk.ReadImage(str(out / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+    transform = sitk.DisplacementFieldTransform(field)
+    for name, produced, interpolator in (
+        ("moving", moved, sitk.sitkLinear),
+        ("moving_labels", io.read_image(out / "moved_labels.nii.gz")[0], sitk.sitkNearestNeighbor),
+    ):
+        original = sitk.ReadImage(str(folder / f"{name}.nii.gz"))
+        reference = sitk.ReadImage(str(folder / "fixed.nii.gz"))
+        outside = float(sitk.GetArrayViewFromImage(original).min())
+        arguments = (original, reference, transform, interpolator, outside, original.GetPixelID())
+        expected = sitk.GetArrayFromImage(sitk.Resample(*arguments))
+        if interpolator == sitk.sitkLinear:
+            np.testing.assert_allclose(produced, expected, atol=1e-3 * np.ptp(expected), rtol=0)
+        else:
+            # A point half-way between two voxels may go to either.
+            assert (produced != expected).mean() < 1e-2
+            assert produced.dtype == np.uint8
+
+    report = json.loads((out / "report.json").read_text())
+    assert report["parameters"]["iterations"] == 2
+    assert report["parameters"]["window"] == inspect.signature(register).parameters["window"].default
+    assert [level["iterations"] for level in report["levels"]] == [2]
+    assert report["versions"]["fastreg"] == fastreg.__version__
+    assert report["peak_memory_mb"]["process"] > 0
+    assert report["seconds_total"] > report["seconds"] > 0
+    assert 0 <= report["folding"] <= 1
+    assert report["sdlogj"] >= 0
+    assert report["fixed"]["shape"] == list(fixed_grid.shape)
+    assert (report["overlap"] == 1) == (kind == "same")
+    nd = fixed_grid.nd
+    assert report["tre"]["before"]["mean"] == pytest.approx(np.linalg.norm([1.5, 1.0, -1.0][:nd]), rel=1e-5)
+    assert report["tre"]["before"]["sd"] == pytest.approx(0, abs=1e-5)
+    assert set(report["tre"]["after"]) == {"mean", "sd", "q25", "median", "q75"}
+    assert set(report["dice"]["after"]) == set(report["dice"]["before"]) == {"mean", "1", "2"}
+    points = [io.read_landmarks(folder / f"{which}.csv", nd) for which in ("fixed", "moving")]
+    after = [
+        np.linalg.norm(np.subtract(transform.TransformPoint(p), q)) for p, q in zip(*points, strict=True)
+    ]
+    assert report["tre"]["after"]["mean"] == pytest.approx(np.mean(after), rel=1e-4)
+    labels = [
+        io.read_image(path)[0] for path in (folder / "fixed_labels.nii.gz", out / "moved_labels.nii.gz")
+    ]
+    expected = metrics.dice(*(torch.from_numpy(v) for v in labels))
+    assert report["dice"]["after"]["mean"] == pytest.approx(expected.mean)
+
+
+def test_register_registers(case, tmp_path):
+    folder = case("other")
+    images = [str(folder / f"{which}.nii.gz") for which in ("fixed", "moving")]
+    options = ["-o", str(tmp_path / "out"), "--quiet", *map(str, extras(folder)), "--iterations", "40"]
+    assert cli.main(["register", *images, *options]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["tre"]["after"]["mean"] < 0.5 * report["tre"]["before"]["mean"]
+    assert report["dice"]["after"]["mean"] > report["dice"]["before"]["mean"]
+
+
+def test_quiet_and_progress(case, capsys):
+    folder = case("same")
+    assert run(folder, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    pytest.importorskip("tqdm")
+    assert run(folder, "--quiet", "--progress", "--force") == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "level 1/1" in captured.err
+
+
+def test_thick_slices(case, tmp_path):
+    folder = case("same")
+    grid = io.Geometry.of((8, 32, 32), (10.0, 1.0, 1.0))
+    for which, move in (("fixed", 0), ("moving", 1)):
+        io.write_image(folder / f"{which}.nii.gz", blobs(grid, (move,) * 3), grid)
+    assert run(folder) == 0
+
+
+def test_integer_images_and_mask(case, tmp_path, capsys):
+    folder = case("same")
+    grid = volume("same")[0]
+    for which in ("fixed", "moving"):
+        array = io.read_image(folder / f"{which}.nii.gz")[0]
+        io.write_image(folder / f"{which}.nii.gz", (array - 1000).astype(np.int16), grid)
+    mask = np.zeros(grid.shape, np.uint8)
+    io.write_image(folder / "mask.nii.gz", mask, grid)
+    assert run(folder, "--mask", folder / "mask.nii.gz") == 2
+    assert "mask must be 0 or more everywhere, and more somewhere" in one_line(capsys)
+    mask[4:12, 5:15, 6:20] = 1
+    io.write_image(folder / "mask.nii.gz", mask, grid)
+    assert run(folder, "--mask", folder / "mask.nii.gz") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["outside_value"] < -900
+
+
+def test_existing_output_needs_force(case, tmp_path, capsys):
+    folder = case("same")
+    assert run(folder, *extras(folder)) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert run(folder) == 2
+    assert "already holds moved.nii.gz; give another folder, or --force to replace it" in one_line(capsys)
+    assert run(folder, "--force") == 0
+    # The labels of the earlier run would belong to another displacement.
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        {*cli.OUTPUTS, "notes.txt"} - {"moved_labels.nii.gz"}
+    )
+
+
+def change(path, function):
+    array, grid = io.read_image(path)
+    io.write_image(path, *function(array, grid))
+
+
+def constant(array, grid):
+    return np.full_like(array, 3), grid
+
+
+def not_finite(array, grid):
+    array = array.copy()
+    array[0, 0, :3] = np.nan
+    return array, grid
+
+
+def far_away(array, grid):
+    return array, io.Geometry(grid.size, grid.spacing, (500.0, 0.0, 0.0), grid.direction)
+
+
+def cropped(array, grid):
+    return array[1:], io.Geometry(array[1:].shape[::-1], grid.spacing, grid.origin, grid.direction)
+
+
+def shifted(array, grid):
+    return array, io.Geometry(grid.size, grid.spacing, (1.0, 0.0, 0.0), grid.direction)
+
+
+def flat(array, grid):
+    return array[0], io.Geometry.of(array.shape[1:], grid.spacing_zyx[1:])
+
+
+def halves(array, grid):
+    return array.astype(np.float32) / 2, grid
+
+
+def background(array, grid):
+    return np.zeros_like(array), grid
+
+
+LANDMARKS = ["--fixed-landmarks", "{}/fixed.csv", "--moving-landmarks", "{}/moving.csv"]
+LABELS = ["--fixed-labels", "{}/fixed_labels.nii.gz", "--moving-labels", "{}/moving_labels.nii.gz"]
+BAD = {
+    "missing": (lambda d: (d / "fixed.nii.gz").unlink(), [], "fixed.nii.gz: no such file"),
+    "corrupt": (lambda d: (d / "moving.nii.gz").write_bytes(b"x" * 999), [], "moving.nii.gz: not an image"),
+    "truncated": (
+        lambda d: (d / "moving.nii.gz").write_bytes((d / "moving.nii.gz").read_bytes()[:-900]),
+        [],
+        "moving.nii.gz: not an image SimpleITK can read, or damaged",
+    ),
+    "constant": (
+        lambda d: change(d / "fixed.nii.gz", constant),
+        [],
+        "must not be constant, got 3 everywhere",
+    ),
+    "nan": (lambda d: change(d / "moving.nii.gz", not_finite), [], "got NaN or infinity in 3 of 7680 voxels"),
+    "apart": (lambda d: change(d / "moving.nii.gz", far_away), [], "do not overlap in physical space"),
+    "dimensions": (
+        lambda d: change(d / "fixed.nii.gz", flat),
+        [],
+        r"fixed.nii.gz is 2D and \S*moving.nii.gz is 3D",
+    ),
+    "one-landmarks": (lambda d: None, LANDMARKS[:2], "go together: --moving-landmarks is missing"),
+    "one-labels": (lambda d: None, LABELS[2:], "go together: --fixed-labels is missing"),
+    "csv-header": (lambda d: (d / "fixed.csv").write_text("1,2,3\n"), LANDMARKS, "the header must be x,y,z"),
+    "csv-count": (
+        lambda d: (d / "fixed.csv").write_text("x,y,z\n1,2,3\n"),
+        LANDMARKS,
+        r"fixed.csv holds 1 landmarks, \S*moving.csv holds 12",
+    ),
+    "csv-outside": (
+        lambda d: (d / "fixed.csv").write_text("x,y,z\n" + "999,0,0\n" * 12),
+        LANDMARKS,
+        "fixed.csv: no landmark lies in the fixed image",
+    ),
+    "labels-size": (
+        lambda d: change(d / "moving_labels.nii.gz", cropped),
+        LABELS,
+        r"must lie on the grid of \S*moving.nii.gz: 24x20x15 voxels .* against 24x20x16 voxels",
+    ),
+    "labels-origin": (
+        lambda d: change(d / "fixed_labels.nii.gz", shifted),
+        LABELS,
+        r"fixed_labels.nii.gz: must lie on the grid of \S*fixed.nii.gz: origin or direction differ",
+    ),
+    "labels-float": (
+        lambda d: change(d / "fixed_labels.nii.gz", halves),
+        LABELS,
+        "labels must be whole numbers",
+    ),
+    "labels-empty": (
+        lambda d: [change(d / f"{w}_labels.nii.gz", background) for w in ("fixed", "moving")],
+        LABELS,
+        "hold background only",
+    ),
+    "window": (lambda d: None, ["--window", "4"], "window must be odd, got 4"),
+    "iterations": (
+        lambda d: None,
+        ["--iterations", "many"],
+        "argument --iterations: invalid number value: 'many'",
+    ),
+    "threads": (lambda d: None, ["--threads", "0"], "--threads must be at least 1, got 0"),
+    "device": (lambda d: None, ["--device", "abacus"], "--device abacus cannot be used"),
+    "option": (lambda d: None, ["--wndow", "5"], "unrecognized arguments: --wndow 5"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_no_output(case, tmp_path, capsys, kind):
+    folder = case("same")
+    spoil, options, match = BAD[kind]
+    spoil(folder)
+    capsys.readouterr()
+    assert run(folder, *(option.format(folder) for option in options)) == 2
+    assert re.search(match, one_line(capsys))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_bad_output_places(case, tmp_path, capsys):
+    folder = case("same")
+    (tmp_path / "file").write_text("mine")
+    for out, match in (
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "file" / "out", "not a directory"),
+    ):
+        assert run(folder, out=out) == 2
+        assert match in one_line(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["file", "in"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["register"], ["nonsense"], ["register", "a", "b"], ["demo", "extra"]]
+)
+def test_bad_command_line(capsys, arguments):
+    assert cli.main(arguments) == 2
+    assert "--help)" in one_line(capsys)
+
+
+def test_landmarks_outside_and_small_overlap_warn(case, capsys):
+    folder = case("same")
+    points = io.read_landmarks(folder / "fixed.csv", 3)
+    points[:2] = 300
+    io.write_landmarks(folder / "fixed.csv", points)
+    change(
+        folder / "moving.nii.gz", lambda a, g: (a, io.Geometry(g.size, g.spacing, (22.0, 0, 0), g.direction))
+    )
+    points = io.read_landmarks(folder / "moving.csv", 3) + np.array([22.0, 0, 0])
+    io.write_landmarks(folder / "moving.csv", points)
+    assert run(folder, "--quiet", *extras(folder)[:2], *extras(folder)[4:6]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("2 of 12 landmarks lie outside the fixed image, and count")
+    assert lines[1].endswith("the moving image covers only 8.3 % of the fixed one")
+
+
+@pytest.mark.parametrize("package", ["SimpleITK", "matplotlib.figure"])
+def test_missing_extras_name_the_command(case, capsys, monkeypatch, package):
+    folder = case("same")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(folder) == 2
+    assert "pip install fastreg[all]" in one_line(capsys)
+
+
+def test_every_parameter_of_register_has_its_flag():
+    parameters = inspect.signature(register).parameters
+    args = cli._parser().parse_args(["register", "a", "b", "-o", "c"])
+    for name, parameter in parameters.items():
+        if name not in ("fixed", "moving", "spacing", "mask", "progress"):
+            assert getattr(args, name) == parameter.default
+            assert name in cli.HELP
+    several = cli._parser().parse_args(["register", "a", "b", "-o", "c", "--iterations", "30,20"])
+    assert several.iterations == (30, 20)
+
+
+def test_a_bug_keeps_its_traceback(case, tmp_path, monkeypatch):
+    @functools.wraps(register)
+    def broken(*args, **keywords):
+        raise ValueError("something of ours")
+
+    folder = case("same")
+    monkeypatch.setattr(cli, "register", broken)
+    with pytest.raises(ValueError, match="something of ours"):
+        run(folder)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+ENDLESS = """
+import functools, sys
+from fastreg import cli
+
+real = cli.register
+
+@functools.wraps(real)
+def register(*args, **keywords):
+    while True:
+        real(*args, **keywords)
+
+cli.register = register
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(folder, out):
+    """A run that does not end by itself, once it iterates."""
+    images = [str(folder / f"{which}.nii.gz") for which in ("fixed", "moving")]
+    command = [sys.executable, "-c", ENDLESS, "register", *images, "-o", str(out), "--force", "--progress"]
+    process = subprocess.Popen([*command, *FAST], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    seen = b""
+    while b"level 1/" not in seen:
+        piece = os.read(process.stderr.fileno(), 4096)
+        assert piece, seen.decode()
+        seen += piece
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "before"),
+    [
+        pytest.param(signal.SIGINT, 130, False, id="int-new"),
+        pytest.param(signal.SIGINT, 130, True, id="int-replaced"),
+        pytest.param(signal.SIGTERM, 143, False, id="term-new"),
+    ],
+)
+def test_interrupted_run_leaves_no_trace(case, tmp_path, number, status, before):
+    folder = case("same")
+    out = tmp_path / "out"
+    if before:
+        assert run(folder) == 0
+    earlier = {p.name: p.read_bytes() for p in out.iterdir()} if before else None
+    process = start(folder, out)
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert b"Traceback" not in errors
+    if number == signal.SIGINT:
+        assert errors.decode().splitlines()[-1] == "fastreg: interrupted"
+    if before:
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == earlier
+    else:
+        assert os.listdir(tmp_path) == ["in"]
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"fastreg     {fastreg.__version__}\n")
+    assert torch.__version__ in text
+    for op, row in fastreg.backends().items():
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [op]]
+        assert all(implementation in line for implementation in row.values())
+
+
+def test_module_runs():
+    command = [sys.executable, "-m", "fastreg", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fastreg {fastreg.__version__}\n"
+
+
+def test_version_and_help(capsys):
+    for arguments, word in ((["--version"], fastreg.__version__), (["register", "--help"], "--window")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+        assert word in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_phantom(monkeypatch):
+    thorax = phantom.thorax
+    monkeypatch.setattr(phantom, "thorax", lambda: thorax((28, 28, 40)))
+
+
+def test_demo_judges(small_phantom, tmp_path, capsys, monkeypatch):
+    assert cli.main(["demo", *FAST]) == 1
+    text = capsys.readouterr().out
+    assert "near the wall, mm" in text
+    assert "missed: tre_after" in text
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(phantom, "failures", lambda score: [])
+    assert cli.main(["demo", *FAST, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_demo_output_can_be_registered_again(small_phantom, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "-o", str(out), *FAST]) == 1
+    assert sorted(os.listdir(out)) == sorted(cli.DEMO_OUTPUTS)
+    options = []
+    for which in ("fixed", "moving"):
+        options += [f"--{which}-landmarks", str(out / f"{which}_landmarks.csv")]
+        options += [f"--{which}-labels", str(out / f"{which}_labels.nii.gz")]
+    images = [str(out / "fixed.nii.gz"), str(out / "moving.nii.gz")]
+    assert cli.main(["register", *images, "-o", str(tmp_path / "again"), *options, *FAST]) == 0
+    first, second = (json.loads((tmp_path / d / "report.json").read_text()) for d in ("demo", "again"))
+    assert second["tre"]["after"]["mean"] == pytest.approx(first["tre"]["after"]["mean"], rel=1e-3)
+    assert second["dice"]["after"] == pytest.approx(first["dice"]["after"], rel=1e-3)

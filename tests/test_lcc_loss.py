@@ -1,0 +1,378 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import DTYPES, assert_close, check_against_reference, double, layouts
+
+import fastreg
+from fastreg.ops.lcc_loss import DENOMINATORS, PADDINGS, lcc_loss_ref, lcc_map_ref
+
+OPTIONS = {"window": 5, "squared": True, "padding": "zeros", "smooth_nr": 0.0, "smooth_dr": 1e-5, "denominator": "product"}
+
+
+def windows(x, window):
+    """(N, C, *spatial, samples of the window), zeros outside."""
+    nd, r = x.dim() - 2, window // 2
+    x = F.pad(x, [r, r] * nd)
+    for axis in range(nd):
+        x = x.unfold(2 + axis, window, 1)
+    return x.flatten(-nd)
+
+
+def two_pass(fixed, moved, mask=None, **options):
+    """-LCC averaged over channels, straight from the definition: means first, then deviations from them."""
+    o = OPTIONS | options
+    ones = torch.ones_like(fixed)
+    inside, k = windows(ones, o["window"]), windows(ones if mask is None else mask * ones, o["window"])
+    if o["padding"] == "zeros":
+        k = k + 1 - inside
+    f, m, n = windows(fixed, o["window"]), windows(moved, o["window"]), k.sum(-1, keepdim=True)
+
+    def deviation(x):
+        flat = torch.where(k > 0, x, -torch.inf).amax(-1) == torch.where(k > 0, x, torch.inf).amin(-1)
+        return x - (k * x).sum(-1, keepdim=True) / n.clamp_min(1e-300), flat
+
+    (f, flat_f), (m, flat_m) = deviation(f), deviation(m)
+    skip = flat_f | flat_m | (n[..., 0] < 2)
+    v, w, c = (torch.where(skip, 0, (k * x).sum(-1)) for x in (f * f, m * m, f * m))
+    dr = o["smooth_dr"]
+    d = {"product": v * w + dr, "clamp": v.clamp_min(dr) * w.clamp_min(dr), "each": (v + dr) * (w + dr)}[o["denominator"]]
+    lcc = (c**2 + o["smooth_nr"]) / d if o["squared"] else c / d.sqrt()
+    return -torch.where(n[..., 0] < 2, 0, lcc.clamp_max(1)).mean(1, keepdim=True)
+
+
+def reference(**options):
+    o = OPTIONS | options
+    return lambda f, m, mask=None: lcc_map_ref(f, m, mask, *o.values())
+
+
+def ours(**options):
+    return lambda f, m, mask=None: fastreg.lcc_loss(f, m, mask=mask, reduction="none", **(OPTIONS | options))
+
+
+def pair(shape, dtype=torch.float64, noise=0.3):
+    fixed = torch.rand(shape)
+    moved = fixed + noise * torch.rand(shape)
+    return fixed.to(dtype).requires_grad_(), moved.to(dtype).requires_grad_()
+
+
+SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_reference_is_the_definition(shape, padding, masked):
+    fixed, moved = pair(shape)
+    mask = (torch.rand(shape[0], 1, *shape[2:]).double() - 0.3).clamp_min(0) if masked else None
+    for denominator, squared, window in zip(DENOMINATORS * 2, (True, False) * 3, (3, 5, 3, 5, 3, 5), strict=True):
+        o = {"denominator": denominator, "squared": squared, "window": window, "padding": padding, "smooth_dr": 1e-3}
+        check_against_reference(
+            lambda f, m, o=o: reference(**o)(f, m, mask), lambda f, m, o=o: two_pass(f, m, mask, **o), (fixed, moved), 1e-8
+        )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 71, 4, 5), (1, 1, 4, 69, 5), (1, 1, 80, 6)], ids=str)
+def test_against_reference(shape, padding, masked):
+    """Every option, each gradient alone and both, maps and sums; shapes beyond one chunk of planes and one reseed of rows."""
+    fixed, moved = pair(shape)
+    mask = (torch.rand(shape[0], 1, *shape[2:]).double() - 0.3).clamp_min(0) if masked else None
+    options = zip(DENOMINATORS * 2, (True, False, False, True, False, True), (3, 9, 21, 9, 3, 5), strict=True)
+    for i, (denominator, squared, window) in enumerate(options):
+        o = {"denominator": denominator, "squared": squared, "window": window, "padding": padding, "smooth_nr": 1e-4}
+        f, m = ((fixed, moved), (fixed.detach(), moved), (fixed, moved.detach()))[i % 3]
+        check_against_reference(lambda f, m, o=o: ours(**o)(f, m, mask), lambda f, m, o=o: reference(**o)(f, m, mask), (f, m))
+        needs = (f.requires_grad, m.requires_grad)
+        truth = lcc_loss_ref(f.detach(), m.detach(), mask, *(OPTIONS | o).values(), *needs)
+        loss = fastreg.lcc_loss(f, m, mask=mask, reduction="sum", **(OPTIONS | o))
+        assert_close(loss, truth[0].sum())
+        grads = torch.autograd.grad(loss, [x for x in (f, m) if x.requires_grad])
+        for grad, expected in zip(grads, [g for g, need in zip(truth[1:], needs, strict=True) if need], strict=True):
+            assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_dtypes(dtype, padding):
+    fixed, moved = pair((2, 2, 9, 11, 20), dtype)
+    out = ours(padding=padding)(fixed, moved)
+    assert out.dtype == torch.float32
+    assert_close(out, two_pass(double(fixed), double(moved), padding=padding))
+    truth = [double(fixed), double(moved)]
+    for reduction, expected in (("mean", two_pass(*truth, padding=padding).mean()), ("sum", 2 * two_pass(*truth, padding=padding).sum())):
+        loss = fastreg.lcc_loss(fixed, moved, 5, padding=padding, reduction=reduction)
+        assert loss.dtype == torch.float32
+        assert_close(loss, expected)
+        grads = torch.autograd.grad(loss * 1024, (fixed, moved))
+        for grad, true in zip(grads, torch.autograd.grad(expected * 1024, truth), strict=True):
+            assert grad.dtype == dtype
+            assert_close(grad, true, floor=0.1 if dtype == torch.float32 else 0.02)
+
+
+HALVES = [(axis, last) for axis in range(3) for last in (False, True)]
+SCALES = {"unit": (1, 0), "offset1": (1, 1), "offset100": (1, 100), "offset1000": (1, 1000), "x255": (255, 0), "hu": (2000, -1000)}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("axis", "flat_last"), HALVES)
+def test_half_flat_volumes(axis, flat_last, scale):
+    """fp32 against the two-pass truth where half the volume is exactly flat, before or after the texture along each axis."""
+    factor, offset = SCALES[scale]
+    n = 20
+    position = torch.arange(n).view([-1 if k == axis else 1 for k in range(3)])
+    textured = (position < n // 2 if flat_last else position >= n // 2).expand(1, 1, n, n, n)
+    texture = torch.rand(1, 1, n, n, n)
+    fixed = torch.where(textured, texture, 0.5)
+    moved = torch.where(textured, texture + 0.02 * torch.randn(texture.shape), 0.5)
+    fixed, moved = ((factor * x + offset).float().requires_grad_() for x in (fixed, moved))
+    truth_inputs = double(fixed), double(moved)
+    window = 7
+    for padding in PADDINGS:
+        truth = two_pass(*truth_inputs, window=window, padding=padding)
+        out = ours(window=window, padding=padding)(fixed, moved)
+        assert (out - truth).abs().max() < 1e-5
+        box = windows(textured.double(), window).sum(-1)
+        whole = windows(torch.ones_like(texture), window).sum(-1) == window**3
+        flat = (box == 0) & (whole | (padding == "valid"))
+        assert flat.any()
+        assert out[flat].abs().max() < 1e-6
+        loss = fastreg.lcc_loss(fixed, moved, window, padding=padding)
+        assert abs(loss.item() - truth.mean().item()) < 1e-5
+        for grad, expected in zip(torch.autograd.grad(loss, (fixed, moved)), torch.autograd.grad(truth.mean(), truth_inputs), strict=True):
+            assert (grad - expected).norm() <= 1e-5 * expected.norm()
+            assert F.cosine_similarity(grad.double().flatten(), expected.flatten(), 0) > 1 - 1e-9
+            untouched = windows(torch.where(flat, 0.0, 1.0), window).sum(-1) == 0
+            assert grad[untouched].abs().max() <= 1e-9 * grad.abs().max() if untouched.any() else True
+
+
+def test_offset_does_not_change_valid():
+    fixed, moved = (x.detach().float() for x in pair((1, 1, 20, 18, 40)))
+    plain = fastreg.lcc_loss(fixed.double(), moved.double(), padding="valid")
+    for offset in (1.0, 2.0**10, 2.0**20):
+        # Offsets by powers of two: rounding the images is then the only change, and the truth sees it too.
+        f, m = fixed + offset, moved + offset
+        assert_close(fastreg.lcc_loss(f, m, padding="valid", reduction="none"), two_pass(f.double(), m.double(), window=9, padding="valid"), floor=1)
+        if offset <= 2.0**10:
+            assert abs(fastreg.lcc_loss(f, m, padding="valid") - plain) < 1e-4
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_non_finite_stays_in_its_windows(padding, bad, masked):
+    fixed, moved = (x.detach().float() for x in pair((2, 1, 40, 20, 30)))
+    mask = torch.rand(2, 1, 40, 20, 30) + 0.1 if masked else None
+    f = fixed.clone()
+    f[0, 0, 17, 9, 20] = bad
+    f.requires_grad_()
+    clean_f = fixed.clone().requires_grad_()
+    out, clean = ours(padding=padding)(f, moved, mask), ours(padding=padding)(clean_f, moved, mask)
+    expected = torch.zeros_like(out, dtype=torch.bool)
+    expected[0, 0, 15:20, 7:12, 18:23] = True
+    assert torch.equal(out.isnan(), expected)
+    assert_close(out[~expected], clean[~expected].double())
+    grad, = torch.autograd.grad(out.nan_to_num().sum(), f)
+    assert torch.equal(out.isnan().any(), torch.tensor(True))
+    touched = torch.zeros_like(expected)
+    touched[0, 0, 13:22, 5:14, 16:25] = True
+    assert not grad[~touched].isnan().any()
+    clean_grad, = torch.autograd.grad(clean.sum(), clean_f)
+    assert_close(grad[~touched], clean_grad[~touched].double(), floor=0.1)
+    assert fastreg.lcc_loss(f, moved, 5, mask=mask, padding=padding).isnan()
+
+
+def test_mask_excludes():
+    fixed, moved = pair((1, 2, 12, 10, 14))
+    ones = torch.ones(1, 1, 12, 10, 14)
+    for padding in PADDINGS:
+        plain = fastreg.lcc_loss(fixed, moved, 5, padding=padding)
+        assert_close(fastreg.lcc_loss(fixed, moved, 5, mask=ones, padding=padding), plain)
+    # With valid padding a mask that cuts is a crop, and what it hides is not looked at.
+    mask = ones.clone()
+    mask[..., 8:] = 0
+    spoiled = moved.detach().clone()
+    spoiled[..., 8:] = float("nan")
+    spoiled.requires_grad_()
+    loss = fastreg.lcc_loss(fixed, spoiled, 5, mask=mask, padding="valid")
+    assert_close(loss, fastreg.lcc_loss(fixed[..., :8], moved[..., :8], 5, padding="valid"))
+    grad, = torch.autograd.grad(loss, spoiled)
+    assert grad[..., 8:].abs().max() == 0
+    crop = moved.detach()[..., :8].requires_grad_()
+    assert_close(grad[..., :8], torch.autograd.grad(fastreg.lcc_loss(fixed[..., :8], crop, 5, padding="valid"), crop)[0])
+    zero = fastreg.lcc_loss(fixed, moved, 5, mask=torch.zeros_like(ones))
+    assert zero == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(zero, (fixed, moved)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [0.0, 1.0, 1000.0])
+def test_constant_images(dtype, value):
+    texture = torch.rand(1, 1, 9, 10, 11).to(dtype).requires_grad_()
+    constant = torch.full((1, 1, 9, 10, 11), value, dtype=dtype, requires_grad=True)
+    for denominator in DENOMINATORS:
+        for f, m in ((constant, texture), (texture, constant), (constant, constant)):
+            loss = fastreg.lcc_loss(f, m, padding="valid", denominator=denominator)
+            assert abs(loss) < 1e-6
+            for grad in torch.autograd.grad(loss, {f, m}):
+                assert grad.eq(0).all()
+
+
+def test_identical_images_reach_one():
+    image = torch.rand(1, 1, 12, 12, 12)
+    for denominator, squared in itertools.product(DENOMINATORS, (True, False)):
+        out = fastreg.lcc_loss(image, image, denominator=denominator, squared=squared, reduction="none")
+        assert (out >= -1).all()
+        assert out.mean() < -0.999
+
+
+def test_smooth_nr_in_flat_windows():
+    flat = torch.zeros(1, 1, 6, 6, 6)
+    assert_close(fastreg.lcc_loss(flat, flat, 3, smooth_nr=1e-6, smooth_dr=1e-5), torch.tensor(-0.1).double())
+    assert fastreg.lcc_loss(flat, flat, 3, smooth_nr=1.0, smooth_dr=1e-5) == -1
+    assert fastreg.lcc_loss(flat, flat, 3, smooth_dr=0.0) == 0
+
+
+def test_window_one_and_windows_beyond_the_image():
+    fixed, moved = pair((1, 1, 4, 5, 6))
+    for padding in PADDINGS:
+        assert fastreg.lcc_loss(fixed, moved, 1, padding=padding) == 0
+    for window in (11, 31):
+        for padding in PADDINGS:
+            check_against_reference(ours(window=window, padding=padding), lambda f, m, w=window, p=padding: two_pass(f, m, window=w, padding=p), (fixed, moved), 1e-8)  # fmt: skip
+
+
+def test_same_numbers_as_the_dense_convolution():
+    """The formula of VoxelMorph up to 0.2 and TransMorph, in fp64."""
+    fixed, moved = pair((1, 1, 14, 15, 16))
+    ones = torch.ones(1, 1, 9, 9, 9, dtype=torch.float64)
+    f, m, ff, mm, fm = (F.conv3d(x, ones, padding=4) for x in (fixed, moved, fixed**2, moved**2, fixed * moved))
+    n = 9**3
+    cross, v, w = fm - f * m / n, ff - f * f / n, mm - m * m / n
+    expected = -(cross**2 / (v * w + 1e-5)).mean()
+    assert_close(fastreg.lcc_loss(fixed, moved), expected)
+
+
+def test_same_numbers_as_monai():
+    losses = pytest.importorskip("monai.losses")
+    fixed, moved = (x.detach() for x in pair((2, 3, 12, 13, 14)))
+    theirs = losses.LocalNormalizedCrossCorrelationLoss(spatial_dims=3, kernel_size=7, smooth_dr=1e-5)(moved, fixed)
+    assert_close(fastreg.lcc_loss(fixed, moved, 7, denominator="clamp"), theirs, 1e-6)
+
+
+def test_gradcheck():
+    for shape, padding, mask in (((1, 2, 3, 4, 3), "zeros", None), ((2, 1, 4, 3), "valid", torch.rand(2, 1, 4, 3).double())):
+        for squared, denominator in itertools.product((True, False), DENOMINATORS):
+            for reduction in ("mean", "none"):
+                assert torch.autograd.gradcheck(
+                    lambda f, m, o=(squared, denominator, reduction), p=padding, k=mask: fastreg.lcc_loss(
+                        f, m, 3, padding=p, mask=k, squared=o[0], denominator=o[1], reduction=o[2], smooth_dr=1e-2
+                    ),
+                    pair(shape), fast_mode=True,
+                )  # fmt: skip
+
+
+def test_layouts_and_repeats():
+    fixed, moved = (x.detach().float() for x in pair((2, 2, 6, 7, 9)))
+    mask = torch.rand(2, 1, 6, 7, 9)
+    expected = fastreg.lcc_loss(fixed, moved, 5, mask=mask)
+    for name in layouts(fixed):
+        f, m = layouts(fixed)[name].requires_grad_(), layouts(moved)[name].requires_grad_()
+        loss = fastreg.lcc_loss(f, m, 5, mask=layouts(mask)[name])
+        assert_close(loss, expected.double(), 1e-6)
+        first = torch.autograd.grad(loss, (f, m), retain_graph=True)
+        again = torch.autograd.grad(2 * loss, (f, m))
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(2 * a, b)
+    shared = fixed[:1].expand(2, -1, -1, -1, -1)
+    assert torch.equal(fastreg.lcc_loss(shared, moved), fastreg.lcc_loss(shared.contiguous(), moved))
+
+
+def test_mixed_dtypes_are_promoted():
+    fixed, moved = pair((1, 1, 8, 8, 8))
+    f, m = fixed.detach().bfloat16().requires_grad_(), moved.detach().float().requires_grad_()
+    loss = fastreg.lcc_loss(f, m)
+    assert torch.equal(loss, fastreg.lcc_loss(f.float(), m))
+    assert [g.dtype for g in torch.autograd.grad(loss, (f, m))] == [torch.bfloat16, torch.float32]
+
+
+def test_opcheck():
+    fixed, moved = pair((2, 1, 4, 5, 6), torch.float32)
+    mask = torch.rand(2, 1, 4, 5, 6)
+    options = tuple(OPTIONS.values())
+    for m in (None, mask):
+        torch.library.opcheck(torch.ops.fastreg.lcc_map.default, (fixed, moved, m, *options))
+        torch.library.opcheck(torch.ops.fastreg.lcc_map_bwd.default, (torch.rand_like(mask), fixed.detach(), moved.detach(), m, *options, True, False))  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.fastreg.lcc_loss.default, (fixed, moved.detach(), m, *options, True, False),
+            # The unit gradients it also returns have no derivative: asking for one raises.
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_compile():
+    def step(fixed, moved):
+        return fastreg.lcc_loss(fixed, moved * 2, 5) + fastreg.lcc_loss(fixed, moved, 3, reduction="none").mean()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for shape in ((1, 1, 6, 7, 8), (1, 1, 9, 8, 7)):
+        fixed, moved = pair(shape, torch.float32)
+        assert_close(compiled(fixed, moved), step(fixed, moved).double())
+        expected = torch.autograd.grad(step(fixed, moved), (fixed, moved))
+        for grad, true in zip(torch.autograd.grad(compiled(fixed, moved), (fixed, moved)), expected, strict=True):
+            assert_close(grad, true.double())
+
+
+def test_vmap():
+    fixed, moved = (x.detach() for x in pair((3, 2, 1, 6, 7)))
+    for reduction in ("mean", "none"):
+        def loss(f, m, r=reduction):
+            return fastreg.lcc_loss(f, m, 5, reduction=r)
+
+        expected = torch.stack([loss(f, m) for f, m in zip(fixed, moved, strict=True)])
+        assert_close(torch.vmap(loss)(fixed, moved), expected, 1e-12)
+        expected = torch.stack([loss(fixed[0], m) for m in moved])
+        assert_close(torch.vmap(loss, in_dims=(None, 0))(fixed[0], moved), expected, 1e-12)
+
+
+def test_double_backward_raises():
+    fixed, moved = pair((1, 1, 5, 6, 7))
+    for reduction in ("mean", "none"):
+        loss = fastreg.lcc_loss(fixed, moved, 3, reduction=reduction).sum()
+        grad, = torch.autograd.grad(loss, moved, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            torch.autograd.grad(grad.sum(), moved)
+
+
+def test_empty_batch():
+    fixed = torch.zeros(0, 1, 4, 5, 6, requires_grad=True)
+    assert fastreg.lcc_loss(fixed, fixed.detach(), reduction="sum") == 0
+    assert fastreg.lcc_loss(fixed, fixed.detach(), reduction="none").shape == (0, 1, 4, 5, 6)
+    assert fastreg.lcc_loss(fixed, fixed.detach()).isnan()  # as torch's mean over nothing
+    loss = fastreg.lcc_loss(fixed, fixed.detach(), reduction="sum")
+    assert torch.autograd.grad(loss, fixed)[0].shape == fixed.shape
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
+        (TypeError, "window must be an int, got 9.0", {"window": 9.0}),
+        (ValueError, "window must be odd and positive, got 8", {"window": 8}),
+        (ValueError, "window must be odd and positive, got -1", {"window": -1}),
+        (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
+        (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
+        (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
+        (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
+        (ValueError, "padding must be 'zeros' or 'valid', got 'border'", {"padding": "border"}),
+        (ValueError, "denominator must be", {"denominator": "sum"}),
+        (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
+        (ValueError, "smooth_dr must be a finite number >= 0, got -1", {"smooth_dr": -1}),
+    ],
+)  # fmt: skip
+def test_errors(error, match, change):
+    arguments = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)} | change
+    with pytest.raises(error, match=f"fastreg::lcc_loss: {match}"):
+        fastreg.lcc_loss(arguments.pop("fixed"), arguments.pop("moved"), **arguments)

@@ -1,0 +1,308 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastreg
+from fastreg import metrics
+from fastreg.registration import _control_shape, _pyramid, _relax, register
+
+QUICK = {"iterations": 40}
+
+
+def texture(shape, seed=0, channels=1, grain=4):
+    """Smooth noise with structure at every scale a pyramid will look at."""
+    generator = torch.Generator().manual_seed(seed)
+    out = 0
+    for step in (grain, 2 * grain, 4 * grain):
+        size = [max(2, s // step + 1) for s in shape]
+        noise = torch.randn(1, channels, *size, generator=generator)
+        out = out + F.interpolate(noise, size=shape, mode="trilinear" if len(shape) == 3 else "bilinear")
+    return out
+
+
+def bump(shape, amplitude):
+    """A displacement that vanishes at the border."""
+    axes = [torch.sin(torch.linspace(0, torch.pi, s)) ** 2 if s > 1 else torch.ones(1) for s in shape]
+    window = axes[0]
+    for a in axes[1:]:
+        window = window[..., None] * a
+    amplitude = torch.tensor(amplitude, dtype=torch.float32).reshape(1, -1, *[1] * len(shape))
+    return amplitude * window
+
+
+def pair(shape, amplitude, **kwargs):
+    moving = texture(shape, **kwargs)
+    u = bump(shape, amplitude)
+    return fastreg.warp(moving, u, padding="border"), moving, u
+
+
+def error(found, truth):
+    """Mean length of the difference, voxels, away from the border."""
+    inner = tuple(slice(s // 6, s - s // 6) for s in truth.shape[2:])
+    return (found - truth)[(slice(None), slice(None), *inner)].norm(dim=1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("shape", "amplitude"),
+    [
+        pytest.param((40, 36, 44), (2.0, -3.0, 2.5), id="3d"),
+        pytest.param((72, 60), (4.0, -3.0), id="2d"),
+        pytest.param((31, 37, 29), (1.5, 1.5, -1.5), id="odd"),
+    ],
+)
+def test_recovers_a_known_displacement(shape, amplitude):
+    fixed, moving, truth = pair(shape, amplitude)
+    result = register(fixed, moving, **QUICK)
+    before = error(torch.zeros_like(truth), truth)
+    after = error(result.displacement, truth)
+    assert after < 0.2 * before, f"{before:.3f} -> {after:.3f}"
+    assert metrics.folding(result.displacement) == 0
+
+
+def test_direction_is_backward():
+    """fixed(p) = moving(p + u): content that lies 3 voxels further along x in moving has u_x = +3."""
+    wide = texture((32, 32, 42))
+    moving, fixed = wide[..., 2:-2][..., :38], wide[..., 5:-2][..., :35]
+    moving, fixed = moving[..., :35], fixed
+    u = register(fixed, moving, **QUICK).displacement[0]
+    inner = (slice(8, -8),) * 3
+    assert u[2][inner].mean() == pytest.approx(3.0, abs=0.3)
+    assert u[0][inner].abs().mean() < 0.3
+    assert u[1][inner].abs().mean() < 0.3
+
+
+def test_result_fields():
+    fixed, moving, _ = pair((32, 30, 34), (1.0, 1.0, 1.0), channels=2)
+    result = register(fixed, moving, spacing=(2.0, 1.0, 1.0), **QUICK)
+    assert result.displacement.shape == (1, 3, 32, 30, 34)
+    assert result.displacement.dtype == result.moved.dtype == torch.float32
+    assert not result.displacement.requires_grad
+    assert torch.equal(result.moved, fastreg.warp(moving, result.displacement))
+    assert result.seconds > 0
+    finest = result.levels[-1]
+    assert tuple(finest["shape"]) == (32, 30, 34)
+    assert finest["spacing_mm"] == pytest.approx((2.0, 1.0, 1.0))
+    for level in result.levels:
+        assert set(level) == {
+            "shape", "spacing_mm", "iterations", "loss_first", "loss_last", "similarity", "regularity", "seconds",
+        }  # fmt: skip
+        assert level["loss_last"] <= level["loss_first"]
+    json.dumps(dataclasses.asdict(result)["levels"])
+
+
+def test_inputs_are_left_alone_and_runs_repeat():
+    fixed, moving, _ = pair((28, 30, 26), (1.0, -1.0, 1.0))
+    copies = fixed.clone(), moving.clone()
+    a = register(fixed, moving, **QUICK)
+    b = register(fixed, moving, **QUICK)
+    assert torch.equal(fixed, copies[0])
+    assert torch.equal(moving, copies[1])
+    assert torch.allclose(a.displacement, b.displacement, atol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1e-4, 0.0), (1e4, -1000.0), (1.0, 1e4)])
+def test_intensity_scale_does_not_matter(factor, offset):
+    fixed, moving, truth = pair((32, 30, 28), (1.5, -1.5, 1.0))
+    plain = register(fixed, moving, **QUICK).displacement
+    other = register(fixed * 3, moving * factor + offset, **QUICK).displacement
+    # the offset of 1e4 costs fp32 some digits of the image itself
+    assert (plain - other).abs().max() < 0.05
+    assert error(other, truth) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.float64, torch.float16])
+def test_dtypes(dtype):
+    fixed, moving, truth = pair((32, 30, 28), (1.5, -1.5, 1.0))
+    low, high = moving.min(), moving.max()
+    fixed, moving = (((i - low) / (high - low) * 200).clamp(0, 255).to(dtype) for i in (fixed, moving))
+    result = register(fixed, moving, **QUICK)
+    assert result.displacement.dtype == torch.float32
+    assert error(result.displacement, truth) < 0.35
+
+
+@pytest.mark.parametrize("constant", ["fixed", "moving", "both"])
+def test_constant_images_do_not_move(constant):
+    image = texture((26, 24, 28))
+    flat = torch.full_like(image, 37.0)
+    fixed = flat if constant != "moving" else image
+    moving = flat if constant != "fixed" else image
+    result = register(fixed, moving, iterations=5)
+    assert (result.displacement == 0).all()
+    assert torch.isfinite(result.moved).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 36), (40, 1, 36), (30, 32, 1), (1, 1, 40), (1, 1, 1), (1, 40), (2, 3, 2)])
+def test_thin_images(shape):
+    fixed, moving = texture(shape, seed=1), texture(shape, seed=2)
+    result = register(fixed, moving, iterations=6)
+    assert torch.isfinite(result.displacement).all()
+    assert result.displacement.shape == (1, len(shape), *shape)
+
+
+def test_a_single_slice_registers_like_2d():
+    fixed, moving, truth = pair((60, 56), (3.0, -2.0))
+    flat = register(fixed, moving, **QUICK).displacement
+    thin = register(fixed[:, :, None], moving[:, :, None], **QUICK).displacement
+    assert error(flat, truth) < 0.3
+    assert error(thin[:, 1:, 0], truth) < 0.3
+    assert thin[:, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_anisotropic_voxels(axis):
+    """10 : 1; the thick axis is never the one that is halved."""
+    shape, spacing = [48, 48, 48], [1.0, 1.0, 1.0]
+    shape[axis], spacing[axis] = 10, 10.0
+    amplitude = [2.0, 2.0, 2.0]
+    amplitude[axis] = 0.4
+    fixed, moving, truth = pair(tuple(shape), amplitude, grain=3)
+    result = register(fixed, moving, spacing=spacing, **QUICK)
+    before = error(torch.zeros_like(truth), truth)
+    assert error(result.displacement, truth) < 0.4 * before
+    assert metrics.folding(result.displacement) < 1e-3
+    assert {level["shape"][axis] for level in result.levels} == {10}
+
+
+def test_pyramid_makes_voxels_isotropic():
+    for shape, spacing in (((84, 155, 239), (2.5, 0.97, 0.97)), ((20, 256, 256), (10.0, 1.0, 1.0))):
+        shapes = _pyramid(shape, spacing, None)
+        assert shapes[-1] == shape
+        coarse = [s * (n - 1) / (c - 1) for s, n, c in zip(spacing, shape, shapes[0], strict=True)]
+        assert max(coarse) / min(coarse) < 1.6
+        assert all(min(s) >= 12 for s in shapes)
+    assert _pyramid((10, 11, 1), (1.0, 1.0, 1.0), None) == [(10, 11, 1)]
+    assert len(_pyramid((64, 64, 64), (1.0, 1.0, 1.0), 2)) == 2
+    assert _control_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
+
+
+def test_levels_and_iterations():
+    fixed, moving, _ = pair((48, 50, 52), (1.0, 1.0, 1.0))
+    calls = []
+    result = register(
+        fixed, moving, levels=2, iterations=(4, 3), progress=lambda *a: calls.append(a)
+    )
+    assert [level["iterations"] for level in result.levels] == [4, 3]
+    assert [c[:4] for c in calls] == [(0, 2, i, 4) for i in range(4)] + [(1, 2, i, 3) for i in range(3)]
+    assert all(isinstance(c[4], float) for c in calls)
+    # three levels: the first number serves the two coarser ones
+    counts = [level["iterations"] for level in register(fixed, moving, iterations=(2, 1)).levels]
+    assert counts == [2, 2, 1]
+    nothing = register(fixed, moving, iterations=0)
+    assert (nothing.displacement == 0).all()
+
+
+def test_flat_loss_ends_a_level():
+    image = texture((32, 32, 32))
+    result = register(image, image, levels=1, iterations=500)
+    assert result.levels[0]["iterations"] < 100
+    assert result.displacement.abs().max() < 0.05
+
+
+def test_mask_hides_what_must_not_count():
+    """A bright block that moves the wrong way: with it masked out, the rest is found as if it were not there."""
+    fixed, moving, truth = pair((40, 40, 40), (2.0, 2.0, 2.0))
+    fixed, moving = fixed.clone(), moving.clone()
+    fixed[..., 14:22, 14:26, 14:26] += 12
+    moving[..., 18:26, 14:26, 14:26] += 12
+    mask = torch.ones_like(fixed)
+    mask[..., 9:27, 9:31, 9:31] = 0
+    seen = register(fixed, moving, **QUICK).displacement
+    hidden = register(fixed, moving, mask=mask, **QUICK).displacement
+    ring = mask.bool().expand_as(truth)
+
+    def wrong(u):
+        return (u - truth)[ring].square().mean().sqrt()
+
+    assert wrong(hidden) < 0.7 * wrong(seen)
+    everywhere = register(fixed, moving, mask=torch.ones_like(mask), **QUICK).displacement
+    assert (everywhere - seen).abs().max() < 1e-2
+
+
+def test_stiffer_is_smoother():
+    fixed, moving, _ = pair((36, 36, 36), (2.0, -2.0, 2.0))
+    moving = moving + 0.3 * texture((36, 36, 36), seed=5)
+    strain = [
+        float(fastreg.diffusion(register(fixed, moving, regularization=r, **QUICK).displacement))
+        for r in (0.1, 1.0, 10.0)
+    ]
+    assert strain[0] > strain[1] > strain[2]
+
+
+def test_units_are_millimetres():
+    """Voxels of half the size with half the smoothing: the same registration, in voxels."""
+    fixed, moving, _ = pair((34, 32, 36), (1.5, -1.0, 1.0))
+    a = register(fixed, moving, spacing=1.0, smoothing=2.0, **QUICK).displacement
+    b = register(fixed, moving, spacing=0.5, smoothing=1.0, **QUICK).displacement
+    assert (a - b).abs().max() < 1e-3
+
+
+def test_relax_removes_folds_and_nothing_else():
+    u = torch.zeros(1, 3, 24, 24, 24)
+    assert torch.equal(_relax(u), u)
+    u[0, 0, 10:13] = torch.tensor([3.0, 0.0, -3.0])[:, None, None]
+    assert metrics.folding(u) > 0
+    relaxed = _relax(u)
+    assert metrics.folding(relaxed) == 0
+    assert torch.equal(relaxed[:, :, :4], u[:, :, :4])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_callers_grad_mode_does_not_matter(mode):
+    fixed, moving, _ = pair((28, 26, 30), (1.0, 1.0, 1.0))
+    plain = register(fixed, moving, mask=torch.ones_like(fixed), **QUICK).displacement
+    with mode():
+        inside = register(fixed * 1, moving * 1, mask=torch.ones_like(fixed), **QUICK).displacement
+    assert torch.allclose(plain, inside, atol=1e-4)
+
+
+def test_ctrl_c_gets_through():
+    fixed, moving, _ = pair((26, 26, 26), (1.0, 1.0, 1.0))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        register(fixed, moving, progress=interrupt)
+
+
+IMAGE = torch.rand(1, 1, 8, 8, 8)
+NAN = IMAGE.clone()
+NAN[0, 0, 1, 2, 3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "arguments", "options"),
+    [
+        (TypeError, "fixed must be a tensor, got ndarray", (IMAGE.numpy(), IMAGE), {}),
+        (TypeError, "moving must have a real dtype", (IMAGE, IMAGE > 0.5), {}),
+        (ValueError, r"fixed must have shape .*got \(8, 8, 8\)", (IMAGE[0, 0], IMAGE), {}),
+        (ValueError, r"fixed must have shape .*got \(2, 1, 8, 8, 8\)", (IMAGE.repeat(2, 1, 1, 1, 1), IMAGE), {}),
+        (ValueError, "fixed must not be empty", (IMAGE[..., :0], IMAGE[..., :0]), {}),
+        (ValueError, r"moving must have the shape \(1, 1, 8, 8, 8\) of fixed", (IMAGE, IMAGE[..., :7]), {}),
+        (ValueError, "moving must be finite, got 1 NaN or infinite value", (IMAGE, NAN), {}),
+        (ValueError, "spacing must be above 0", (IMAGE, IMAGE), {"spacing": 0.0}),
+        (ValueError, "spacing must be above 0", (IMAGE, IMAGE), {"spacing": (1.0, -1.0, 1.0)}),
+        (ValueError, "spacing must be a number or 3 of them, got 2", (IMAGE, IMAGE), {"spacing": (1.0, 1.0)}),
+        (TypeError, "spacing must be a number or 3 of them", (IMAGE, IMAGE), {"spacing": "wide"}),
+        (ValueError, "spacing must be above 0", (IMAGE, IMAGE), {"spacing": float("nan")}),
+        (ValueError, "mask must have shape", (IMAGE, IMAGE), {"mask": IMAGE[..., :7]}),
+        (ValueError, "mask must be at least 0", (IMAGE, IMAGE), {"mask": -IMAGE}),
+        (ValueError, "mask must be finite", (IMAGE, IMAGE), {"mask": NAN}),
+        (ValueError, "window must be odd, got 6", (IMAGE, IMAGE), {"window": 6}),
+        (TypeError, "window must be a whole number", (IMAGE, IMAGE), {"window": 7.0}),
+        (ValueError, "regularization must be at least 0", (IMAGE, IMAGE), {"regularization": -1.0}),
+        (ValueError, "smoothing must be at least 0", (IMAGE, IMAGE), {"smoothing": -1.0}),
+        (ValueError, "levels must be at least 1", (IMAGE, IMAGE), {"levels": 0}),
+        (ValueError, "iterations must be at least 0", (IMAGE, IMAGE), {"iterations": -1}),
+        (ValueError, "iterations must hold at least one number", (IMAGE, IMAGE), {"iterations": ()}),
+        (TypeError, "iterations must be a whole number", (IMAGE, IMAGE), {"iterations": (10, 2.5)}),
+        (ValueError, "learning_rate must be above 0", (IMAGE, IMAGE), {"learning_rate": 0.0}),
+        (TypeError, "progress must be callable", (IMAGE, IMAGE), {"progress": 3}),
+    ],
+)
+def test_errors(kind, match, arguments, options):
+    with pytest.raises(kind, match=f"fastreg::register: {match}"):
+        register(*arguments, **options)
