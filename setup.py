@@ -44,6 +44,9 @@ class BuildKernels(build_ext):
         def compile_one(job):
             source, isa = job
             out = Path(self.build_temp) / (isa or "bindings")
+            done = out / Path(source).with_suffix(".o")
+            if done.exists() and done.stat().st_mtime > max(os.path.getmtime(f) for f in [source, *headers]):
+                return [str(done)]
             # `pass_` names what this compilation is: the bindings, or the kernels of one instruction set.
             pass_ = [("FASTREG_ISA", isa)] if isa else []
             flags = [*common, *(ISAS[isa] if isa else [])]
@@ -52,6 +55,9 @@ class BuildKernels(build_ext):
                 extra_postargs=flags,
             )
 
+        # Options change what an object holds, so each combination has its own folder.
+        self.build_temp = os.path.join(self.build_temp, "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release")
+        headers = [str(ROOT / "setup.py"), torch.__file__, *map(str, (ROOT / "csrc").rglob("*.h"))]
         kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
         jobs = [(s, None) for s in ["csrc/module.cpp", *kernels]] + [(s, isa) for isa in ISAS for s in kernels]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

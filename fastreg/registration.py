@@ -26,6 +26,8 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _SHORTEST = 12  # voxels an axis must keep to be halved once more
 _NOISE = 3e-2  # standard deviation, in units of the image's range, below which structure counts as noise
 _LEAST_JACOBIAN = 0.05
+_DENOM="clamp"
+_EPS=1e-8
 _FLAT = 1e-4  # a level ends when ten iterations gain less than this share of its loss
 
 
@@ -112,17 +114,18 @@ def _pyramid(shape, spacing, levels):
     """Shapes, coarse to fine. A step doubles the smallest spacing and leaves axes about as coarse."""
     shapes = [tuple(shape)]
     spacing = list(spacing)
-    while levels is None or len(shapes) < levels:
+    # an axis that starts out short is a stack of thick slices, or thin: it stays, and does not hold the others up
+    follow = [a for a in range(len(shape)) if shape[a] >= 2 * _SHORTEST]
+    while follow and (levels is None or len(shapes) < levels):
         size = list(shapes[-1])
-        free = [a for a in range(len(size)) if size[a] >= 2 * _SHORTEST]
-        if not free:
+        target = 2.0 * min(spacing[a] for a in follow)
+        halved = [a for a in follow if spacing[a] < target / 1.4]
+        if any(size[a] < 2 * _SHORTEST for a in halved):
             break
-        target = 2.0 * min(spacing[a] for a in free)
-        for a in free:
-            if spacing[a] < target / 1.4:
-                n = max(_SHORTEST, round((size[a] - 1) * spacing[a] / target) + 1)
-                spacing[a] *= (size[a] - 1) / (n - 1)
-                size[a] = n
+        for a in halved:
+            n = round((size[a] - 1) * spacing[a] / target) + 1
+            spacing[a] *= (size[a] - 1) / (n - 1)
+            size[a] = n
         shapes.append(tuple(size))
     return shapes[::-1]
 
@@ -174,7 +177,7 @@ class _Level:
         # each variance gets a noise floor; they are sums, hence times the window's volume
         floor = _NOISE**2 * math.prod(min(self.window, n) for n in self.fixed.shape[2:])
         similarity = ops.lcc_loss(self.fixed, moved, self.window, mask=self.mask, padding="valid",
-                                  smooth_dr=floor, denominator="each")
+                                  smooth_dr=floor, denominator=_DENOM)
         regularity = ops.diffusion(control, spacing=self.spacing)
         return similarity + self.regularization * regularity, similarity, regularity
 
@@ -182,7 +185,7 @@ class _Level:
         """One step of the descent; returns (loss, similarity, regularity) from before it, detached."""
         optimizer.zero_grad()
         terms = self.objective(parameter, ops)
-        terms[0].backward()
+        (terms[0] * (parameter.numel() / parameter.shape[1])).backward()
         optimizer.step()
         return tuple(t.detach() for t in terms)
 
@@ -214,7 +217,7 @@ def _level(images, shape, spacing, displacement, width, window, regularization):
 
 
 def _optimizer(parameter, learning_rate):
-    return torch.optim.Adam([parameter], lr=learning_rate, fused=True)
+    return torch.optim.Adam([parameter], lr=learning_rate, eps=_EPS, fused=True)
 
 
 def _relax(u, rounds=60):

@@ -89,7 +89,8 @@ def test_nan_reaches_its_neighbours_and_its_sample(norm):
     assert losses.isnan().tolist() == [False, True]
     grad = torch.autograd.grad(losses.sum(), u)[0]
     expected = [[1, 0, y, x] for y, x in ((2, 12), (3, 11), (3, 12), (3, 13), (4, 12))]
-    assert grad.isnan().nonzero().tolist() == expected
+    # As in torch.abs, l1 has slope 0 at NaN.
+    assert grad.isnan().nonzero().tolist() == (expected if norm == "l2" else [])
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -15,14 +15,14 @@ FASTREG_HD V penalty(V d) {
     return d < 0 ? -d : d;
 }
 
-// d penalty / dd; 0 at a difference of 0, NaN at NaN.
+// d penalty / dd. l1: 0 at 0, and at NaN as in torch.abs (the loss says NaN already).
 template <Norm norm, class V>
 FASTREG_HD V penalty_slope(V d) {
   const V one = V{} + 1;
   if constexpr (norm == Norm::l2)
     return d + d;
   else
-    return d > 0 ? one : d < 0 ? -one : d;
+    return d > 0 ? one : d < 0 ? -one : V{};
 }
 
 }  // namespace fastreg

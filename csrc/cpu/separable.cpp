@@ -79,16 +79,16 @@ template <class A>
 class AlongX {
  public:
   explicit AlongX(const AxisMatrix& m) : weights_(m), taps_(m.widest) {
-    bool pairs = m.plain_end <= m.plain_begin;
-    for (int64_t i = 0; i < m.n_out; ++i) pairs = pairs && (weights_.count(i) == 1 || weights_.count(i) == 2);
-    if (!pairs) return;
-    // One or two weights a row (interpolation): a gather.
+    if (m.widest > 2 || m.plain_end > m.plain_begin) return;
+    // At most two weights a row (interpolation): a pair of loads. A weight of 0 must not pass on what is not
+    // finite.
+    near_.resize(m.n_out), far_.resize(m.n_out);
     for (int64_t i = 0; i < m.n_out; ++i) {
-      const bool two = weights_.count(i) == 2;
-      low_.push_back(int32_t(m.first[i]));
-      high_.push_back(int32_t(m.first[i] + two));
-      low_weight_.push_back(weights_.at(i)[0]);
-      high_weight_.push_back(two ? weights_.at(i)[1] : A(0));
+      const int64_t count = weights_.count(i), first = std::min(m.first[i], m.n_in - 1);
+      low_.push_back(first);
+      high_.push_back(std::min(first + 1, m.n_in - 1));
+      low_weight_.push_back(count > 0 ? weights_.at(i)[0] : A(0));
+      high_weight_.push_back(count > 1 ? weights_.at(i)[1] : A(0));
     }
   }
 
@@ -96,12 +96,17 @@ class AlongX {
   void apply(const A* line, T* out) {
     const AxisMatrix& m = weights_.axis;
     if (!low_.empty()) {
-      const int32_t *low = low_.data(), *high = high_.data();
-      const A *w = low_weight_.data(), *v = high_weight_.data();
       for (int64_t x = 0; x < m.n_out; ++x) {
-        const A near = line[low[x]] * w[x], far = line[high[x]] * v[x];
-        store(out[x], v[x] == A(0) ? near : near + far);
+        near_[x] = line[low_[x]];
+        far_[x] = line[high_[x]];
       }
+      cover_x<A>(0, m.n_out, [&](auto v, int64_t x) {
+        using V = decltype(v);
+        const V w = load_as<V>(low_weight_.data() + x), u = load_as<V>(high_weight_.data() + x);
+        const V near = w != 0 ? w * load_as<V>(near_.data() + x) : V{};
+        const V far = u != 0 ? u * load_as<V>(far_.data() + x) : V{};
+        store_as<V>(out + x, near + far);
+      });
       return;
     }
     const bool plain = m.plain_end > m.plain_begin;
@@ -123,8 +128,8 @@ class AlongX {
 
   Weights<A> weights_;
   std::vector<const A*> taps_;
-  std::vector<int32_t> low_, high_;
-  std::vector<A> low_weight_, high_weight_;
+  std::vector<int64_t> low_, high_;
+  std::vector<A> low_weight_, high_weight_, near_, far_;
 };
 
 // One pass over memory: rows are combined along z into a ring of the rows that the filter along y needs,

@@ -1,6 +1,7 @@
-from fastreg.ops.displacement import resize_displacement, smooth
+from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.lcc_loss import lcc_loss
+from fastreg.ops.mse_loss import mse_loss
 from fastreg.ops.regularizers import diffusion
 from fastreg.ops.warp import warp
 
-__all__ = ["diffusion", "lcc_loss", "resize_displacement", "smooth", "warp"]
+__all__ = ["diffusion", "jacobian_determinant", "lcc_loss", "mse_loss", "resize_displacement", "smooth", "warp"]

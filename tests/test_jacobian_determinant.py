@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import torch
+from common import DTYPES, assert_close, check_against_reference, layouts
+
+import fastreg
+from fastreg.ops.displacement import jacobian_determinant_ref
+
+SHAPES = [
+    pytest.param((2, 3, 5, 6, 7), id="n2d5h6w7"),
+    pytest.param((1, 3, 4, 3, 70), id="n1d4h3w70"),
+    pytest.param((3, 2, 9, 67), id="n3h9w67"),
+    pytest.param((2, 3, 2, 1, 3), id="short-axes"),
+    pytest.param((1, 2, 20, 2), id="two-columns"),
+]
+
+
+def make(shape, dtype=torch.float64, amplitude=0.1):
+    """Determinants around 1, far from 0 where relative errors have no meaning."""
+    return (amplitude * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def affine(matrix, shape):
+    """u(p) = (A - I) p."""
+    steps = torch.stack(
+        torch.meshgrid(*[torch.arange(s, dtype=torch.float64) for s in shape], indexing="ij")
+    ).flatten(1)
+    return ((matrix - torch.eye(len(shape), dtype=torch.float64)) @ steps).view(1, -1, *shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_reference(shape, dtype):
+    u = make(shape, dtype)
+    assert fastreg.jacobian_determinant(u).dtype == torch.promote_types(dtype, torch.float32)
+    check_against_reference(fastreg.jacobian_determinant, jacobian_determinant_ref, (u,))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_numpy_gradient(shape):
+    u = make(shape, amplitude=2.0).detach()
+    nd = u.shape[1]
+    jacobian = np.zeros((shape[0], *shape[2:], nd, nd))
+    for c in range(nd):
+        for k in range(nd):
+            if shape[k + 2] > 1:
+                jacobian[..., c, k] = np.gradient(u[:, c].numpy(), axis=k + 1)
+    expected = torch.from_numpy(np.linalg.det(jacobian + np.eye(nd))).unsqueeze(1)
+    for out in (fastreg.jacobian_determinant(u), jacobian_determinant_ref(u)):
+        assert_close(out, expected, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 19), (7, 21)])
+def test_affine_map_has_the_determinant_of_its_matrix(shape):
+    for seed in range(4):
+        matrix = torch.randn(
+            len(shape), len(shape), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        out = fastreg.jacobian_determinant(affine(matrix, shape))
+        assert_close(out, torch.linalg.det(matrix).expand(out.shape), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constant_displacement(dtype):
+    u = torch.full((1, 3, 4, 5, 19), 1234.5).to(dtype).requires_grad_()
+    out = fastreg.jacobian_determinant(u)
+    assert out.eq(1).all()
+    assert torch.autograd.grad(out.sum(), u)[0].isfinite().all()
+
+
+def test_one_voxel_has_determinant_one():
+    u = torch.full((2, 3, 1, 1, 1), 7.0, requires_grad=True)
+    out = fastreg.jacobian_determinant(u)
+    assert out.eq(1).all()
+    assert torch.autograd.grad(out.sum(), u)[0].eq(0).all()
+
+
+def test_nan_reaches_its_differences_only():
+    u = make((1, 2, 7, 30), torch.float32)
+    with torch.no_grad():
+        u[0, 0, 3, 12] = float("nan")
+    out = fastreg.jacobian_determinant(u)
+    expected = [[0, 0, y, x] for y, x in ((2, 12), (3, 11), (3, 13), (4, 12))]
+    assert out.isnan().nonzero().tolist() == expected
+    truth = jacobian_determinant_ref(u.double())
+    grad, truth_grad = (torch.autograd.grad(o.sum(), u)[0] for o in (out, truth))
+    assert_close(grad, truth_grad, floor=0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 3), (1, 2, 3, 5), (1, 3, 2, 1, 4)])
+def test_gradcheck(shape):
+    assert torch.autograd.gradcheck(fastreg.jacobian_determinant, make(shape, amplitude=1.0))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
+def test_layouts(shape):
+    u, grad = torch.randn(shape), torch.randn(shape)[:, :1]
+    plain = u.clone().requires_grad_()
+    expected = fastreg.jacobian_determinant(plain)
+    (expected_grad,) = torch.autograd.grad(expected, plain, grad)
+    for name in layouts(u):
+        t = layouts(u)[name].requires_grad_()
+        out = fastreg.jacobian_determinant(t)
+        assert torch.equal(out, expected), name
+        assert torch.equal(torch.autograd.grad(out, t, layouts(grad)[name])[0], expected_grad), name
+
+
+def test_deterministic():
+    u, grad = torch.randn(2, 3, 9, 10, 70, requires_grad=True), torch.randn(2, 1, 9, 10, 70)
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        out = fastreg.jacobian_determinant(u)
+        results.append((out, *torch.autograd.grad(out, u, grad)))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (1, 2, 0, 4)])
+def test_empty(shape):
+    u = torch.zeros(shape, requires_grad=True)
+    out = fastreg.jacobian_determinant(u)
+    assert out.shape == (shape[0], 1, *shape[2:])
+    assert torch.autograd.grad(out.sum(), u)[0].shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    u = make((2, 3, 4, 5, 6), dtype)
+    torch.library.opcheck(torch.ops.fastreg.jacobian_determinant.default, (u,))
+    grad = torch.rand_like(fastreg.jacobian_determinant(u).detach())
+    torch.library.opcheck(torch.ops.fastreg.jacobian_determinant_bwd.default, (grad, u.detach()))
+
+
+def test_compile():
+    def step(u):
+        return fastreg.jacobian_determinant(2 * u).square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
+        u = make(shape, torch.float32)
+        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
+
+
+def test_vmap():
+    u = torch.randn(4, 2, 2, 5, 6)
+    out = torch.vmap(fastreg.jacobian_determinant, in_dims=1)(u.movedim(0, 1))
+    assert torch.equal(out, torch.stack([fastreg.jacobian_determinant(t) for t in u]))
+
+
+def test_double_backward_raises():
+    u = make((1, 2, 4, 5))
+    (grad,) = torch.autograd.grad(fastreg.jacobian_determinant(u).sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="fastreg::jacobian_determinant: double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_transforms_without_a_derivative_raise():
+    with pytest.raises(RuntimeError, match=r"fastreg::jacobian_determinant: torch\.func\.grad"):
+        torch.func.grad(lambda u: fastreg.jacobian_determinant(u).sum())(torch.rand(1, 2, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "u"),
+    [
+        (TypeError, "u must be fp64, fp32, fp16 or bf16, got torch.int64", torch.zeros(1, 2, 4, 5).long()),
+        (TypeError, "u must be a tensor, got list", [[0.0]]),
+        (
+            ValueError,
+            r"u must have shape \(N, 3, D, H, W\), got \(1, 2, 3, 4, 5\)",
+            torch.zeros(1, 2, 3, 4, 5),
+        ),
+    ],
+)
+def test_errors(error, match, u):
+    with pytest.raises(error, match=f"fastreg::jacobian_determinant: {match}"):
+        fastreg.jacobian_determinant(u)

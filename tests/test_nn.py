@@ -1,0 +1,105 @@
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import fastreg
+from fastreg import nn
+
+FIXED, MOVED = torch.rand(2, 1, 6, 7, 8), torch.rand(2, 1, 6, 7, 8)
+MASK, U = torch.rand(2, 1, 6, 7, 8), torch.randn(2, 3, 6, 7, 8)
+CASES = [
+    pytest.param(nn.Warp(), fastreg.warp, (MOVED, U), {}, id="warp"),
+    pytest.param(
+        nn.Warp(mode="nearest", padding="border"),
+        fastreg.warp,
+        (MOVED, U),
+        {"mode": "nearest", "padding": "border"},
+        id="warp-options",
+    ),
+    pytest.param(
+        nn.ResizeDisplacement((3, 9, 4)), fastreg.resize_displacement, (U, (3, 9, 4)), {}, id="resize"
+    ),
+    pytest.param(
+        nn.ResizeDisplacement((3, 9, 4), align_corners=False, scale=2),
+        fastreg.resize_displacement,
+        (U, (3, 9, 4)),
+        {"align_corners": False, "scale": 2},
+        id="resize-options",
+    ),
+    pytest.param(nn.Smooth(1.5), fastreg.smooth, (U, 1.5), {}, id="smooth"),
+    pytest.param(
+        nn.Smooth(sigma=0.5, padding="zeros"),
+        fastreg.smooth,
+        (U, 0.5),
+        {"padding": "zeros"},
+        id="smooth-options",
+    ),
+    pytest.param(nn.LCCLoss(), fastreg.lcc_loss, (FIXED, MOVED), {}, id="lcc"),
+    pytest.param(
+        nn.LCCLoss(5, reduction="none"),
+        fastreg.lcc_loss,
+        (FIXED, MOVED, 5),
+        {"reduction": "none"},
+        id="lcc-options",
+    ),
+    pytest.param(nn.MSELoss(), fastreg.mse_loss, (FIXED, MOVED), {}, id="mse"),
+    pytest.param(
+        nn.MSELoss(reduction="sum"), fastreg.mse_loss, (FIXED, MOVED), {"reduction": "sum"}, id="mse-sum"
+    ),
+    pytest.param(nn.Diffusion(), fastreg.diffusion, (U,), {}, id="diffusion"),
+    pytest.param(
+        nn.Diffusion(norm="l1", spacing=2.0),
+        fastreg.diffusion,
+        (U,),
+        {"norm": "l1", "spacing": 2.0},
+        id="diffusion-options",
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "function", "args", "options"), CASES)
+def test_is_the_function(module, function, args, options):
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    assert torch.equal(module(*tensors), function(*args, **options))
+    assert torch.equal(pickle.loads(pickle.dumps(module))(*tensors), function(*args, **options))
+
+
+@pytest.mark.parametrize(
+    ("module", "function"), [(nn.LCCLoss(5), fastreg.lcc_loss), (nn.MSELoss(), fastreg.mse_loss)]
+)
+def test_mask(module, function):
+    options = {"window": 5} if function is fastreg.lcc_loss else {}
+    expected = function(FIXED, MOVED, mask=MASK, **options)
+    assert not torch.equal(expected, function(FIXED, MOVED, **options))
+    assert torch.equal(module(FIXED, MOVED, MASK), expected)
+    assert torch.equal(module(FIXED, moved=MOVED, mask=MASK), expected)
+
+
+def test_every_module_has_a_case():
+    assert {type(case.values[0]).__name__ for case in CASES} == set(nn.__all__)
+
+
+def test_gradients_and_compile():
+    step = torch.nn.Sequential(nn.Smooth(0.8), nn.Diffusion())
+    u = U.clone().requires_grad_()
+    expected = torch.autograd.grad(fastreg.diffusion(fastreg.smooth(u, 0.8)), u)[0]
+    assert torch.equal(torch.autograd.grad(step(u), u)[0], expected)
+    assert torch.equal(torch.autograd.grad(torch.compile(step, fullgraph=True)(u), u)[0], expected)
+
+
+def test_signature_and_repr():
+    assert list(inspect.signature(nn.Smooth).parameters) == ["sigma", "padding", "truncate"]
+    assert repr(nn.Warp(padding="border")) == "Warp(padding='border')"
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pading'"):
+        nn.Warp(pading="border")
+    with pytest.raises(TypeError, match="missing a required argument: 'sigma'"):
+        nn.Smooth()
+    with pytest.raises(TypeError, match="Warp takes image, displacement, got 3 tensors"):
+        nn.Warp()(MOVED, U, U)
+    with pytest.raises(ValueError, match="fastreg::warp: padding must be"):
+        nn.Warp(padding="wrap")(MOVED, U)

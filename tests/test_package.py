@@ -1,0 +1,98 @@
+"""The package around the ops: loading, falling back, choosing instruction sets."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from common import COMPILED
+
+import fastreg
+from fastreg import _ext
+
+PACKAGE = Path(fastreg.__file__).parent
+
+
+def python(code, path=PACKAGE.parent, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTREG_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | {"PYTHONPATH": str(path)} | environment, capture_output=True, text=True
+    )
+
+
+def copy_without_extension(folder):
+    shutil.copytree(PACKAGE, folder / "fastreg", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return folder
+
+
+STEP = """
+import torch, fastreg
+torch.manual_seed(0)
+x, u = torch.rand(1, 2, 9, 10, 41, requires_grad=True), torch.randn(1, 3, 9, 10, 41, requires_grad=True)
+y = fastreg.warp(x, u)
+loss = fastreg.lcc_loss(x.detach(), y, 5) + fastreg.diffusion(u) + fastreg.mse_loss(x.detach(), y)
+loss = loss + fastreg.jacobian_determinant(fastreg.smooth(u, 1.0)).square().mean()
+loss = loss + fastreg.resize_displacement(u, (5, 12, 30)).square().mean()
+g = torch.autograd.grad(loss, (x, u))
+print(loss.item(), *(t.double().sum().item() for t in g), *(t.double().square().sum().item() for t in g))
+"""
+
+
+def test_works_without_an_extension_and_says_so_once(tmp_path):
+    path = copy_without_extension(tmp_path)
+    run = python(STEP, path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("UserWarning: fastreg: compiled extension not found") == 1
+    assert "pip install --no-build-isolation -e ." in run.stderr
+    silent = python("import fastreg; print(fastreg.backends()['warp']['cpu'])", path, FASTREG_REFERENCE="1")
+    assert silent.stderr == ""
+    assert silent.stdout == "PyTorch reference (extension not loaded: FASTREG_REFERENCE=1)\n"
+
+
+def test_a_broken_extension_is_reported_and_survived(tmp_path):
+    path = copy_without_extension(tmp_path)
+    (path / "fastreg" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    run = python(STEP, path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("UserWarning: fastreg: compiled extension failed to load under torch") == 1
+
+
+def test_every_op_has_an_implementation_on_every_device():
+    table = fastreg.backends()
+    assert {"warp", "warp_bwd", "lcc_loss", "lcc_map"} <= set(table)
+    for row in table.values():
+        assert set(row) == {"cpu", "cuda"}
+        assert row["cpu"].startswith("C++ (" if COMPILED else "PyTorch reference (extension")
+        assert row["cuda"] == "PyTorch reference (no kernel)"
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
+def test_instruction_sets_give_the_same_bits():
+    results = {isa: python(STEP, FASTREG_ISA=isa) for isa in _ext.build_info()["isa_available"]}
+    assert all(r.returncode == 0 and r.stderr == "" for r in results.values()), results
+    assert len({r.stdout for r in results.values()}) == 1, {k: r.stdout for k, r in results.items()}
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
+def test_reference_and_kernels_agree():
+    ours, theirs = (
+        [float(v) for v in python(STEP, **e).stdout.split()] for e in ({}, {"FASTREG_REFERENCE": "1"})
+    )
+    assert len(ours) == 5
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
+def test_an_instruction_set_the_machine_lacks_is_refused():
+    run = python("import fastreg; print(fastreg.backends()['warp']['cpu'])", FASTREG_ISA="sse9")
+    assert "FASTREG_ISA must name an instruction set of this machine, got sse9" in run.stderr
+    assert run.stdout.startswith("PyTorch reference (extension failed to load")
+
+
+def test_public_names_are_documented():
+    for name in fastreg.__all__:
+        if callable(getattr(fastreg, name)):
+            assert getattr(fastreg, name).__doc__, name
