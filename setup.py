@@ -34,7 +34,7 @@ class BuildKernels(build_ext):
         common = ["-std=c++20", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
         # No contraction to FMA: results are then the same bits on every instruction set and code path.
         common += ["-ffp-contract=off"]
-        common += ["-O0", "-g"] if debug else ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+        common += ["-O0", "-g"] if debug else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
         common += [*sanitize, "-g1"] if sanitize else []
         macros = [("TORCH_EXTENSION_NAME", "_C"), ("FASTREG_X86", str(int("avx2" in ISAS)))]
         macros += [("FASTREG_TORCH_VERSION", f'"{torch.__version__}"'), ("FASTREG_VERSION", f'"{VERSION}"')]

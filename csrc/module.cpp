@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
-#include <stdexcept>
 #include <string>
 
 #include "cpu/isa.h"
@@ -25,14 +24,16 @@ bool available(Isa isa) {
 #endif
 }
 
+const char* const kForced = std::getenv("FASTREG_ISA");
+
+bool forced(Isa isa) { return kForced && std::string(kForced) == kNames[int(isa)] && available(isa); }
+
 Isa choose() {
-  const char* forced = std::getenv("FASTREG_ISA");
-  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline}) {
-    std::string name = kNames[int(isa)];
-    if (forced && *forced ? name == forced && available(isa) : available(isa)) return isa;
-  }
-  throw std::runtime_error(std::string("FASTREG_ISA must name an instruction set of this machine, got ") +
-                           forced);
+  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::baseline})
+    if (forced(isa)) return isa;
+  for (Isa isa : {Isa::avx512, Isa::avx2})
+    if (available(isa)) return isa;
+  return Isa::baseline;
 }
 
 }  // namespace
@@ -46,7 +47,6 @@ Isa isa() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fastreg;
-  isa();  // a wrong FASTREG_ISA fails here, where fastreg._ext can report it
   m.def("build_info", [] {
     pybind11::list available_names;
     for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512})
@@ -56,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
     info["torch"] = FASTREG_TORCH_VERSION;
     info["compiler"] = __VERSION__;
     info["isa"] = kNames[int(isa())];
+    info["isa_refused"] = kForced && *kForced && !forced(isa()) ? kForced : "";
     info["isa_available"] = available_names;
     return info;
   });

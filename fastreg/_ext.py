@@ -29,6 +29,10 @@ def load():
         try:
             _state["info"] = importlib.import_module("fastreg._C").build_info()
             _state["extension"] = "loaded"
+            if refused := _state["info"].pop("isa_refused"):
+                has = ", ".join(_state["info"]["isa_available"])
+                message = f"fastreg: FASTREG_ISA={refused} is not of this machine ({has}): using {_state['info']['isa']}"
+                warnings.warn(message, stacklevel=3)
             return
         except Exception as error:
             _state["extension"] = f"failed to load: {error}"
@@ -95,8 +99,11 @@ def batched(*names):
 
 def grad_of(reference, inputs, grads):
     """Gradients of ``reference(*inputs)`` along ``grads``; inputs are tensors. Serves as ``<op>_bwd`` of the reference."""
-    output, vjp = torch.func.vjp(reference, *inputs)
-    return tuple(g.clone() for g in vjp(grads.to(output.dtype)))
+    # Python dispatch modes (opcheck's, say) mask out functorch's keys, and its wrapped tensors would reach the kernels.
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(*keys), torch.autocast(inputs[0].device.type, enabled=False):
+        output, vjp = torch.func.vjp(reference, *inputs)
+        return tuple(g.clone() for g in vjp(grads.to(output.dtype)))
 
 
 def backends():

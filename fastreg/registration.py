@@ -2,11 +2,11 @@
 
     minimise over u:  lcc_loss(fixed, warp(moving, u), padding="valid") + regularization * diffusion(u)
 
-with the diffusion in mm over mm. Each level sees the images at its own voxel size; its displacement lives on
-a grid twice as coarse, where regulariser, smoothing and optimiser cost an eighth, and is resized for the warp.
-A level starts from the one before and seeks an increment G * p (G a Gaussian): smoothing the parameter
-rather than the result also smooths the gradient, and Adam's per-voxel scaling cannot tear the field. After each level,
-places that fold are relaxed.
+with the diffusion in mm over mm. Each level sees the images at its own voxel size; its displacement lives on a
+grid twice as coarse, where regulariser, smoothing and optimiser cost an eighth, and is resized for the warp. A
+level starts from the one before and seeks an increment G * p (G a Gaussian): smoothing the parameter rather than
+the result also smooths the gradient, and Adam's per-voxel scaling cannot tear the field. After each level, places
+that fold are relaxed.
 """
 
 import functools
@@ -24,10 +24,11 @@ __all__ = ["Registration", "register"]
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _SHORTEST = 12  # voxels an axis must keep to be halved once more
-_NOISE = 3e-2  # standard deviation, in units of the image's range, below which structure counts as noise
+# Standard deviation, in units of the image's range, below which a window counts as noise. Clamped, because
+# an added floor would everywhere reward a displacement for raising the contrast of what it fetches.
+_NOISE = 3e-2
+_EPS = 1e-2  # gradients this small, each voxel's share of the loss being 1, do not earn Adam's full step
 _LEAST_JACOBIAN = 0.05
-_DENOM="clamp"
-_EPS=1e-8
 _FLAT = 1e-4  # a level ends when ten iterations gain less than this share of its loss
 
 
@@ -93,17 +94,19 @@ def _image(name, image):
     return image
 
 
-def _rescaled(image):
-    """Each channel with its 0.5 % and 99.5 % quantiles at 0 and 1; a constant channel is 0.
+def _rescaled(image, mask=None):
+    """Each channel with its 0.5 % and 99.5 % quantiles (where mask > 0) at 0 and 1; a constant channel is 0.
 
     LCC is invariant to this but for its noise floor, which has to know what a large difference is."""
     out = []
     for channel in image[0]:
-        sample = channel.flatten()
+        sample = channel.flatten() if mask is None else channel[mask[0, 0] > 0]
+        if sample.numel() == 0:
+            sample = channel.flatten()
         sample = sample[:: max(1, sample.numel() // 1_000_000)].double()
         low, high = torch.quantile(sample, sample.new_tensor([0.005, 0.995]))
         if not high > low:
-            low, high = channel.min().double(), channel.max().double()
+            low, high = sample.min(), sample.max()
         # in fp64, or a small range on a large offset would be rounded twice
         span = high - low
         out.append(((channel.double() - low) / span).float() if span > 0 else torch.zeros_like(channel))
@@ -114,7 +117,7 @@ def _pyramid(shape, spacing, levels):
     """Shapes, coarse to fine. A step doubles the smallest spacing and leaves axes about as coarse."""
     shapes = [tuple(shape)]
     spacing = list(spacing)
-    # an axis that starts out short is a stack of thick slices, or thin: it stays, and does not hold the others up
+    # an axis that starts out short (a stack of thick slices) stays, and does not hold the others up
     follow = [a for a in range(len(shape)) if shape[a] >= 2 * _SHORTEST]
     while follow and (levels is None or len(shapes) < levels):
         size = list(shapes[-1])
@@ -177,7 +180,7 @@ class _Level:
         # each variance gets a noise floor; they are sums, hence times the window's volume
         floor = _NOISE**2 * math.prod(min(self.window, n) for n in self.fixed.shape[2:])
         similarity = ops.lcc_loss(self.fixed, moved, self.window, mask=self.mask, padding="valid",
-                                  smooth_dr=floor, denominator=_DENOM)
+                                  smooth_dr=floor, denominator="clamp")
         regularity = ops.diffusion(control, spacing=self.spacing)
         return similarity + self.regularization * regularity, similarity, regularity
 
@@ -185,6 +188,7 @@ class _Level:
         """One step of the descent; returns (loss, similarity, regularity) from before it, detached."""
         optimizer.zero_grad()
         terms = self.objective(parameter, ops)
+        # as a sum over voxels: gradients, and so Adam's epsilon, then mean the same at every size
         (terms[0] * (parameter.numel() / parameter.shape[1])).backward()
         optimizer.step()
         return tuple(t.detach() for t in terms)
@@ -262,11 +266,11 @@ def register(
     *,
     spacing=1.0,
     mask=None,
-    window=7,
+    window=9,
     regularization=2.0,
     smoothing=None,
     levels=None,
-    iterations=(100, 100, 60, 40),
+    iterations=(100, 100, 60, 30),
     learning_rate=0.3,
     progress=None,
 ):
@@ -280,7 +284,7 @@ def register(
         regularization (float): weight of the mean squared strain (mm over mm).
         smoothing (float or None): standard deviation, mm, of the Gaussian on the finest level's updates;
             twice as wide at each coarser level. None: the spacing of each level's displacement grid.
-        levels (int or None): None: halved while axes keep 12 voxels. Thick axes are halved last.
+        levels (int or None): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
         iterations (int or sequence): at most, of every level or coarse to fine; where there are more levels
             than numbers the first serves the coarser ones, where fewer the first ones go unused. A flat
             loss ends a level.
@@ -329,7 +333,7 @@ def register(
     # The caller's no_grad, inference mode or autocast would each break the descent.
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-        images = (_rescaled(fixed), _rescaled(moving), None if mask is None else mask.clone())
+        images = (_rescaled(fixed, mask), _rescaled(moving), None if mask is None else mask.clone())
         records, displacement = [], torch.zeros(1, nd, *[1] * nd, device=fixed.device)
         for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)):
             begun = time.perf_counter()

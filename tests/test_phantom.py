@@ -66,10 +66,9 @@ def test_the_truth_explains_images_landmarks_and_labels(full):
     assert phantom.score(p, u)["tre_after"] < 0.05
 
     lungs = p.fixed_labels > 0
-    before = (p.moving - p.fixed)[lungs].square().mean()
     after = (fastreg.warp(p.moving, u, padding="border") - p.fixed)[lungs].square().mean()
-    # the lungs darken by 50 on breathing in, which no displacement explains
-    assert after < 0.1 * before
+    # what no displacement explains: lungs that darken by 50 on breathing in, and two noises of 18
+    assert after < 1.2 * (50**2 + 2 * 18**2)
 
     moved = fastreg.warp(p.moving_labels.float(), u, mode="nearest").to(torch.uint8)
     assert metrics.dice(p.fixed_labels, moved).mean > 0.97
@@ -93,7 +92,8 @@ def test_bad_shape(shape):
 def test_failures_names_every_goal():
     good = {"tre_before": 12.0, "tre_after": 1.0, "tre_wall": 2.0, "folding": 0.0, "seconds": 1.0}
     assert phantom.failures(good) == []
-    for name, value in (("tre_before", 5.0), ("tre_after", 2.0), ("tre_wall", 4.0), ("folding", 0.01), ("seconds", 90.0)):
+    limits = {"tre_before": 5.0, "tre_after": 2.0, "tre_wall": 4.0, "folding": 0.01, "seconds": 90.0}
+    for name, value in limits.items():
         for bad in (value, float("nan")):
             missed = phantom.failures({**good, name: bad})
             assert len(missed) == 1

@@ -130,8 +130,8 @@ struct Term {
 
 // du_c = sum over axes k of the transposed difference along k of grad * cofactor_ck. A gather: the cofactors
 // of column k do not differentiate along k, so those of the neighbour rows are recomputed rather than stored.
-// Bytes: reads nd + 1 volumes (rows again for two rings of neighbours, from cache), writes nd. Arithmetic: 2
-// nd - 1 columns of cofactors a voxel.
+// Bytes: reads nd + 1 volumes (rows again for two rings of neighbours, from cache), writes nd. Arithmetic:
+// the cofactors of five columns (2D: three) a voxel, which is what it waits for.
 template <class T, int ND>
 void bwd(const JacobianArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;

@@ -14,7 +14,7 @@ def floating(op, **tensors):
     """Real floating tensors on one device, outside the transforms through which ops have no derivative."""
     device = None
     for name, t in tensors.items():
-        if t is None:
+        if t is None and name == "mask":
             continue
         if not isinstance(t, torch.Tensor):
             fail(op, name, "be a tensor", type(t).__name__, TypeError)

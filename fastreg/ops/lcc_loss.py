@@ -171,9 +171,9 @@ def lcc_loss_ref(fixed, moved, mask, *options_and_needs):
     empty = fixed.new_zeros(0, dtype=dtype)
     if not (need_fixed or need_moved):
         return total(fixed, moved), empty, empty.clone()
-    loss, vjp = torch.func.vjp(total, fixed.to(dtype), moved.to(dtype))
-    grads = vjp(torch.ones_like(loss))
-    return loss, *(g.clone() if need else empty.clone() for g, need in zip(grads, (need_fixed, need_moved), strict=True))
+    loss = total(fixed, moved)
+    grads = _ext.grad_of(total, (fixed.to(dtype), moved.to(dtype)), torch.ones_like(loss))
+    return loss, *(g if need else empty.clone() for g, need in zip(grads, (need_fixed, need_moved), strict=True))
 
 
 def _map_fake(fixed, moved, mask, *options):
