@@ -2,11 +2,11 @@
 
     minimise over u:  lcc_loss(fixed, warp(moving, u), padding="valid") + regularization * diffusion(u)
 
-with the diffusion in mm over mm. Each level sees the images at its own voxel size; its displacement lives on a
-grid twice as coarse, where regulariser, smoothing and optimiser cost an eighth, and is resized for the warp. A
-level starts from the one before and seeks an increment G * p (G a Gaussian): smoothing the parameter rather than
-the result also smooths the gradient, and Adam's per-voxel scaling cannot tear the field. After each level, places
-that fold are relaxed.
+with the diffusion in mm over mm. Each level sees the images at its own voxel size; its displacement
+lives on a grid twice as coarse, where regulariser, smoothing and optimiser cost an eighth, and is
+resized for the warp. A level starts from the one before and seeks an increment G * p (G a Gaussian):
+smoothing the parameter rather than the result also smooths the gradient, and Adam's per-voxel scaling
+cannot tear the field. After each level, places that fold are relaxed.
 """
 
 import functools

@@ -1,0 +1,158 @@
+#pragma once
+// Rows of LCC: box sums along x, and the statistics of a line of windows. Included by lcc_loss.cpp once per
+// instruction set; the march over rows and planes, and why the sums are ordered as they are, stands there.
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/lcc_loss.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// Rows of doubles, 64-byte aligned, freed together.
+class Arena {
+ public:
+  double* rows(int64_t count, int64_t width) {
+    auto* p = static_cast<double*>(
+        ::operator new(size_t(std::max<int64_t>(count * width, 1)) * 8, std::align_val_t(64)));
+    blocks_.emplace_back(p);
+    return p;
+  }
+
+ private:
+  struct Free {
+    void operator()(double* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::vector<std::unique_ptr<double, Free>> blocks_;
+};
+
+void add(double* __restrict out, const double* __restrict in, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] += in[i];
+}
+void subtract(double* __restrict out, const double* __restrict in, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] -= in[i];
+}
+
+// out[i] = in[i] + ... + in[i + window - 1], never subtractive: partial sums of 4, 16, 64 ... samples, then
+// the base-4 digits of the window. in holds n + window - 1 values; spare is a row of partial sums. All rows
+// stay in L1.
+void box_row(const double* __restrict in, double* __restrict out, double* __restrict spare, int64_t n,
+             int64_t window) {
+  const int64_t total = n + window - 1;
+  int64_t span = 1, offset = 0;
+  bool first = true;
+  for (const double* partial = in;;) {
+    const int64_t digit = window / span % 4;
+    const double* p = partial + offset;
+    if (digit == 1 && first)
+      std::copy_n(p, n, out);
+    else if (digit == 1)
+      for (int64_t i = 0; i < n; ++i) out[i] += p[i];
+    else if (digit == 2 && first)
+      for (int64_t i = 0; i < n; ++i) out[i] = p[i] + p[i + span];
+    else if (digit == 2)
+      for (int64_t i = 0; i < n; ++i) out[i] += p[i] + p[i + span];
+    else if (digit == 3 && first)
+      for (int64_t i = 0; i < n; ++i) out[i] = p[i] + p[i + span] + p[i + 2 * span];
+    else if (digit == 3)
+      for (int64_t i = 0; i < n; ++i) out[i] += p[i] + p[i + span] + p[i + 2 * span];
+    first = first && digit == 0;
+    offset += digit * span;
+    if (4 * span > window) return;
+    const int64_t left = total - 4 * span + 1;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < left; ++i)
+      spare[i] = (partial[i] + partial[i + span]) + (partial[i + 2 * span] + partial[i + 3 * span]);
+    partial = spare;
+    span *= 4;
+  }
+}
+
+// Rows of a line of windows: their sums, what they weigh, the LCC and what they pass back.
+struct Line {
+  const double *f, *m, *ff, *mm, *fm;           // sums of shifted samples
+  const double *count, *inverse, *outside;      // n, 1 / n, weight of the padded samples
+  double *peak_f, *peak_m;                      // largest second moments since the sums were seeded
+  const double* upstream;                       // what d loss / d LCC is
+  double *value, *e, *a, *mean_f, *b, *mean_m;  // LCC; adjoint maps (see statistics)
+  double shift[2], to_reference[2];  // the sums' shift, and the shift less the gradient's reference
+  LccRule rule;
+};
+
+// LCC of a line and what its windows pass back to their samples:
+//   d LCC / d f_q = 2 a (f_q - f_mean) + e (m_q - m_mean), a = dLCC/dv, e = dLCC/dc, summed over the windows
+//   that hold q,
+// so the maps e, 2 a and 2 a f_mean + e m_mean (2 b and 2 b m_mean + e f_mean for the moved image) are
+// box-summed in turn.
+template <Denominator kDenominator, bool kSquared, bool kFixed, bool kMoved, bool kPadded>
+void statistics(const Line& l, int64_t begin, int64_t end) {
+  const double* __restrict f = l.f, * __restrict m = l.m, * __restrict ff = l.ff, * __restrict mm = l.mm, * __restrict fm = l.fm;
+  const double* __restrict count = l.count, * __restrict inverse = l.inverse, * __restrict outside = l.outside;
+  const double* __restrict up = l.upstream;
+  double* __restrict peak_f = l.peak_f, * __restrict peak_m = l.peak_m, * __restrict value = l.value, * __restrict e_map = l.e;
+  double* __restrict a_map = l.a, * __restrict f_map = l.mean_f, * __restrict b_map = l.b, * __restrict m_map = l.mean_m;
+  const double cf = l.shift[0], cm = l.shift[1], df = l.to_reference[0], dm = l.to_reference[1];
+  const double tau = l.rule.tau, nr = l.rule.smooth_nr, dr = l.rule.smooth_dr;
+#pragma GCC ivdep
+  for (int64_t x = begin; x < end; ++x) {
+    double s1 = f[x], t1 = m[x], s2 = ff[x], t2 = mm[x], st = fm[x];
+    if (kPadded) {
+      const double p = outside[x], pf = p * cf, pm = p * cm;
+      s1 -= pf, t1 -= pm, s2 += pf * cf, t2 += pm * cm, st += pf * cm;
+    }
+    const double f_mean = s1 * inverse[x], m_mean = t1 * inverse[x];
+    const double largest_f = s2 > peak_f[x] ? s2 : peak_f[x], largest_m = t2 > peak_m[x] ? t2 : peak_m[x];
+    peak_f[x] = largest_f, peak_m[x] = largest_m;
+    double v = s2 - s1 * f_mean, w = t2 - t1 * m_mean, c = st - s1 * m_mean;
+    const bool counted = count[x] >= 2.0;
+    const bool resolved = (v > tau * largest_f) & (w > tau * largest_m) & counted;
+    v = resolved ? v : 0.0, w = resolved ? w : 0.0, c = resolved ? c : 0.0;
+    const auto t = lcc_terms<kDenominator, kSquared>(v, w, c, nr, dr);
+    value[x] = counted ? t.value : 0.0;
+    if (kFixed || kMoved) {
+      const double g = resolved ? up[x] : 0.0, e = g * t.by_c, f_at = f_mean + df, m_at = m_mean + dm;
+      e_map[x] = e;
+      if (kFixed) {
+        const double a = 2.0 * g * t.by_v;
+        a_map[x] = a, f_map[x] = a * f_at + e * m_at;
+      }
+      if (kMoved) {
+        const double b = 2.0 * g * t.by_w;
+        b_map[x] = b, m_map[x] = b * m_at + e * f_at;
+      }
+    }
+  }
+}
+
+using Statistics = void (*)(const Line&, int64_t, int64_t);
+
+template <Denominator kDenominator, bool kSquared>
+Statistics statistics_for(bool fixed, bool moved, bool padded) {
+  constexpr Denominator d = kDenominator;
+  constexpr bool s = kSquared;
+  if (padded)
+    return fixed ? (moved ? statistics<d, s, true, true, true> : statistics<d, s, true, false, true>)
+                 : (moved ? statistics<d, s, false, true, true> : statistics<d, s, false, false, true>);
+  return fixed ? (moved ? statistics<d, s, true, true, false> : statistics<d, s, true, false, false>)
+               : (moved ? statistics<d, s, false, true, false> : statistics<d, s, false, false, false>);
+}
+
+Statistics statistics_for(Denominator denominator, bool squared, bool f, bool m, bool padded) {
+  switch (denominator) {
+    case Denominator::product:
+      return squared ? statistics_for<Denominator::product, true>(f, m, padded)
+                     : statistics_for<Denominator::product, false>(f, m, padded);
+    case Denominator::clamp:
+      return squared ? statistics_for<Denominator::clamp, true>(f, m, padded)
+                     : statistics_for<Denominator::clamp, false>(f, m, padded);
+    default:
+      return squared ? statistics_for<Denominator::each, true>(f, m, padded)
+                     : statistics_for<Denominator::each, false>(f, m, padded);
+  }
+}
+
+}  // namespace
+}  // namespace fastreg::FASTREG_ISA
