@@ -32,7 +32,7 @@ class BuildKernels(build_ext):
         debug = os.environ.get("DEBUG") == "1"
         sanitize = [f"-fsanitize={s}" for s in [os.environ.get("FASTREG_SANITIZE", "")] if s]
         common = ["-std=c++20", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-        # No contraction to FMA: results are then the same bits on every instruction set and code path.
+        # No contraction to FMA: a voxel is then the same bits on every code path and instruction set (sums may differ).
         common += ["-ffp-contract=off"]
         common += ["-O0", "-g"] if debug else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
         common += [*sanitize, "-g1"] if sanitize else []
@@ -51,21 +51,35 @@ class BuildKernels(build_ext):
             pass_ = [("FASTREG_ISA", isa)] if isa else []
             flags = [*common, *(ISAS[isa] if isa else [])]
             return self.compiler.compile(
-                [source], output_dir=str(out), macros=[*macros, *pass_], include_dirs=[*includes, *self.include_dirs],
+                [source],
+                output_dir=str(out),
+                macros=[*macros, *pass_],
+                include_dirs=[*includes, *self.include_dirs],
                 extra_postargs=flags,
             )
 
-        # Options change what an object holds, so each combination has its own folder.
-        self.build_temp = os.path.join(self.build_temp, "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release")
-        headers = [str(ROOT / "setup.py"), torch.__file__, *map(str, (ROOT / "csrc").rglob("*.h"))]
+        # Options and torch change what an object holds, so each combination has its own folder.
+        options = "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release"
+        self.build_temp = os.path.join(self.build_temp, options, torch.__version__)
+        headers = [
+            str(ROOT / "setup.py"),
+            str(ROOT / "fastreg" / "_version.py"),
+            *map(str, (ROOT / "csrc").rglob("*.h")),
+        ]
         kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-        jobs = [(s, None) for s in ["csrc/module.cpp", *kernels]] + [(s, isa) for isa in ISAS for s in kernels]
+        jobs = [(s, None) for s in ["csrc/module.cpp", *kernels]] + [
+            (s, isa) for isa in ISAS for s in kernels
+        ]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = [o for group in pool.map(compile_one, jobs) for o in group]
         # OpenMP symbols come from the runtime torch has loaded (no -lgomp): one thread pool for both.
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), library_dirs=library_paths(),
-            libraries=["c10", "torch", "torch_cpu", "torch_python"], extra_postargs=sanitize, target_lang="c++",
+            objects,
+            self.get_ext_fullpath(ext.name),
+            library_dirs=library_paths(),
+            libraries=["c10", "torch", "torch_cpu", "torch_python"],
+            extra_postargs=sanitize,
+            target_lang="c++",
         )
 
 

@@ -114,14 +114,18 @@ def backends():
     """
     names = {"CPU": "cpu", "CUDA": "cuda"}
     table = {}
-    for op in sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastreg::")):
+    for op in sorted(
+        n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastreg::")
+    ):
         row = {}
         for key, device in names.items():
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{op}", key):
                 row[device] = f"C++ ({build_info().get('isa')})" if key == "CPU" else "CUDA C++"
             elif key == "CPU":
                 compiled = _state["extension"] == "loaded"
-                row[device] = f"PyTorch reference ({'no kernel' if compiled else 'extension ' + _state['extension']})"
+                row[device] = (
+                    f"PyTorch reference ({'no kernel' if compiled else 'extension ' + _state['extension']})"
+                )
             else:
                 row[device] = "PyTorch reference (no kernel)"
         table[op] = row

@@ -179,8 +179,15 @@ class _Level:
         moved = ops.warp(self.moving, dense, padding="border")
         # each variance gets a noise floor; they are sums, hence times the window's volume
         floor = _NOISE**2 * math.prod(min(self.window, n) for n in self.fixed.shape[2:])
-        similarity = ops.lcc_loss(self.fixed, moved, self.window, mask=self.mask, padding="valid",
-                                  smooth_dr=floor, denominator="clamp")
+        similarity = ops.lcc_loss(
+            self.fixed,
+            moved,
+            self.window,
+            mask=self.mask,
+            padding="valid",
+            smooth_dr=floor,
+            denominator="clamp",
+        )
         regularity = ops.diffusion(control, spacing=self.spacing)
         return similarity + self.regularization * regularity, similarity, regularity
 

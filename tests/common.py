@@ -52,7 +52,9 @@ def check_against_reference(op, reference, inputs, tolerance=None):
     output, grads = gradients(op, inputs, weight)
     truth, truth_grads = gradients(reference, truth_inputs, weight.double())
     assert_close(output, truth, tolerance)
-    for grad, truth_grad, i in zip(grads, truth_grads, [i for i in inputs if getattr(i, "requires_grad", False)], strict=True):
+    for grad, truth_grad, i in zip(
+        grads, truth_grads, [i for i in inputs if getattr(i, "requires_grad", False)], strict=True
+    ):
         assert grad.dtype == i.dtype
         assert_close(grad, truth_grad, tolerance, floor=0.1 if grad.dtype == torch.float32 else 1e-3)
 

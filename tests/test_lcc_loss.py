@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,14 @@ from common import DTYPES, assert_close, check_against_reference, double, layout
 import fastreg
 from fastreg.ops.lcc_loss import DENOMINATORS, PADDINGS, lcc_loss_ref, lcc_map_ref
 
-OPTIONS = {"window": 5, "squared": True, "padding": "zeros", "smooth_nr": 0.0, "smooth_dr": 1e-5, "denominator": "product"}
+OPTIONS = {
+    "window": 5,
+    "squared": True,
+    "padding": "zeros",
+    "smooth_nr": 0.0,
+    "smooth_dr": 1e-5,
+    "denominator": "product",
+}
 
 
 def windows(x, window):
@@ -37,7 +45,9 @@ def two_pass(fixed, moved, mask=None, **options):
     skip = flat_f | flat_m | (n[..., 0] < 2)
     v, w, c = (torch.where(skip, 0, (k * x).sum(-1)) for x in (f * f, m * m, f * m))
     dr = o["smooth_dr"]
-    d = {"product": v * w + dr, "clamp": v.clamp_min(dr) * w.clamp_min(dr), "each": (v + dr) * (w + dr)}[o["denominator"]]
+    d = {"product": v * w + dr, "clamp": v.clamp_min(dr) * w.clamp_min(dr), "each": (v + dr) * (w + dr)}[
+        o["denominator"]
+    ]
     lcc = (c**2 + o["smooth_nr"]) / d if o["squared"] else c / d.sqrt()
     return -torch.where(n[..., 0] < 2, 0, lcc.clamp_max(1)).mean(1, keepdim=True)
 
@@ -57,7 +67,7 @@ def pair(shape, dtype=torch.float64, noise=0.3):
     return fixed.to(dtype).requires_grad_(), moved.to(dtype).requires_grad_()
 
 
-SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9)]
+SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9), (1, 1, 9, 8, 1), (1, 1, 9, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -66,10 +76,21 @@ SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9)]
 def test_reference_is_the_definition(shape, padding, masked):
     fixed, moved = pair(shape)
     mask = (torch.rand(shape[0], 1, *shape[2:]).double() - 0.3).clamp_min(0) if masked else None
-    for denominator, squared, window in zip(DENOMINATORS * 2, (True, False) * 3, (3, 5, 3, 5, 3, 5), strict=True):
-        o = {"denominator": denominator, "squared": squared, "window": window, "padding": padding, "smooth_dr": 1e-3}
+    for denominator, squared, window in zip(
+        DENOMINATORS * 2, (True, False) * 3, (3, 5, 3, 5, 3, 5), strict=True
+    ):
+        o = {
+            "denominator": denominator,
+            "squared": squared,
+            "window": window,
+            "padding": padding,
+            "smooth_dr": 1e-3,
+        }
         check_against_reference(
-            lambda f, m, o=o: reference(**o)(f, m, mask), lambda f, m, o=o: two_pass(f, m, mask, **o), (fixed, moved), 1e-8
+            lambda f, m, o=o: reference(**o)(f, m, mask),
+            lambda f, m, o=o: two_pass(f, m, mask, **o),
+            (fixed, moved),
+            1e-8,
         )
 
 
@@ -82,15 +103,25 @@ def test_against_reference(shape, padding, masked):
     mask = (torch.rand(shape[0], 1, *shape[2:]).double() - 0.3).clamp_min(0) if masked else None
     options = zip(DENOMINATORS * 2, (True, False, False, True, False, True), (3, 9, 21, 9, 3, 5), strict=True)
     for i, (denominator, squared, window) in enumerate(options):
-        o = {"denominator": denominator, "squared": squared, "window": window, "padding": padding, "smooth_nr": 1e-4}
+        o = {
+            "denominator": denominator,
+            "squared": squared,
+            "window": window,
+            "padding": padding,
+            "smooth_nr": 1e-4,
+        }
         f, m = ((fixed, moved), (fixed.detach(), moved), (fixed, moved.detach()))[i % 3]
-        check_against_reference(lambda f, m, o=o: ours(**o)(f, m, mask), lambda f, m, o=o: reference(**o)(f, m, mask), (f, m))
+        check_against_reference(
+            lambda f, m, o=o: ours(**o)(f, m, mask), lambda f, m, o=o: reference(**o)(f, m, mask), (f, m)
+        )
         needs = (f.requires_grad, m.requires_grad)
         truth = lcc_loss_ref(f.detach(), m.detach(), mask, *(OPTIONS | o).values(), *needs)
         loss = fastreg.lcc_loss(f, m, mask=mask, reduction="sum", **(OPTIONS | o))
         assert_close(loss, truth[0].sum())
         grads = torch.autograd.grad(loss, [x for x in (f, m) if x.requires_grad])
-        for grad, expected in zip(grads, [g for g, need in zip(truth[1:], needs, strict=True) if need], strict=True):
+        for grad, expected in zip(
+            grads, [g for g, need in zip(truth[1:], needs, strict=True) if need], strict=True
+        ):
             assert_close(grad, expected)
 
 
@@ -102,7 +133,10 @@ def test_dtypes(dtype, padding):
     assert out.dtype == torch.float32
     assert_close(out, two_pass(double(fixed), double(moved), padding=padding))
     truth = [double(fixed), double(moved)]
-    for reduction, expected in (("mean", two_pass(*truth, padding=padding).mean()), ("sum", 2 * two_pass(*truth, padding=padding).sum())):
+    for reduction, expected in (
+        ("mean", two_pass(*truth, padding=padding).mean()),
+        ("sum", 2 * two_pass(*truth, padding=padding).sum()),
+    ):
         loss = fastreg.lcc_loss(fixed, moved, 5, padding=padding, reduction=reduction)
         assert loss.dtype == torch.float32
         assert_close(loss, expected)
@@ -113,7 +147,14 @@ def test_dtypes(dtype, padding):
 
 
 HALVES = [(axis, last) for axis in range(3) for last in (False, True)]
-SCALES = {"unit": (1, 0), "offset1": (1, 1), "offset100": (1, 100), "offset1000": (1, 1000), "x255": (255, 0), "hu": (2000, -1000)}
+SCALES = {
+    "unit": (1, 0),
+    "offset1": (1, 1),
+    "offset100": (1, 100),
+    "offset1000": (1, 1000),
+    "x255": (255, 0),
+    "hu": (2000, -1000),
+}
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -141,7 +182,11 @@ def test_half_flat_volumes(axis, flat_last, scale):
         assert out[flat].abs().max() < 1e-6
         loss = fastreg.lcc_loss(fixed, moved, window, padding=padding)
         assert abs(loss.item() - truth.mean().item()) < 1e-5
-        for grad, expected in zip(torch.autograd.grad(loss, (fixed, moved)), torch.autograd.grad(truth.mean(), truth_inputs), strict=True):
+        for grad, expected in zip(
+            torch.autograd.grad(loss, (fixed, moved)),
+            torch.autograd.grad(truth.mean(), truth_inputs),
+            strict=True,
+        ):
             assert (grad - expected).norm() <= 1e-5 * expected.norm()
             assert F.cosine_similarity(grad.double().flatten(), expected.flatten(), 0) > 1 - 1e-9
             untouched = windows(torch.where(flat, 0.0, 1.0), window).sum(-1) == 0
@@ -154,7 +199,11 @@ def test_offset_does_not_change_valid():
     for offset in (1.0, 2.0**10, 2.0**20):
         # Offsets by powers of two: rounding the images is then the only change, and the truth sees it too.
         f, m = fixed + offset, moved + offset
-        assert_close(fastreg.lcc_loss(f, m, padding="valid", reduction="none"), two_pass(f.double(), m.double(), window=9, padding="valid"), floor=1)
+        assert_close(
+            fastreg.lcc_loss(f, m, padding="valid", reduction="none"),
+            two_pass(f.double(), m.double(), window=9, padding="valid"),
+            floor=1,
+        )
         if offset <= 2.0**10:
             assert abs(fastreg.lcc_loss(f, m, padding="valid") - plain) < 1e-4
 
@@ -174,12 +223,12 @@ def test_non_finite_stays_in_its_windows(padding, bad, masked):
     expected[0, 0, 15:20, 7:12, 18:23] = True
     assert torch.equal(out.isnan(), expected)
     assert_close(out[~expected], clean[~expected].double())
-    grad, = torch.autograd.grad(out.nan_to_num().sum(), f)
+    (grad,) = torch.autograd.grad(out.nan_to_num().sum(), f)
     assert torch.equal(out.isnan().any(), torch.tensor(True))
     touched = torch.zeros_like(expected)
     touched[0, 0, 13:22, 5:14, 16:25] = True
     assert not grad[~touched].isnan().any()
-    clean_grad, = torch.autograd.grad(clean.sum(), clean_f)
+    (clean_grad,) = torch.autograd.grad(clean.sum(), clean_f)
     assert_close(grad[~touched], clean_grad[~touched].double(), floor=0.1)
     assert fastreg.lcc_loss(f, moved, 5, mask=mask, padding=padding).isnan()
 
@@ -198,10 +247,13 @@ def test_mask_excludes():
     spoiled.requires_grad_()
     loss = fastreg.lcc_loss(fixed, spoiled, 5, mask=mask, padding="valid")
     assert_close(loss, fastreg.lcc_loss(fixed[..., :8], moved[..., :8], 5, padding="valid"))
-    grad, = torch.autograd.grad(loss, spoiled)
+    (grad,) = torch.autograd.grad(loss, spoiled)
     assert grad[..., 8:].abs().max() == 0
     crop = moved.detach()[..., :8].requires_grad_()
-    assert_close(grad[..., :8], torch.autograd.grad(fastreg.lcc_loss(fixed[..., :8], crop, 5, padding="valid"), crop)[0])
+    assert_close(
+        grad[..., :8],
+        torch.autograd.grad(fastreg.lcc_loss(fixed[..., :8], crop, 5, padding="valid"), crop)[0],
+    )
     zero = fastreg.lcc_loss(fixed, moved, 5, mask=torch.zeros_like(ones))
     assert zero == 0
     assert all(g.eq(0).all() for g in torch.autograd.grad(zero, (fixed, moved)))
@@ -248,7 +300,9 @@ def test_same_numbers_as_the_dense_convolution():
     """The formula of VoxelMorph up to 0.2 and TransMorph, in fp64."""
     fixed, moved = pair((1, 1, 14, 15, 16))
     ones = torch.ones(1, 1, 9, 9, 9, dtype=torch.float64)
-    f, m, ff, mm, fm = (F.conv3d(x, ones, padding=4) for x in (fixed, moved, fixed**2, moved**2, fixed * moved))
+    f, m, ff, mm, fm = (
+        F.conv3d(x, ones, padding=4) for x in (fixed, moved, fixed**2, moved**2, fixed * moved)
+    )
     n = 9**3
     cross, v, w = fm - f * m / n, ff - f * f / n, mm - m * m / n
     expected = -(cross**2 / (v * w + 1e-5)).mean()
@@ -258,12 +312,17 @@ def test_same_numbers_as_the_dense_convolution():
 def test_same_numbers_as_monai():
     losses = pytest.importorskip("monai.losses")
     fixed, moved = (x.detach() for x in pair((2, 3, 12, 13, 14)))
-    theirs = losses.LocalNormalizedCrossCorrelationLoss(spatial_dims=3, kernel_size=7, smooth_dr=1e-5)(moved, fixed)
+    theirs = losses.LocalNormalizedCrossCorrelationLoss(spatial_dims=3, kernel_size=7, smooth_dr=1e-5)(
+        moved, fixed
+    )
     assert_close(fastreg.lcc_loss(fixed, moved, 7, denominator="clamp"), theirs, 1e-6)
 
 
 def test_gradcheck():
-    for shape, padding, mask in (((1, 2, 3, 4, 3), "zeros", None), ((2, 1, 4, 3), "valid", torch.rand(2, 1, 4, 3).double())):
+    for shape, padding, mask in (
+        ((1, 2, 3, 4, 3), "zeros", None),
+        ((2, 1, 4, 3), "valid", torch.rand(2, 1, 4, 3).double()),
+    ):
         for squared, denominator in itertools.product((True, False), DENOMINATORS):
             for reduction in ("mean", "none"):
                 assert torch.autograd.gradcheck(
@@ -314,20 +373,25 @@ def test_opcheck():
 
 def test_compile():
     def step(fixed, moved):
-        return fastreg.lcc_loss(fixed, moved * 2, 5) + fastreg.lcc_loss(fixed, moved, 3, reduction="none").mean()
+        return (
+            fastreg.lcc_loss(fixed, moved * 2, 5) + fastreg.lcc_loss(fixed, moved, 3, reduction="none").mean()
+        )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for shape in ((1, 1, 6, 7, 8), (1, 1, 9, 8, 7)):
         fixed, moved = pair(shape, torch.float32)
         assert_close(compiled(fixed, moved), step(fixed, moved).double())
         expected = torch.autograd.grad(step(fixed, moved), (fixed, moved))
-        for grad, true in zip(torch.autograd.grad(compiled(fixed, moved), (fixed, moved)), expected, strict=True):
+        for grad, true in zip(
+            torch.autograd.grad(compiled(fixed, moved), (fixed, moved)), expected, strict=True
+        ):
             assert_close(grad, true.double())
 
 
 def test_vmap():
     fixed, moved = (x.detach() for x in pair((3, 2, 1, 6, 7)))
     for reduction in ("mean", "none"):
+
         def loss(f, m, r=reduction):
             return fastreg.lcc_loss(f, m, 5, reduction=r)
 
@@ -337,11 +401,43 @@ def test_vmap():
         assert_close(torch.vmap(loss, in_dims=(None, 0))(fixed[0], moved), expected, 1e-12)
 
 
+def test_vmap_passes_gradients():
+    fixed, moved = pair((3, 1, 1, 6, 7))
+    for reduction in ("mean", "none"):
+
+        def loss(f, m, r=reduction):
+            return fastreg.lcc_loss(f, m, 5, reduction=r)
+
+        grads = torch.autograd.grad(torch.vmap(loss)(fixed, moved).sum(), (fixed, moved))
+        expected = torch.autograd.grad(
+            sum(loss(f, m).sum() for f, m in zip(fixed, moved, strict=True)), (fixed, moved)
+        )
+        for grad, true in zip(grads, expected, strict=True):
+            assert_close(grad, true, 1e-9)
+
+
+def test_numpy_numbers_and_odd_masks():
+    fixed, moved = (x.detach() for x in pair((1, 1, 8, 9, 10)))
+    assert fastreg.lcc_loss(fixed, moved, np.int64(5), smooth_dr=np.float32(0.5)) == fastreg.lcc_loss(fixed, moved, 5, smooth_dr=0.5)
+    mask = torch.ones(1, 1, 8, 9, 10)
+    mask[..., 0] = float("nan")
+    assert fastreg.lcc_loss(fixed, moved, 5, mask=mask).isnan()
+
+
+def test_the_shift_ignores_what_the_mask_hides():
+    fixed, moved = (x.detach().float() for x in pair((1, 1, 12, 14, 40)))
+    mask = torch.ones(1, 1, 12, 14, 40)
+    mask[..., 8:30] = 0
+    expected = fastreg.lcc_loss(fixed, moved, 5, mask=mask, padding="valid")
+    filled = fixed.masked_fill(mask == 0, 1e30)
+    assert_close(fastreg.lcc_loss(filled, moved, 5, mask=mask, padding="valid"), expected.double(), 1e-6)
+
+
 def test_double_backward_raises():
     fixed, moved = pair((1, 1, 5, 6, 7))
     for reduction in ("mean", "none"):
         loss = fastreg.lcc_loss(fixed, moved, 3, reduction=reduction).sum()
-        grad, = torch.autograd.grad(loss, moved, create_graph=True)
+        (grad,) = torch.autograd.grad(loss, moved, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward is not supported"):
             torch.autograd.grad(grad.sum(), moved)
 
@@ -366,10 +462,12 @@ def test_empty_batch():
         (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
         (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
         (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
+        (ValueError, "padding must be 'zeros' or 'valid', got ", {"padding": np.array(["zeros", "valid"])}),
+        (TypeError, "smooth_dr must be a number", {"smooth_dr": "1"}),
         (ValueError, "padding must be 'zeros' or 'valid', got 'border'", {"padding": "border"}),
         (ValueError, "denominator must be", {"denominator": "sum"}),
         (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
-        (ValueError, "smooth_dr must be a finite number >= 0, got -1", {"smooth_dr": -1}),
+        (ValueError, "smooth_dr must be a number >= 0, or one per axis .*, got -1", {"smooth_dr": -1}),
     ],
 )  # fmt: skip
 def test_errors(error, match, change):

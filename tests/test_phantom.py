@@ -92,12 +92,13 @@ def test_bad_shape(shape):
 def test_failures_names_every_goal():
     good = {"tre_before": 12.0, "tre_after": 1.0, "tre_wall": 2.0, "folding": 0.0, "seconds": 1.0}
     assert phantom.failures(good) == []
-    limits = {"tre_before": 5.0, "tre_after": 2.0, "tre_wall": 4.0, "folding": 0.01, "seconds": 90.0}
+    limits = {"tre_before": 5.0, "tre_after": 2.0, "tre_wall": 4.0, "folding": 0.01}
     for name, value in limits.items():
         for bad in (value, float("nan")):
             missed = phantom.failures({**good, name: bad})
             assert len(missed) == 1
             assert missed[0].startswith(name)
+    assert phantom.failures({**good, "seconds": 1e9}) == []
 
 
 @pytest.mark.skipif(not COMPILED, reason="the reference ops take minutes for a full registration")

@@ -97,9 +97,10 @@ class Slab {
     double sum = 0.0;
     const int64_t halo = n_adjoints ? r[0] : 0;
     first = std::max<int64_t>(z0 - halo, 0), last = std::min(z1 + halo, D);
-    for (int64_t chunk = first; chunk < last; chunk += kChunk) {
-      const int64_t end = std::min(chunk + kChunk, last);
-      choose_shift((chunk + end) / 2, chunk == first);
+    // Chunks lie at multiples of kChunk, so that neither shift nor seeds move with the number of threads.
+    for (int64_t chunk = first, end; chunk < last; chunk = end) {
+      end = std::min((chunk / kChunk + 1) * kChunk, last);
+      choose_shift(chunk / kChunk * kChunk, chunk == first);
       std::fill_n(largest, 2 * stride, 0.0);
       for (int64_t z = chunk; z < end; ++z) sum += plane(z, z == chunk);
       if (!kNonFinite && !finite_columns()) return false;
@@ -139,16 +140,23 @@ class Slab {
     std::fill_n(line_up, W, -1.0);
   }
 
-  void choose_shift(int64_t z, bool is_first) {
+  // The mean of the central patch of the chunk's middle plane or, where the mask leaves nothing there, of the whole chunk.
+  void choose_shift(int64_t chunk, bool is_first) {
+    const int64_t end = std::min(chunk + kChunk, D), middle = (chunk + end) / 2;
     const T* image[2] = {fixed, moved};
     for (int k = 0; k < 2; ++k) {
       double total = 0.0;
       int64_t finite = 0;
-      for (int64_t y = std::max<int64_t>(H / 2 - 16, 0); y < std::min(H / 2 + 16, H); ++y)
-        for (int64_t x = std::max<int64_t>(W / 2 - 16, 0); x < std::min(W / 2 + 16, W); ++x) {
-          const double s = load(image[k][at(z, y) + x]);
-          if (s - s == 0.0) total += s, ++finite;
-        }
+      auto gather = [&](int64_t z_begin, int64_t z_end, int64_t reach) {
+        for (int64_t z = z_begin; z < z_end; ++z)
+          for (int64_t y = std::max<int64_t>(H / 2 - reach, 0); y < std::min(H / 2 + reach, H); ++y)
+            for (int64_t x = std::max<int64_t>(W / 2 - reach, 0); x < std::min(W / 2 + reach, W); ++x) {
+              const double s = load(image[k][at(z, y) + x]);
+              if (s - s == 0.0 && (!kMask || mask[at(z, y) + x] != A(0))) total += s, ++finite;
+            }
+      };
+      gather(middle, middle + 1, kChunk / 2);
+      if (!finite) gather(chunk, end, std::max(H, W));
       line.shift[k] = finite ? total / double(finite) : 0.0;
       if (is_first) reference[k] = line.shift[k];
       line.to_reference[k] = line.shift[k] - reference[k];
@@ -261,8 +269,8 @@ class Slab {
         for (int64_t x = 0; x < W; ++x) line_up[x] = scale * double(up[x]);
       }
       // Away from the faces only the ends of a line have padded samples.
-      const int64_t left = all_inside ? std::min(a.valid ? 0 : r[2], W) : W,
-                    right = std::max(left, a.valid ? W : W - r[2]);
+      const int64_t left = all_inside ? std::min(a.valid ? 0 : a.radius[2], W) : W,
+                    right = std::max(left, a.valid ? W : W - a.radius[2]);
       line_statistics[1](line, 0, left);
       line_statistics[0](line, left, right);
       line_statistics[1](line, right, W);

@@ -31,6 +31,7 @@ FASTREG_KERNEL(void, warp_bwd_image, Stored, int nd, const WarpArgs&, const int3
 #ifdef FASTREG_ISA
 
 #include <algorithm>
+#include <cstring>
 
 namespace fastreg::FASTREG_ISA {
 namespace {
@@ -63,30 +64,57 @@ void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo
   const A* u = static_cast<const A*>(a.displacement) + row.n * ND * n_voxels +
                (row.z * a.out[1] + row.y) * a.out[2] + x0;
   const int32_t start[3] = {int32_t(row.z), int32_t(row.y), int32_t(x0)};
-  for (int i = 0; i < count; ++i) p.inside[i] = 1;
+  int32_t* __restrict inside = p.inside;
+  for (int i = 0; i < count; ++i) inside[i] = -1;
   for (int k = 0; k < ND; ++k) {
     const int axis = k + 3 - ND;
-    const A* uk = u + k * n_voxels;
-    int32_t* whole = p.whole[k];
-    A* fraction = p.fraction[k];
-    if (a.nearest)
-      for (int i = 0; i < count; ++i) split(std::nearbyint(uk[i]), whole[i], fraction[i]);
-    else
-      for (int i = 0; i < count; ++i) split(uk[i], whole[i], fraction[i]);
-    const int32_t step = axis == 2 ? 1 : 0, first = k == 0 ? int32_t(lo) : 0;
+    const A* __restrict uk = u + k * n_voxels;
+    int32_t* __restrict whole = p.whole[k];
+    A* __restrict fraction = p.fraction[k];
+    const int32_t from = start[axis], step = axis == 2 ? 1 : 0, first = k == 0 ? int32_t(lo) : 0;
     const uint32_t span = uint32_t(std::max<int64_t>((k == 0 ? hi - lo : a.in[axis]) - 1, 0));
+    alignas(64) A rounded[kBlock];
+    if (a.nearest)
+      for (int i = 0; i < count; ++i) rounded[i] = std::nearbyint(uk[i]);
+    const A* __restrict source = a.nearest ? rounded : uk;
+    for (int i = 0; i < count; ++i) split(source[i], whole[i], fraction[i]);
     for (int i = 0; i < count; ++i) {
-      whole[i] += start[axis] + step * i;
-      p.inside[i] &= uint32_t(whole[i] - first) < span && fraction[i] == fraction[i];
+      whole[i] += from + step * i;
+      inside[i] &= -int32_t((uint32_t(whole[i] - first) < span) & (fraction[i] == fraction[i]));
     }
   }
   const uint32_t plane = uint32_t(a.in[1] * a.in[2]), line = uint32_t(a.in[2]);
   for (int i = 0; i < count; ++i) {
     int64_t offset = uint32_t(p.whole[ND - 1][i]) + int64_t(uint64_t(uint32_t(p.whole[ND - 2][i])) * line);
     if (ND == 3) offset += int64_t(uint64_t(uint32_t(p.whole[0][i])) * plane);
-    p.offset[i] = offset;
+    // Where outside, the first voxel is fetched in its stead and not used.
+    p.offset[i] = offset & int64_t(inside[i]);
   }
 }
+
+// The corners of a block, as pairs along x: fetched one by one, interpolated as vectors.
+template <class T, int ND>
+struct Corners {
+  alignas(64) T pair[1 << (ND - 1)][kBlock][2];
+
+  // False where the image is too thin for a cell, so that nothing is inside.
+  template <class A>
+  bool fetch(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int count) {
+    for (int k = 3 - ND; k < 3; ++k)
+      if (a.in[k] < 2) return false;
+    const int64_t line = a.in[2], plane = a.in[1] * a.in[2];
+    for (int i = 0; i < count; ++i) {
+      const T* v = image + p.offset[i];
+      std::memcpy(pair[0][i], v, sizeof pair[0][i]);
+      std::memcpy(pair[1][i], v + line, sizeof pair[0][i]);
+      if constexpr (ND == 3) {
+        std::memcpy(pair[2][i], v + plane, sizeof pair[0][i]);
+        std::memcpy(pair[3][i], v + plane + line, sizeof pair[0][i]);
+      }
+    }
+    return true;
+  }
+};
 
 template <class A>
 A lerp(A a, A b, A f) {
@@ -136,8 +164,8 @@ template <class T, int ND>
 void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   Positions<A, ND> p;
+  Corners<T, ND> corners;
   const int64_t n_in = a.in[0] * a.in[1] * a.in[2], n_out = a.out[0] * a.out[1] * a.out[2];
-  const int64_t line = a.in[2], plane = a.in[1] * a.in[2];
   for (int64_t index = begin; index < end; ++index) {
     const Row row = row_at(a, index);
     for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
@@ -147,22 +175,28 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
         const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * n_in;
         T* out = static_cast<T*>(a.result) + (row.n * a.c + c) * n_out +
                  (row.z * a.out[1] + row.y) * a.out[2] + x0;
-        for (int i = 0; i < count; ++i) {
-          A value = A(NAN);
-          if (FASTREG_LIKELY(p.inside[i])) {
-            const T* v = image + p.offset[i];
+        alignas(64) A value[kBlock];
+        int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+        if (all)
+          for (int i = 0; i < count; ++i) {
             const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-            value = lerp(lerp(load(v[0]), load(v[1]), fx), lerp(load(v[line]), load(v[line + 1]), fx), fy);
-            if (ND == 3) {
-              v += plane;
-              A far = lerp(lerp(load(v[0]), load(v[1]), fx), lerp(load(v[line]), load(v[line + 1]), fx), fy);
-              value = lerp(value, far, p.fraction[0][i]);
+            auto& c = corners.pair;
+            const A near = lerp(lerp(load(c[0][i][0]), load(c[0][i][1]), fx),
+                                lerp(load(c[1][i][0]), load(c[1][i][1]), fx), fy);
+            value[i] = near;
+            if constexpr (ND == 3) {
+              const A far = lerp(lerp(load(c[2][i][0]), load(c[2][i][1]), fx),
+                                 lerp(load(c[3][i][0]), load(c[3][i][1]), fx), fy);
+              value[i] = lerp(near, far, p.fraction[0][i]);
             }
+            // Again where a corner, perhaps one of weight 0, was not finite.
+            all &= p.inside[i] & -int32_t(value[i] - value[i] == A(0));
           }
-          // Also where a corner of weight 0 was not finite.
-          if (!(value - value == A(0))) value = interpolate_anywhere<ND>(a, image, p, i);
-          store(out[i], value);
-        }
+        if (!all)
+          for (int i = 0; i < count; ++i)
+            if (!p.inside[i] || !(value[i] - value[i] == A(0)))
+              value[i] = interpolate_anywhere<ND>(a, image, p, i);
+        for (int i = 0; i < count; ++i) store(out[i], value[i]);
       }
     }
   }
@@ -175,37 +209,44 @@ template <class T, int ND>
 void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   Positions<A, ND> p;
+  Corners<T, ND> corners;
   const int64_t n_in = a.in[0] * a.in[1] * a.in[2], n_out = a.out[0] * a.out[1] * a.out[2];
-  const int64_t line = a.in[2], plane = a.in[1] * a.in[2];
   for (int64_t index = begin; index < end; ++index) {
     const Row row = row_at(a, index);
     for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
       const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
       const int64_t at = (row.z * a.out[1] + row.y) * a.out[2] + x0;
       locate<A, ND>(a, row, x0, count, 0, a.in[3 - ND], p);
-      A sum[ND][kBlock] = {};
+      alignas(64) A sum[ND][kBlock] = {};
       for (int64_t c = 0; c < a.c; ++c) {
         const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * n_in;
         const T* grad = static_cast<const T*>(a.grad) + (row.n * a.c + c) * n_out + at;
-        for (int i = 0; i < count; ++i) {
-          const A g = load(grad[i]);
-          if (FASTREG_LIKELY(p.inside[i])) {
-            const T* v = image + p.offset[i];
-            const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-            A d0 = load(v[1]) - load(v[0]), d1 = load(v[line + 1]) - load(v[line]);
-            A e0 = load(v[0]) + fx * d0, e1 = load(v[line]) + fx * d1;
-            A dx = lerp(d0, d1, fy), dy = e1 - e0, value = lerp(e0, e1, fy);
-            if (ND == 3) {
-              v += plane;
-              const A fz = p.fraction[0][i];
-              d0 = load(v[1]) - load(v[0]), d1 = load(v[line + 1]) - load(v[line]);
-              e0 = load(v[0]) + fx * d0, e1 = load(v[line]) + fx * d1;
-              sum[0][i] += g * (lerp(e0, e1, fy) - value);
+        int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+        if (all)
+          for (int i = 0; i < count; ++i) {
+            // An outside voxel adds 0 here, whatever was fetched for it.
+            const bool in = p.inside[i];
+            const A g = load(grad[i]), fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+            auto& c = corners.pair;
+            A d0 = load(c[0][i][1]) - load(c[0][i][0]), d1 = load(c[1][i][1]) - load(c[1][i][0]);
+            A e0 = load(c[0][i][0]) + fx * d0, e1 = load(c[1][i][0]) + fx * d1;
+            A dx = lerp(d0, d1, fy), dy = e1 - e0;
+            if constexpr (ND == 3) {
+              const A fz = p.fraction[0][i], near = lerp(e0, e1, fy);
+              d0 = load(c[2][i][1]) - load(c[2][i][0]), d1 = load(c[3][i][1]) - load(c[3][i][0]);
+              e0 = load(c[2][i][0]) + fx * d0, e1 = load(c[3][i][0]) + fx * d1;
+              const A dz = g * (lerp(e0, e1, fy) - near);
               dx = lerp(dx, lerp(d0, d1, fy), fz), dy = lerp(dy, e1 - e0, fz);
+              sum[0][i] += in ? dz : A(0);
             }
-            sum[ND - 2][i] += g * dy;
-            sum[ND - 1][i] += g * dx;
-          } else if (!is_nan(p, i)) {
+            const A gy = g * dy, gx = g * dx;
+            sum[ND - 2][i] += in ? gy : A(0);
+            sum[ND - 1][i] += in ? gx : A(0);
+            all &= p.inside[i];
+          }
+        for (int i = 0; i < count && !all; ++i) {
+          const A g = load(grad[i]);
+          if (!p.inside[i] && !is_nan(p, i)) {
             each_corner<ND>(a, p, i, 0, a.in[3 - ND], true, [&](int corner, A, int64_t offset) {
               const int64_t at[3] = {row.z, row.y, x0 + i};
               for (int k = 0; k < ND; ++k) {
@@ -279,7 +320,8 @@ void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t
           const T* grad = static_cast<const T*>(a.grad) + (n * a.c + c) * n_out + r * a.out[2] + x0;
           for (int i = 0; i < count; ++i) {
             const A g = load(grad[i]);
-            if (FASTREG_LIKELY(p.inside[i])) {
+            // A weight of 0 must not turn an infinite gradient into NaN: such voxels go corner by corner.
+            if (FASTREG_LIKELY(p.inside[i] && g - g == A(0))) {
               A* v = out + p.offset[i];
               const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
               A near = g;
@@ -395,6 +437,7 @@ WarpArgs arguments(const Tensor& image, const Tensor& displacement, c10::string_
     FASTREG_CHECK(a.in[k] > 0 || displacement.numel() == 0, "warp",
                   "image must not have an empty spatial axis");
   }
+  FASTREG_CHECK(a.in[1] * a.in[2] < (int64_t(1) << 32), "warp", "a plane of image must be smaller than 2^32 voxels");
   a.padding = padding == "zeros"    ? Padding::zeros
               : padding == "border" ? Padding::border
                                     : Padding::reflection;

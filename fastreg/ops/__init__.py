@@ -4,4 +4,12 @@ from fastreg.ops.mse_loss import mse_loss
 from fastreg.ops.regularizers import diffusion
 from fastreg.ops.warp import warp
 
-__all__ = ["diffusion", "jacobian_determinant", "lcc_loss", "mse_loss", "resize_displacement", "smooth", "warp"]
+__all__ = [
+    "diffusion",
+    "jacobian_determinant",
+    "lcc_loss",
+    "mse_loss",
+    "resize_displacement",
+    "smooth",
+    "warp",
+]

@@ -1,5 +1,7 @@
 """Checks of what users pass: ``fastreg::<op>: <argument> must <rule>, got <value>``."""
 
+from numbers import Integral, Real
+
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +36,10 @@ def _no_forward_derivative(op, *tensors):
         return
     stack = torch._C._functorch.get_interpreter_stack()
     for interpreter in stack or ():
-        if interpreter.key() in (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp):
+        if interpreter.key() in (
+            torch._C._functorch.TransformType.Grad,
+            torch._C._functorch.TransformType.Jvp,
+        ):
             raise RuntimeError(
                 f"fastreg::{op}: torch.func.grad, vjp and jvp are not supported; use torch.autograd.grad or .backward()"
             )
@@ -42,6 +47,14 @@ def _no_forward_derivative(op, *tensors):
         for t in tensors:
             if isinstance(t, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(f"fastreg::{op}: forward-mode differentiation is not supported")
+
+
+def needs_grad(t):
+    """Whether autograd wants a gradient to t, seen through vmap's wrapper, which hides it."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+    return torch.is_grad_enabled() and t.requires_grad
 
 
 def image(op, name, t, nd=None):
@@ -81,19 +94,33 @@ def mask(op, t, image):
         fail(op, "mask", "not require a gradient", "requires_grad=True")
 
 
+def odd_window(op, value):
+    """An odd whole number, as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        fail(op, "window", "be an int", repr(value), TypeError)
+    if value < 1 or value % 2 == 0 or value >= 2**31:
+        fail(op, "window", "be odd and positive", value)
+    return int(value)
+
+
 def choice(op, name, value, allowed):
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         fail(op, name, "be " + " or ".join(repr(a) for a in allowed), repr(value))
 
 
 def per_axis(op, name, value, nd, *, minimum=0.0, strict=False):
     """A finite number, or one per axis, as a list of nd floats, each >= minimum (> where strict)."""
     try:
-        values = [float(value)] * nd if isinstance(value, (int, float)) else [float(v) for v in value]
-    except (TypeError, ValueError):
+        if isinstance(value, (str, bytes, set, frozenset, dict)):
+            raise TypeError
+        single = isinstance(value, Real) or getattr(value, "ndim", None) == 0
+        values = [float(value)] * nd if single else [float(v) for v in value]
+    except (TypeError, ValueError, OverflowError):
         fail(op, name, f"be a number or {nd} numbers", repr(value), TypeError)
     sign = ">" if strict else ">="
-    good = len(values) == nd and all(minimum < v < float("inf") or (v == minimum and not strict) for v in values)
+    good = len(values) == nd and all(
+        minimum < v < float("inf") or (v == minimum and not strict) for v in values
+    )
     if not good:
         fail(op, name, f"be a number {sign} {minimum:g}, or one per axis ({nd})", value)
     return values

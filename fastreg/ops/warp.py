@@ -94,7 +94,9 @@ def _warp_fake(image, displacement, mode, padding):
 
 def warp_bwd_ref(grad, image, displacement, mode, padding, need_image, need_displacement):
     grads = _ext.grad_of(lambda i, u: warp_ref(i, u, mode, padding), (image, displacement), grad)
-    return tuple(g if need else g.new_zeros(0) for g, need in zip(grads, (need_image, need_displacement), strict=True))
+    return tuple(
+        g if need else g.new_zeros(0) for g, need in zip(grads, (need_image, need_displacement), strict=True)
+    )
 
 
 def _warp_bwd_fake(grad, image, displacement, mode, padding, need_image, need_displacement):

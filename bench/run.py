@@ -1,0 +1,363 @@
+#!/usr/bin/env python3
+"""Measures the ops against what people run today, and writes the README's tables.
+
+    python bench/run.py                         every op, 2 threads; rows go to bench/results/cpu.csv
+    python bench/run.py lcc_loss warp           these ops
+    python bench/run.py --check                 only the correctness gate
+    python bench/run.py --table                 Markdown tables of the newest stored rows
+    python bench/run.py --write-readme          the same, between the markers in README.md
+
+For each case: first the gate (fastreg must agree with fp64, or none of the case's rows are stored and the
+exit status is 1; a peer that deviates from the formula it claims is timed and marked), then peak memory in
+fresh processes (bench/memory.py), then times in one process, in rounds that alternate over the providers. A
+ratio is the median over rounds of provider time / fastreg time. "Copy floor" is the time of moving the
+bytes that nobody can avoid, at the bandwidth of a plain copy measured in the same rounds, as a fraction of
+the time taken. Peers that are not installed are left out, with the reason.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from bench import common, memory
+
+QUICK = (48, 48, 48)
+REAL = "real.csv"
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def chosen_providers(module, case, args):
+    names, skipped = [], {}
+    for name in common.providers(module, case):
+        if args.provider and name not in (*args.provider, "fastreg"):
+            continue
+        if args.quick and (name == "compile" or module.PROVIDERS[name].slow):
+            skipped[name] = "left out by --quick"
+        elif why := common.missing(module.PROVIDERS[name].package):
+            skipped[name] = why
+        else:
+            names.append(name)
+    return names, skipped
+
+
+def run_case(module, case, args):
+    """Gate, memory, times. Returns rows, or None where fastreg is red."""
+    names, skipped = chosen_providers(module, case, args)
+    title = f"{common.op_of(module)} {case} ({'x'.join(map(str, case.shape))})"
+    verdicts = {}
+    for name in list(names):
+        verdicts[name] = verdict = common.gate(module, case, name, args.device)
+        if module.PROVIDERS[name].package == "fastreg":
+            if not verdict.ok:
+                say(f"{title}: RED, {name} {verdict.text}; no row of this case is stored")
+                return None
+        elif verdict.text.startswith("fails"):
+            skipped[name] = verdict.text
+            names.remove(name)
+    say(f"{title}: gate passed; " + "; ".join(f"{n}: {v.text}" for n, v in verdicts.items() if n in names))
+    for name, why in skipped.items():
+        say(f"  {name}: skipped, {why}")
+    if args.check:
+        return []
+    volumes = {n: measured_memory(module, case, n, args) for n in names} if wants_memory(case, args) else {}
+    rows = []
+    for mode in dict.fromkeys(m for n in names for m in module.PROVIDERS[n].modes):
+        timed = [n for n in names if mode in module.PROVIDERS[n].modes]
+        copies = common.copies_of(module, case, args.device)
+        runners = {n: common.Runner(module, case, n, mode, args.device, copies) for n in timed}
+        slow = [n for n in timed if module.PROVIDERS[n].slow]
+        most, budget = (3, 0.5) if args.quick else (args.rounds, args.budget)
+        timings = common.measure(runners, args.device, budget=budget, most=most, slow=slow)
+        for name, timing in timings.items():
+            row = common.row(module, case, mode, name, timing, verdicts[name], args.device)
+            if mode == module.PROVIDERS[name].modes[-1] and name in volumes:
+                row.update(volumes[name])
+            rows.append(row)
+            say(
+                f"  {mode:9} {name:28} {row['p50_ms']:>8} ms  [{row['p20_ms']}, {row['p80_ms']}]  "
+                f"{row['rounds']} rounds  x{row['ratio']}  copy floor {row['floor']}"
+                + (
+                    f"  peak {row['peak_volumes']} volumes"
+                    if row.get("peak_volumes") not in (None, "")
+                    else ""
+                )
+            )
+        del runners
+    return rows
+
+
+def wants_memory(case, args):
+    return not args.no_memory and not args.quick and case.only != ("fastreg",)
+
+
+def measured_memory(module, case, name, args):
+    try:
+        result = memory.fresh(
+            [common.op_of(module), "--case", case.name, "--provider", name, "--device", args.device,
+             "--threads", args.threads]
+        )  # fmt: skip
+    except RuntimeError as error:
+        say(f"  memory of {name}: {error}")
+        return {}
+    return {
+        "peak_volumes": f"{result['peak_volumes']:.3g}",
+        "saved_volumes": f"{result['saved_volumes']:.3g}",
+    }
+
+
+def run_ops(args):
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
+    common.quiet()
+    path = args.results / f"{args.device}.csv"
+    red = []
+    for op in args.op or common.ops():
+        module = common.load(op)
+        for case in module.CASES:
+            if args.case and case.name not in args.case:
+                continue
+            if args.quick:
+                if case.only == ("fastreg",):
+                    continue
+                case = common.shrunk(case, QUICK)
+            rows = run_case(module, case, args)
+            if rows is None:
+                red.append(f"{op} {case}")
+            elif rows and (args.store or not args.quick):
+                common.append_rows(path, rows)
+    if red:
+        say(f"refused, because the gate is red: {', '.join(red)}")
+    return 1 if red else 0
+
+
+# Tables
+
+
+def number(text, digits=3):
+    if text in ("", None):
+        return ""
+    value = float(text)
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(decimals, 3)}f}"
+
+
+def markdown(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def label(row):
+    package, _, version = row["version"].partition(" ")
+    version = version.split("+")[0]
+    names = {"torch": "PyTorch, best stock form", "compile": "the same under torch.compile"}
+    name = names.get(row["provider"], row["provider"])
+    return f"{name} {version}" if name == package and name != "fastreg" else name
+
+
+def grouped(rows, *keys):
+    groups = {}
+    for r in rows:
+        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
+    return groups
+
+
+def is_scaling(row):
+    """A row of the 64^3 to 256^3 series."""
+    return row["case"].rsplit("-", 1)[-1].isdigit()
+
+
+def speed_tables(rows):
+    """One section per device: a table per op, then nanoseconds per voxel over sizes."""
+    sections = []
+    for (device, name, threads), mine in grouped(
+        common.newest(rows), "device", "device_name", "threads"
+    ).items():
+        dates = sorted({r["date"][:10] for r in mine})
+        copy = statistics.median(float(r["copy_gbs"]) for r in mine)
+        about = [f"torch {' / '.join(sorted({r['torch'] for r in mine}))}"]
+        about.append(f"copy bandwidth {copy:.3g} GB/s")
+        about.append("fastreg at " + ", ".join(dict.fromkeys(r["commit"] for r in mine)))
+        about.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
+        threads = f", {threads} threads" if device == "cpu" else ""
+        isas = ", ".join(dict.fromkeys(r["isa"] for r in mine if r["isa"]))
+        sections.append(f"**{name}**{threads}{f', {isas}' if isas else ''}; " + "; ".join(about) + ".")
+        sections.append(op_table([r for r in mine if not is_scaling(r)]))
+        if table := scaling_table([r for r in mine if is_scaling(r)]):
+            sections += ["Nanoseconds per voxel of fastreg (forward and backward), by size:", table]
+        marked = [r for r in mine if r["gate"].startswith("deviates")]
+        if marked:
+            notes = dict.fromkeys(f"{r['op']} {r['case']} {label(r)} ({r['gate']})" for r in marked)
+            sections.append("¹ Not the numbers of the formula it states: " + "; ".join(notes) + ".")
+    return "\n\n".join(sections) if sections else "No rows stored yet."
+
+
+def op_table(rows):
+    header = ["op, case", "shape", "", "fwd ms", "fwd+bwd ms", "p20 to p80", "x fastreg", "copy floor"]
+    header += ["peak, volumes", "saved, volumes"]
+    lines = []
+    for (op, case, shape, dtype), group in grouped(rows, "op", "case", "shape", "dtype").items():
+        for (provider,), both in grouped(group, "provider").items():
+            by_mode = {r["mode"]: r for r in both}
+            full = by_mode.get("fwd+bwd") or by_mode.get(common.ITERATION)
+            forward = by_mode.get("fwd")
+            shown = full or forward
+            cells = [f"{op}, {case}", shape if dtype == "float32" else f"{shape} {dtype}", label(shown)]
+            if shown["gate"].startswith("deviates"):
+                cells[2] += " ¹"
+            cells.append(number(forward["p50_ms"]) if forward else "")
+            cells.append(number(full["p50_ms"]) if full else "")
+            cells.append(f"{number(shown['p20_ms'])} to {number(shown['p80_ms'])}")
+            cells.append("1" if provider == "fastreg" else number(shown["ratio"]))
+            cells.append(number(shown["floor"], 2))
+            cells += [number(shown.get(k), 3) for k in ("peak_volumes", "saved_volumes")]
+            lines.append(cells)
+    return markdown(header, lines)
+
+
+def scaling_table(rows):
+    series = {}
+    for r in rows:
+        if r["mode"] in ("fwd+bwd", common.ITERATION):
+            name, size = r["case"].rsplit("-", 1)
+            spatial = math.prod(int(s) for s in r["shape"].split("x")[2:])
+            series.setdefault((r["op"], name), {})[int(size)] = float(r["p50_ms"]) * 1e6 / spatial
+    if not series:
+        return ""
+    sizes = sorted({s for values in series.values() for s in values})
+    lines = [[f"{op}, {name}", *(number(v.get(s, "")) for s in sizes)] for (op, name), v in series.items()]
+    return markdown(["op, case", *(f"{s}³" for s in sizes)], lines)
+
+
+def ops_table(results):
+    """Op x device: what answers, and where it has really run (a row that passed the gate)."""
+    import fastreg
+
+    table = fastreg.backends()
+    executed = {}
+    for device in ("cpu", "cuda"):
+        for r in common.read_rows(results / f"{device}.csv"):
+            if r["provider"] == "fastreg":
+                on = f"{r['device_name']} ({r['isa']})" if r["isa"] else r["device_name"]
+                executed[r["op"], device] = f"executed on {on}, {r['date'][:10]}"
+
+    def cell(op, device):
+        # An op may consist of several schema entries; one on the reference would be seen in the first.
+        entries = [v[device] for k, v in table.items() if k == op]
+        what = (
+            entries[0].split(" (")[0].replace("PyTorch reference", "reference")
+            if entries
+            else "composed of others"
+        )
+        return f"{what}; {executed.get((op, device), 'not executed')}"
+
+    import fastreg.ops
+
+    lines = [[f"`{op}`", cell(op, "cpu"), cell(op, "cuda")] for op in sorted(fastreg.ops.__all__)]
+    return markdown(["op", "cpu", "cuda"], lines).replace("---:", "---")
+
+
+def real_table(results):
+    """Real scans registered with the command line's defaults (bench/real.py), the newest of each pair."""
+    rows = [r for r in common.read_rows(results / REAL) if not r.get("arguments")]
+    rows = common.newest(rows, ("device_name", "threads", "pair"))
+    if not rows:
+        return "No rows stored yet."
+    units = {"tre": " mm", "dice": ""}
+    lines = []
+    for r in rows:
+        unit = units.get(r["score"], "")
+        lines.append(
+            [
+                r["pair"],
+                {"tre": "mean TRE", "dice": "mean Dice"}.get(r["score"], r["score"]),
+                f"{number(r['before'])}{unit}",
+                f"{number(r['after'])}{unit}",
+                f"{r['goal']}{unit}",
+                f"{r['seconds']} (of {number(r['limit'])})",
+                f"{100 * float(r['folding']):.2g} %",
+                r["met"],
+                f"{r['device_name']}, {r['threads']} threads, {r['commit']}, {r['date'][:10]}",
+            ]
+        )
+    header = ["pair", "score", "before", "after", "goal", "seconds", "folding", "goals met", "measured on"]
+    return markdown(header, lines)
+
+
+def tables(results):
+    rows = [r for device in ("cpu", "cuda") for r in common.read_rows(results / f"{device}.csv")]
+    return {"ops": ops_table(results), "bench": speed_tables(rows), "real": real_table(results)}
+
+
+def write_readme(path, results):
+    """Replaces what stands between <!-- NAME:start --> and <!-- NAME:end -->; both must be there."""
+    old = text = path.read_text()
+    for name, table in tables(results).items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            say(f"{path.name} must hold {start} and {end} once, in this order")
+            return 1
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
+    if text != old:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    return 0
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("op", nargs="*", help=f"of {', '.join(common.ops())} (default: all)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    p.add_argument("--case", action="append", help="only cases of this name (repeatable)")
+    p.add_argument("--provider", action="append", help="fastreg and only these (repeatable)")
+    p.add_argument(
+        "--budget", type=float, default=8.0, help="seconds per provider, case and mode (default 8)"
+    )
+    p.add_argument("--rounds", type=int, default=25, help="at most so many rounds (default 25)")
+    p.add_argument(
+        "--no-memory", action="store_true", help="no peak memory (it runs each provider in fresh processes)"
+    )
+    p.add_argument(
+        "--quick", action="store_true", help="48^3, three rounds, no compilation; stored only with --store"
+    )
+    p.add_argument("--store", action="store_true", help="store rows of --quick too")
+    p.add_argument("--check", action="store_true", help="only the correctness gate")
+    p.add_argument("--table", action="store_true", help="print tables from stored rows, measure nothing")
+    p.add_argument(
+        "--write-readme", action="store_true", help="put the tables into the README, measure nothing"
+    )
+    p.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the stored rows")
+    p.add_argument("--readme", type=Path, default=common.ROOT.parent / "README.md")
+    return p
+
+
+def main(argv=None):
+    p = parser()
+    args = p.parse_args(argv)
+    if unknown := set(args.op) - set(common.ops()):
+        p.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(common.ops())}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("no CUDA device")
+    if args.table or args.write_readme:
+        if args.table:
+            say("\n\n".join(f"<!-- {k} -->\n{v}" for k, v in tables(args.results).items()))
+        return write_readme(args.readme, args.results) if args.write_readme else 0
+    return run_ops(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""The benchmarks: providers pass the gate, red ones are refused, rows and tables are whole."""
+
+import csv
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import fastreg  # noqa: E402
+from bench import common, memory, run  # noqa: E402
+from bench.common import Case, Provider  # noqa: E402
+
+N16 = (16, 16, 16)
+
+
+def gate_cases():
+    for op in common.ops():
+        module = common.load(op)
+        for case in module.CASES:
+            if case.only == ("fastreg",):
+                continue
+            # Stock pooling wants the image larger than its largest window.
+            small = common.shrunk(case, common.SMALL if op == "lcc_loss" else N16)
+            for name in common.providers(module, case):
+                if name != "compile":
+                    yield pytest.param(op, small, name, id=f"{op}-{case}-{name}".replace(" ", "_"))
+
+
+@pytest.mark.parametrize(("op", "case", "name"), list(gate_cases()))
+def test_gate(op, case, name):
+    module = common.load(op)
+    if why := common.missing(module.PROVIDERS[name].package):
+        pytest.skip(why)
+    verdict = common.gate(module, case, name, "cpu")
+    assert verdict.ok, verdict.text
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+def test_gate_compiled():
+    case = Case("tiny", (1, 1, 8, 8, 8), (False, True))
+    verdict = common.gate(common.load("mse_loss"), case, "compile", "cpu")
+    assert verdict.ok, verdict.text
+
+
+@pytest.mark.parametrize("op", common.ops())
+def test_bench_file_is_complete(op):
+    module = common.load(op)
+    assert {"fastreg", "torch", "compile"} <= set(module.PROVIDERS)
+    names = [case.name for case in module.CASES]
+    assert len(set(names)) == len(names)
+    # 160^3 is the headline, and time per voxel is shown from 64^3 to 256^3.
+    assert module.CASES[0].shape[2:] == (160, 160, 160)
+    scaling = {c.shape[2] for c in module.CASES if c.only == ("fastreg",)}
+    assert {64, 256} <= scaling
+    for case in module.CASES:
+        for mode in module.PROVIDERS["fastreg"].modes:
+            assert module.bytes_moved(case, mode) > 0
+        assert set(case.only or ()) <= set(module.PROVIDERS)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The warp benchmark with one small case; the copy that measures bandwidth is small too."""
+    module = common.load("warp")
+    monkeypatch.setattr(module, "CASES", [Case("tiny", (1, 1, *N16), (False, True))])
+    monkeypatch.setattr(module, "PROVIDERS", dict(module.PROVIDERS))
+    small_copy(monkeypatch)
+    return module
+
+
+def small_copy(monkeypatch):
+    def init(self, device):
+        self.source = [0.0]
+
+    monkeypatch.setattr(common.Copy, "__init__", init)
+    monkeypatch.setattr(common.Copy, "__call__", lambda self, i=0: sum(range(1000)))
+
+
+def measured(tmp_path, *extra):
+    args = ["warp", "--no-memory", "--results", str(tmp_path), "--provider", "torch", "--rounds", "3"]
+    return run.main([*args, "--budget", "0.1", *extra])
+
+
+def test_rows(tiny, tmp_path, capsys):
+    assert measured(tmp_path) == 0
+    rows = common.read_rows(tmp_path / "cpu.csv")
+    assert {(r["provider"], r["mode"]) for r in rows} == {
+        (p, m) for p in ("fastreg", "torch") for m in ("fwd", "fwd+bwd")
+    }
+    for r in rows:
+        assert list(r) == common.FIELDS
+        assert 0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"])
+        assert float(r["floor"]) > 0
+        assert int(r["rounds"]) == 3
+        assert r["shape"] == "1x1x16x16x16"
+        assert r["version"].startswith(r["provider"])
+        assert all(r[k] for k in ("date", "commit", "device_name", "isa", "torch", "gate"))
+        if r["provider"] == "fastreg":
+            assert float(r["ratio"]) == 1
+    assert measured(tmp_path) == 0
+    assert len(common.read_rows(tmp_path / "cpu.csv")) == 2 * len(rows)
+    assert "gate passed" in capsys.readouterr().out
+
+
+WRONG = {
+    "value": lambda image, u: 1.001 * fastreg.warp(image, u),
+    "gradient": lambda image, u: fastreg.warp(image, 1.01 * u - 0.01 * u.detach()),
+    "shape": lambda image, u: fastreg.warp(image, u)[..., 1:],
+    "nan": lambda image, u: fastreg.warp(image, u) * math.nan,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_red_is_refused(kind, tiny, tmp_path, capsys):
+    tiny.PROVIDERS["fastreg"] = Provider(lambda case, inputs: WRONG[kind], "fastreg")
+    assert measured(tmp_path) == 1
+    assert not (tmp_path / "cpu.csv").exists()
+    out = capsys.readouterr().out
+    assert "RED" in out
+    assert "refused" in out
+    assert measured(tmp_path, "--check") == 1
+
+
+def test_check_measures_nothing(tiny, tmp_path):
+    assert measured(tmp_path, "--check") == 0
+    assert not (tmp_path / "cpu.csv").exists()
+
+
+def test_deviating_peer_is_marked(tiny, tmp_path):
+    tiny.PROVIDERS["torch"] = Provider(lambda case, inputs: lambda image, u: 1.1 * fastreg.warp(image, u))
+    assert measured(tmp_path) == 0
+    gates = {r["provider"]: r["gate"] for r in common.read_rows(tmp_path / "cpu.csv")}
+    assert gates["torch"].startswith("deviates")
+    assert not gates["fastreg"].startswith("deviates")
+    assert "PyTorch, best stock form ¹ |" in run.tables(tmp_path)["bench"]
+    assert "¹" in run.tables(tmp_path)["bench"]
+
+
+def test_failing_and_missing_peers_are_skipped(tiny, tmp_path, capsys):
+    def build(case, inputs):
+        raise RuntimeError("no such kernel")
+
+    tiny.PROVIDERS["torch"] = Provider(build)
+    tiny.PROVIDERS["absent"] = Provider(build, "a-package-nobody-has-installed")
+    assert measured(tmp_path, "--provider", "absent") == 0
+    assert {r["provider"] for r in common.read_rows(tmp_path / "cpu.csv")} == {"fastreg"}
+    out = capsys.readouterr().out
+    assert "no such kernel" in out
+    assert "absent: skipped, a-package-nobody-has-installed is not installed" in out
+
+
+def test_quick_is_not_stored(tiny, tmp_path):
+    assert measured(tmp_path, "--quick") == 0
+    assert not (tmp_path / "cpu.csv").exists()
+
+
+def test_unknown_op(tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        run.main(["wrap", "--results", str(tmp_path)])
+    assert status.value.code == 2
+    assert "no such op: wrap" in capsys.readouterr().err
+
+
+def test_rounds_alternate(monkeypatch):
+    small_copy(monkeypatch)
+    monkeypatch.setattr(common, "_milliseconds", lambda call, device, repeat: call(0) or 1.0)
+    calls = []
+    cost = {"fastreg": 1.0, "peer": 2.0, "dense": 500.0}
+    runners = {n: lambda i, n=n: calls.append(n) or cost[n] for n in cost}
+    timings = common.measure(runners, "cpu", budget=1e9, most=6, slow=("dense",))
+    calls = calls[6:]
+    assert calls.count("fastreg") == calls.count("peer") == 6
+    assert calls.count("dense") == 2
+    # In every round both fast ones, not always in the same order.
+    pairs = [c for c in calls if c != "dense"]
+    rounds = [tuple(pairs[i : i + 2]) for i in range(0, 12, 2)]
+    assert {frozenset(r) for r in rounds} == {frozenset(("fastreg", "peer"))}
+    assert len(set(rounds)) == 2
+    assert timings["peer"].ratios == [2.0] * 6
+    assert timings["dense"].ratios == [500.0] * 2
+
+
+def test_csv_is_never_half_written(tmp_path):
+    """Writers in parallel lose nothing; a reader never sees a broken line."""
+    path = tmp_path / "cpu.csv"
+    writers, rows = 4, 8
+    fields = ["date", "op", "note"]
+    done, broken = threading.Event(), []
+
+    def write(number):
+        for i in range(rows):
+            common.append_rows(path, [{"date": f"{number}-{i}", "op": "x", "note": 'a, "b"\n' * 50}], fields)
+
+    def read():
+        while not done.is_set():
+            broken.extend(
+                r for r in common.read_rows(path) if None in r or None in r.values() or r["op"] != "x"
+            )
+
+    reader = threading.Thread(target=read)
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(writers)]
+    for t in (reader, *threads):
+        t.start()
+    for t in threads:
+        t.join()
+    done.set()
+    reader.join()
+    assert not broken
+    assert {r["date"] for r in common.read_rows(path)} == {
+        f"{n}-{i}" for n in range(writers) for i in range(rows)
+    }
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "cpu.csv"
+    common.append_rows(path, [{"op": "warp"}])
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        common.append_rows(path, [{"op": "smooth"}])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_new_column(tmp_path):
+    """Rows of before a column was added stay readable."""
+    path = tmp_path / "cpu.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["op", "old"], ["warp", "1"]])
+    common.append_rows(path, [{"op": "smooth", "new": 2}], ["op", "new"])
+    assert common.read_rows(path) == [
+        {"op": "warp", "new": "", "old": "1"},
+        {"op": "smooth", "new": "2", "old": ""},
+    ]
+
+
+def row(**values):
+    base = dict.fromkeys(common.FIELDS, "")
+    base.update(
+        date="2026-01-02T03:04:05+0000", commit="abc", device="cpu", device_name="Some CPU", threads="2"
+    )
+    base.update(
+        isa="avx2", torch="2.13.0", op="warp", case="u", mode="fwd+bwd", provider="fastreg", dtype="float32"
+    )
+    base.update(
+        version="fastreg 0.1", shape="1x1x160x160x160", rounds="9", p20_ms="9", p50_ms="10", p80_ms="11"
+    )
+    base.update(ratio="1", floor="0.5", copy_gbs="20", gate="value 1e-7, gradient 1e-7")
+    return {**base, **values}
+
+
+def test_tables(tmp_path):
+    peer = {"provider": "voxelmorph", "version": "voxelmorph 0.3.4", "p50_ms": "456.7", "ratio": "45.67"}
+    series = [row(case=f"u-{n}", shape=f"1x1x{n}x{n}x{n}", p50_ms=f"{n**3 * 3e-6:.6g}") for n in (64, 256)]
+    old = row(p50_ms="99")
+    common.append_rows(tmp_path / "cpu.csv", [old, row(), row(mode="fwd", p50_ms="4"), row(**peer), *series])
+    text = run.tables(tmp_path)["bench"]
+    assert "| warp, u | 1x1x160x160x160 | fastreg | 4.00 | 10.0 | 9.00 to 11.0 | 1 | 0.50 |" in text
+    assert "| voxelmorph 0.3.4 |  | 457 |" in text
+    assert "45.7" in text
+    assert "99" not in text
+    assert "| warp, u | 3.00 | 3.00 |" in text
+    ops = run.tables(tmp_path)["ops"]
+    assert "executed on Some CPU (avx2), 2026-01-02 | reference; not executed |" in ops
+
+
+def test_real_table(tmp_path):
+    fields = [
+        "date",
+        "commit",
+        "device_name",
+        "threads",
+        "pair",
+        "score",
+        "before",
+        "after",
+        "goal",
+        "seconds",
+        "limit",
+    ]
+    base = dict(
+        zip(
+            fields,
+            ["2026-01-02", "abc", "CPU", 2, "lung", "tre", "3.89", "1.5", 1.25, "50", 60.0],
+            strict=True,
+        )
+    )
+    base.update(folding="0.0001", folding_limit=1e-3, met="no", arguments="")
+    rows = [base, {**base, "after": "1.2", "met": "yes"}, {**base, "after": "0.1", "arguments": "--window 5"}]
+    common.append_rows(tmp_path / "real.csv", rows, fields)
+    text = run.tables(tmp_path)["real"]
+    assert "| lung | mean TRE | 3.89 mm | 1.20 mm | 1.25 mm |" in text
+    # Neither the older row nor the one that was tuned.
+    assert text.count("lung") == 1
+
+
+def test_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    markers = "\n".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in ("ops", "bench", "real"))
+    readme.write_text(f"# head\n{markers}\ntail\n")
+    common.append_rows(tmp_path / "cpu.csv", [row()])
+    args = ["--write-readme", "--results", str(tmp_path), "--readme", str(readme)]
+    assert run.main(args) == 0
+    text = readme.read_text()
+    assert text.startswith("# head\n")
+    assert text.endswith("tail\n")
+    assert "old" not in text
+    assert "| warp, u |" in text
+    assert run.main(args) == 0
+    assert readme.read_text() == text
+    readme.write_text("no markers")
+    assert run.main(args) == 1
+    assert readme.read_text() == "no markers"
+
+
+def test_memory():
+    result = memory.fresh(["warp", "--shape", "64", "64", "64", "--provider", "torch"])
+    # The sampling positions are saved; the identity grid is kept.
+    assert result["shape"] == [1, 1, 64, 64, 64]
+    assert 3 <= result["saved_volumes"] < 3.1
+    assert result["saved"][0]["shape"] == [1, 64, 64, 64, 3]
+    assert result["saved"][0]["where"].startswith("bench/bench_warp.py:")
+    assert 5 < result["peak_volumes"] < 12
+    text = memory.text(result)
+    assert "1x64x64x64x3" in text
+    assert str(ROOT) not in text
+
+
+def test_memory_of_ours_and_bad_requests():
+    module = common.load("warp")
+    assert memory.saved_tensors(module, common.shrunk(module.CASES[0]), "fastreg", "fwd+bwd", "cpu") == []
+    for arguments, text in {
+        ("warp", "--provider", "nobody"): "no provider 'nobody'",
+        ("warp", "--case", "none"): "no case 'none'",
+        ("warp", "--shape", "8"): "--shape takes 2 or 3 sizes",
+    }.items():
+        with pytest.raises(SystemExit, match=text):
+            memory.report(memory.parser().parse_args(arguments))
+
+
+def test_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/bench_warp.py",
+        "--benchmark-only",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, "-k", "u-64-fwd-fastreg"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
