@@ -67,9 +67,30 @@ def _warn(message):
     print(f"fastreg: warning: {message}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _telling():
+    """For prints: a reader that has gone away must not fail a run."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, UnicodeError):
+        # or the interpreter would fail to flush what is left when it exits
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
 def _volume(array, dtype=np.float32):
     """ndarray -> (1, 1, *spatial)."""
     return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))[None, None]
+
+
+def _intensities(array):
+    """As _volume, in fp64 where fp32 would round a small range on a large offset, or tiny values, away."""
+    low, high = float(array.min()), float(array.max())
+    lost = high - low < max(2.0**-10 * max(abs(low), abs(high)), 1e-30)
+    return _volume(array, np.float64 if lost and array.dtype != np.float32 else np.float32)
 
 
 # What `register` takes
@@ -118,9 +139,13 @@ def _device(args):
         if args.threads < 1:
             raise InputError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = args.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("must be cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
@@ -172,6 +197,9 @@ def _read_intensities(path):
     array, grid = io.read_image(path)
     if array.min() == array.max():
         raise InputError(f"{path}: must not be constant, got {array.min():g} everywhere")
+    largest = max(abs(float(array.min())), abs(float(array.max())))
+    if largest > torch.finfo(torch.float32).max:
+        raise InputError(f"{path}: must fit single precision, got values as large as {largest:g}")
     return array, grid
 
 
@@ -254,7 +282,8 @@ def _weights(case, inside):
         _warn(f"the moving image covers only {100 * share:.2g} % of the fixed one")
     if case.mask is None:
         return share, None if share == 1 else inside.float()
-    weights = _volume(case.mask) * inside
+    # only ratios count, and fp32 does not hold all that a file may
+    weights = _volume(case.mask / float(case.mask.max())) * inside
     if not weights.any():
         raise InputError("the mask is 0 wherever the moving image reaches")
     return share, weights
@@ -265,12 +294,12 @@ def _solve(case, args):
     device = _device(args)
     parameters = {p.name: getattr(args, p.name) for p in _tunable()}
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
-    moving = _volume(case.moving)
+    moving = _intensities(case.moving)
     start, inside = io.resample(moving, case.moving_grid, case.fixed_grid, outside=None)
     overlap, weights = _weights(case, inside)
     with _progress(args) as progress:
         result = register(
-            _volume(case.fixed).to(device),
+            _intensities(case.fixed).to(device),
             start.to(device),
             spacing=case.fixed_grid.spacing_zyx,
             mask=None if weights is None else weights.to(device),
@@ -325,7 +354,7 @@ def _finish(case, u, before, moved_labels, summary, folder, device, began):
     grid = case.fixed_grid
     start, covered = before
     outside = float(case.moving.min())
-    moved, inside = io.resample(_volume(case.moving), case.moving_grid, grid, u, outside=outside)
+    moved, inside = io.resample(_intensities(case.moving), case.moving_grid, grid, u, outside=outside)
     io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
     io.write_displacement(folder / "displacement.nii.gz", u, grid)
     if moved_labels is not None:
@@ -381,9 +410,20 @@ def _print_summary(summary):
 # The commands
 
 
+def _refuse_own_inputs(args):
+    kinds = ("", "_landmarks", "_labels")
+    paths = [getattr(args, f"{which}{kind}") for kind in kinds for which in ("fixed", "moving")]
+    for path in (*paths, args.mask):
+        for name in OUTPUTS:
+            with contextlib.suppress(OSError, TypeError):  # not there, not given
+                if os.path.samefile(path, Path(args.out, name)):
+                    raise InputError(f"{path}: is an input, and an output would replace it")
+
+
 def _register(args):
     began = time.perf_counter()
     report.require_matplotlib()
+    _refuse_own_inputs(args)
     with io.output_folder(args.out, OUTPUTS, replace=args.force) as folder:
         case = _read_case(args)
         u, before, summary, device = _solve(case, args)
@@ -392,8 +432,9 @@ def _register(args):
             summary[which] = {"file": str(getattr(args, which)), **summary[which]}
         _finish(case, u, before, moved_labels, summary, folder, device, began)
     if not args.quiet:
-        _print_summary(summary)
-        print(f"written to  {args.out}")
+        with _telling():
+            _print_summary(summary)
+            print(f"written to  {args.out}")
     return 0
 
 
@@ -408,7 +449,8 @@ def _demo(args):
         output = contextlib.nullcontext()
     with output as folder:
         if not args.quiet:
-            print("making a breathing thorax whose motion is known ...", flush=True)
+            with _telling():
+                print("making a breathing thorax whose motion is known ...")
         p = phantom.thorax()
         grid = io.Geometry.of(p.fixed.shape[2:], p.spacing)
         fixed, moving, fixed_labels, moving_labels = (
@@ -437,12 +479,13 @@ def _demo(args):
             ("seconds", None, score["seconds"], goals["seconds"]),
             ("Dice of the lungs", dice["before"]["mean"], dice["after"]["mean"], None),
         ]
-        print(f"\n{'':20}{'before':>10}{'after':>10}{'goal':>10}")
-        for name, *values in rows:
-            print(f"{name:20}" + "".join(f"{'' if v is None else f'{v:.2f}':>10}" for v in values))
-        print("all goals are met" if not missed else "missed: " + "; ".join(missed))
-        if args.out is not None:
-            print(f"written to {args.out}")
+        with _telling():
+            print(f"\n{'':20}{'before':>10}{'after':>10}{'goal':>10}")
+            for name, *values in rows:
+                print(f"{name:20}" + "".join(f"{'' if v is None else f'{v:.2f}':>10}" for v in values))
+            print("all goals are met" if not missed else "missed: " + "; ".join(missed))
+            if args.out is not None:
+                print(f"written to {args.out}")
     return 1 if missed else 0
 
 
@@ -507,9 +550,9 @@ def _parser():
     return parser
 
 
-def _terminate(*_):
+def _terminate(number, _):
     # As an exception, so that the unfinished output is removed.
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + number)
 
 
 def _line(error):
@@ -524,6 +567,8 @@ def main(argv=None):
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _terminate)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, _terminate)
     try:
         args = _parser().parse_args(argv)
         return args.run(args)

@@ -41,6 +41,14 @@ class InputError(ValueError):
     """What a user passed cannot be used; the message is one line that says why."""
 
 
+def _require_utf8(path):
+    """SimpleITK aborts the process on other names."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{ascii(os.fspath(path))[1:-1]}: the path must be UTF-8") from error
+
+
 def _sitk():
     try:
         import SimpleITK
@@ -127,21 +135,40 @@ def _silent_stderr():
         os.close(null)
 
 
+def _nifti_files(path):
+    """(header, data) of a NIfTI or Analyze image, one file or two; None: it is none."""
+    name = path.name.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        return path, path
+    stem = path.name[:-3] if name.endswith(".gz") else path.name
+    stem, suffix = os.path.splitext(stem)
+    if suffix.lower() not in (".hdr", ".img"):
+        return None
+    found = []
+    for wanted in (".hdr", ".img"):
+        wanted = wanted.upper() if suffix.isupper() else wanted
+        files = [path.with_name(stem + wanted + gz) for gz in ("", ".gz", ".GZ")]
+        found += [file for file in files if file.exists()][:1]
+    return tuple(found) if len(found) == 2 else None
+
+
 def _not_finite_in_nifti(path, image):
-    """How many values of a NIfTI file are NaN or infinite; EOFError where the file is cut short.
+    """How many values of a NIfTI or Analyze image are NaN or infinite; EOFError where it is cut short.
 
     SimpleITK reads both without a word, as zeros, so the bytes have to be looked at.
     """
-    name = path.name.lower()
-    if not name.endswith((".nii", ".nii.gz")):
+    files = _nifti_files(path)
+    if files is None:
         return 0
     fields = ("vox_offset", "bitpix", "datatype")
     offset, bits, kind = (int(float(image.GetMetaData(f))) if image.HasMetaDataKey(f) else 0 for f in fields)
     missing = math.prod(image.GetSize()) * image.GetNumberOfComponentsPerPixel() * bits // 8
     bad = 0
-    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as stream:
-        header = stream.read(max(offset, 4))
-        order = "<" if int.from_bytes(header[:4], "little") in (348, 540) else ">"
+    header, data = ((gzip.open if f.name.lower().endswith(".gz") else open, f) for f in files)
+    with header[0](header[1], "rb") as stream:
+        order = "<" if int.from_bytes(stream.read(4), "little") in (348, 540) else ">"
+    with data[0](data[1], "rb") as stream:
+        stream.read(offset)
         dtype = {16: f"{order}f4", 64: f"{order}f8"}.get(kind)
         while block := stream.read(1 << 22):
             if dtype and missing > 0:
@@ -156,10 +183,16 @@ def _not_finite_in_nifti(path, image):
 def _read(path):
     sitk = _sitk()
     path = Path(path)
+    _require_utf8(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if path.name.lower().endswith((".nia", ".nia.gz")):
+        # ITK reads its NaN as 0 and we cannot tell
+        raise InputError(f"{path}: text NIfTI is not supported; save it as .nii.gz")
     source = str(path)
     if path.is_dir():
+        for name in os.listdir(path):
+            _require_utf8(name)
         with _silent_stderr():
             series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(source)
             if len(series) == 1:
@@ -269,6 +302,7 @@ def replacing(path):
 
 
 def _write(path, image, geometry):
+    _require_utf8(path)
     sitk = _sitk()
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
@@ -340,20 +374,55 @@ def resample(image, geometry, onto, u=None, *, mode="linear", outside=0.0):
     return out, inside
 
 
+def _refuse_folders(out, names):
+    for name in names:
+        if (out / name).is_dir() and not (out / name).is_symlink():
+            raise InputError(f"{out / name}: is a folder, and would have to be a file")
+
+
+def _exchange(temporary, out, names):
+    """Moves all files of temporary to `out`, where `names` disappear; what fails is undone."""
+    written = os.listdir(temporary)
+    _refuse_folders(out, {*names, *written})
+    # Not in temporary, which is deleted: should undoing fail as well, the old files are still there.
+    aside = out / f"{temporary.name}.old"
+    aside.mkdir()
+    steps = []
+    try:
+        for name in {*names, *written}:
+            if os.path.lexists(out / name):
+                os.replace(out / name, aside / name)
+                steps.append((aside / name, out / name))
+        for name in written:
+            os.replace(temporary / name, out / name)
+            steps.append((out / name, temporary / name))
+    except BaseException:
+        for source, target in reversed(steps):
+            os.replace(source, target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def output_folder(out, names, *, replace=False):
     """Yields an empty folder that becomes `out` at the end; on any error `out` is as it was before.
 
     A new `out` appears by one rename. In one that exists the files written take the places of their namesakes
-    and others of `names` disappear, one atomic step a file, with Ctrl-C held back; what else is in it stays.
+    and others of `names` disappear, all or none, with signals held back; what else is in it stays.
     Raises:
-        InputError: out is no folder, holds one of `names` and replace is false, or cannot be made.
+        InputError: out is empty or no folder, holds one of `names` and replace is false or that is a folder,
+            or cannot be made.
     """
+    if not os.fspath(out):
+        raise InputError("the output folder must have a name, got an empty one")
     out = Path(out)
+    _require_utf8(out.absolute())
     exists = out.is_dir()
     if not exists and (out.exists() or out.is_symlink()):
         raise InputError(f"{out}: exists and is not a folder")
-    taken = [name for name in names if exists and (out / name).exists()]
+    _refuse_folders(out, names)
+    taken = [name for name in names if exists and os.path.lexists(out / name)]
     if taken and not replace:
         raise InputError(f"{out}: already holds {taken[0]}; give another folder, or --force to replace it")
     missing = [] if exists else [parent for parent in out.absolute().parents if not parent.exists()]
@@ -368,11 +437,7 @@ def output_folder(out, names, *, replace=False):
         yield temporary
         with _no_interrupt():
             if exists:
-                written = os.listdir(temporary)
-                for name in written:
-                    os.replace(temporary / name, out / name)
-                for name in set(names) - set(written):
-                    (out / name).unlink(missing_ok=True)
+                _exchange(temporary, out, names)
             else:
                 os.rename(temporary, out)
             done = True
@@ -386,12 +451,15 @@ def output_folder(out, names, *, replace=False):
 
 @contextlib.contextmanager
 def _no_interrupt():
-    """Ctrl-C does nothing inside: for steps of milliseconds that must not stop half-way."""
+    """Ctrl-C and its like do nothing inside: for steps of milliseconds that must not stop half-way."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = [(number, signal.signal(number, signal.SIG_IGN)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous:
+            if handler is not None:  # not one of Python's
+                signal.signal(number, handler)

@@ -79,19 +79,24 @@ def _count(name, value, least):
 
 
 def _image(name, image):
+    """Detached, checked; fp32, or fp64 where fp32 could round a small range on a large offset away."""
     if not isinstance(image, torch.Tensor):
         _fail(TypeError, f"{name} must be a tensor, got {type(image).__name__}")
+    if image.layout != torch.strided or image.device.type == "meta":
+        kind = "meta" if image.device.type == "meta" else str(image.layout).removeprefix("torch.")
+        _fail(TypeError, f"{name} must be a dense tensor with data, got a {kind} one")
     if image.dtype.is_complex or image.dtype == torch.bool:
         _fail(TypeError, f"{name} must have a real dtype, got {image.dtype}")
     if image.ndim not in (4, 5) or image.shape[0] != 1:
         _fail(ValueError, f"{name} must have shape (1, C, D, H, W) or (1, C, H, W), got {tuple(image.shape)}")
     if image.numel() == 0:
         _fail(ValueError, f"{name} must not be empty, got {tuple(image.shape)}")
-    image = image.detach().float()
-    if not torch.isfinite(image).all():
-        bad = int((~torch.isfinite(image)).sum())
+    image = image.detach()
+    single = image.float()
+    if not torch.isfinite(single).all():
+        bad = int((~torch.isfinite(single)).sum())
         _fail(ValueError, f"{name} must be finite, got {bad} NaN or infinite values")
-    return image
+    return image.double() if image.dtype != torch.float32 and image.dtype.itemsize > 2 else single
 
 
 def _rescaled(image, mask=None):
@@ -109,7 +114,9 @@ def _rescaled(image, mask=None):
             low, high = sample.min(), sample.max()
         # in fp64, or a small range on a large offset would be rounded twice
         span = high - low
-        out.append(((channel.double() - low) / span).float() if span > 0 else torch.zeros_like(channel))
+        out.append(
+            ((channel.double() - low) / span).float() if span > 0 else torch.zeros_like(channel).float()
+        )
     return torch.stack(out)[None]
 
 
@@ -243,6 +250,12 @@ def _relax(u, rounds=60):
     return u
 
 
+def _finite(loss):
+    if not math.isfinite(loss):
+        hint = "a smaller learning_rate or regularization may keep it so"
+        _fail(ValueError, f"the loss must stay finite, got {loss} ({hint})")
+
+
 def _descend(level, n_iterations, learning_rate, report):
     """Returns the level's displacement, on its control grid, and what happened."""
     parameter = torch.zeros_like(level.base, requires_grad=True)
@@ -251,12 +264,16 @@ def _descend(level, n_iterations, learning_rate, report):
     for i in range(n_iterations):
         loss, similarity, regularity = level.iterate(parameter, optimizer)
         losses.append(float(loss))
+        _finite(losses[-1])
         if report is not None:
             report(i, n_iterations, losses[-1])
         if i >= 20 and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
             break
     with torch.no_grad():
-        displacement = _relax(level.displacement(parameter))
+        displacement = level.displacement(parameter)
+        # the last step has no loss yet; squares, because the next one would be of those
+        _finite(float(displacement.square().sum()))
+        displacement = _relax(displacement)
     first, last = (losses[0], losses[-1]) if losses else (None, None)
     return displacement, {
         "iterations": len(losses),
@@ -320,7 +337,10 @@ def register(
             _fail(ValueError, f"mask must be on the device of fixed, {fixed.device}, got {mask.device}")
         if (mask < 0).any():
             _fail(ValueError, f"mask must be at least 0, got {float(mask.min()):g}")
-    if _count("window", window, 1) % 2 == 0:
+        # only ratios of weights count, and sums of large or tiny ones would leave fp32
+        mask = (mask / mask.max() if mask.any() else mask).float()
+    window = _count("window", window, 1)
+    if window % 2 == 0:
         _fail(ValueError, f"window must be odd, got {window}")
     (regularization,) = _numbers("regularization", regularization, 1, least=0.0)
     if smoothing is not None:
@@ -328,7 +348,9 @@ def register(
     (learning_rate,) = _numbers("learning_rate", learning_rate, 1, above=0.0)
     if levels is not None:
         levels = _count("levels", levels, 1)
-    plan = list(iterations) if isinstance(iterations, (tuple, list)) else [iterations]
+    if hasattr(iterations, "tolist"):  # numpy, torch
+        iterations = iterations.tolist()
+    plan = list(iterations) if isinstance(iterations, (tuple, list, range)) else [iterations]
     if not plan:
         _fail(ValueError, "iterations must hold at least one number, got none")
     plan = [_count("iterations", n, 0) for n in plan]
@@ -352,5 +374,5 @@ def register(
             records.append({**record, "seconds": time.perf_counter() - begun})
         with torch.no_grad():
             displacement = _relax(_fused.resize_displacement(displacement, full))
-            moved = _fused.warp(moving, displacement)
+            moved = _fused.warp(moving.float(), displacement)
     return Registration(displacement, moved, records, time.perf_counter() - start)

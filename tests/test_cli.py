@@ -248,6 +248,10 @@ def halves(array, grid):
     return array.astype(np.float32) / 2, grid
 
 
+def too_large(array, grid):
+    return array.astype(np.float64) * 1e300, grid
+
+
 def background(array, grid):
     return np.zeros_like(array), grid
 
@@ -314,12 +318,16 @@ BAD = {
         "argument --iterations: invalid number value: 'many'",
     ),
     "threads": (lambda d: None, ["--threads", "0"], "--threads must be at least 1, got 0"),
+    "range": (lambda d: change(d / "fixed.nii.gz", too_large), [], "fixed.nii.gz: must fit single precision"),
+    "diverges": (lambda d: None, ["--regularization", "1e38"], "error: the loss must stay finite"),
+    "meta": (lambda d: None, ["--device", "meta"], "--device meta cannot be used: must be cpu or cuda"),
     "device": (lambda d: None, ["--device", "abacus"], "--device abacus cannot be used"),
     "option": (lambda d: None, ["--wndow", "5"], "unrecognized arguments: --wndow 5"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
+@pytest.mark.filterwarnings("error")
 def test_bad_input_is_one_line_and_no_output(case, tmp_path, capsys, kind):
     folder = case("same")
     spoil, options, match = BAD[kind]
@@ -328,6 +336,37 @@ def test_bad_input_is_one_line_and_no_output(case, tmp_path, capsys, kind):
     assert run(folder, *(option.format(folder) for option in options)) == 2
     assert re.search(match, one_line(capsys))
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_small_range_on_a_large_offset(case, tmp_path):
+    folder = case("same")
+    for which in ("fixed", "moving"):
+        change(folder / f"{which}.nii.gz", lambda a, g: (1e9 + 0.001 * a.astype(np.float64), g))
+    assert run(folder) == 0
+    assert np.ptp(io.read_image(tmp_path / "out" / "moved.nii.gz")[0]) > 0.05
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["levels"][0]["loss_last"] < -0.1
+
+
+def test_output_must_not_replace_an_input(case, tmp_path, capsys):
+    folder = case("same")
+    (folder / "fixed.nii.gz").rename(folder / "moved.nii.gz")
+    (folder / "fixed.nii.gz").symlink_to("moved.nii.gz")
+    before = (folder / "moved.nii.gz").read_bytes()
+    assert run(folder, "--force", out=folder) == 2
+    assert "fixed.nii.gz: is an input, and an output would replace it" in one_line(capsys)
+    assert (folder / "moved.nii.gz").read_bytes() == before
+
+
+def test_broken_pipe_at_the_end_is_no_failure(case, tmp_path):
+    folder = case("same")
+    images = [str(folder / f"{which}.nii.gz") for which in ("fixed", "moving")]
+    command = [sys.executable, "-m", "fastreg", "register", *images, "-o", str(tmp_path / "out"), *FAST]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_bad_output_places(case, tmp_path, capsys):
@@ -434,6 +473,7 @@ def start(folder, out):
         pytest.param(signal.SIGINT, 130, False, id="int-new"),
         pytest.param(signal.SIGINT, 130, True, id="int-replaced"),
         pytest.param(signal.SIGTERM, 143, False, id="term-new"),
+        pytest.param(signal.SIGHUP, 129, False, id="hup-new"),
     ],
 )
 def test_interrupted_run_leaves_no_trace(case, tmp_path, number, status, before):

@@ -173,11 +173,14 @@ def _bad_image(kind, folder):
     elif kind == "complex":
         path = folder / "bad.nrrd"
         sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6), np.complex64)), str(path))
+    elif kind == "text.nia":
+        path = folder / kind
+        path.write_text("")
     elif kind.startswith("nan"):
         path = folder / kind
         array[3, 4, 5], array[0, 0, 0] = np.nan, np.inf
         array = array.astype(np.float64 if "64" in kind else np.float32)
-        io.write_image(path, array, geometry)
+        sitk.WriteImage(as_sitk(array, geometry), str(path))
     return path
 
 
@@ -198,6 +201,10 @@ def _bad_image(kind, folder):
         ("complex", "real values"),
         ("nan.nii.gz", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
         ("nan64.nii", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
+        ("nan.hdr", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
+        ("nan64.img", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
+        ("nan.img.gz", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
+        ("text.nia", "text NIfTI is not supported"),
         ("nan.mha", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
     ],
 )
@@ -329,6 +336,14 @@ def test_displacement_file_is_in_physical_millimetres(tmp_path, nd):
         np.testing.assert_allclose(transform.TransformPoint(start.tolist()), moved, atol=1e-4)
 
 
+def test_paths_that_are_not_utf8(tmp_path):
+    path = tmp_path / "latin\udce9.nii"
+    for function in (io.read_image, lambda p: io.write_image(p, noise(grid(3)), grid(3)), fill):
+        with pytest.raises(io.InputError, match=r"latin\\udce9.nii: the path must be UTF-8"):
+            function(path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "image.nii.gz"
     path.write_text("precious")
@@ -393,6 +408,40 @@ def test_output_folder_errors(tmp_path):
     with pytest.raises(io.InputError, match="out: cannot be made: not a directory"):
         fill(tmp_path / "file" / "out")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_output_folder_refuses_folders_in_place_of_files(tmp_path):
+    with pytest.raises(io.InputError, match="must have a name"):
+        fill("")
+    (tmp_path / "y").mkdir()
+    with pytest.raises(io.InputError, match="y: is a folder"):
+        fill(tmp_path, replace=True)
+    (tmp_path / "y").rmdir()
+
+    def appears():
+        with io.output_folder(tmp_path, "xy") as folder:
+            (folder / "x").write_text("1")
+            (tmp_path / "y").mkdir()  # while the run goes on
+
+    with pytest.raises(io.InputError, match="y: is a folder"):
+        appears()
+    assert os.listdir(tmp_path) == ["y"]
+
+
+def test_output_folder_is_never_mixed(tmp_path, monkeypatch):
+    fill(tmp_path, write=("x", "y"))
+    replace, calls = os.replace, []
+
+    def fails(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError("full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="full"):
+        fill(tmp_path, write=("x", "y"), text="2", replace=True)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x": "1", "y": "1"}
 
 
 def test_ctrl_c_does_not_stop_the_last_step(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,6 +266,30 @@ def test_ctrl_c_gets_through():
         register(fixed, moving, progress=interrupt)
 
 
+def test_small_range_on_a_large_offset():
+    fixed, moving, _ = pair((26, 26, 26), (1.0, 1.0, 1.0))
+    plain = register(fixed, moving, **QUICK).displacement
+    for scale, offset in ((0.02, 1e9), (1e-98, 0.0)):
+        images = (t.double() * scale + offset for t in (fixed, moving))
+        torch.testing.assert_close(register(*images, **QUICK).displacement, plain, atol=2e-2, rtol=0)
+
+
+def test_scale_of_the_mask_does_not_matter():
+    fixed, moving, _ = pair((26, 26, 26), (1.0, 1.0, 1.0))
+    mask = torch.ones(1, 1, 26, 26, 26).double()
+    mask[..., :6] = 0.5
+    plain = register(fixed, moving, mask=mask, **QUICK).displacement
+    for scale in (1e38, 1e-38):
+        scaled = register(fixed, moving, mask=mask * scale, **QUICK).displacement
+        torch.testing.assert_close(scaled, plain, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("iterations", [range(2, 4), np.array([2, 3]), np.int64(3)])
+def test_whole_numbers_of_numpy(iterations):
+    result = register(IMAGE, IMAGE.flip(2), window=np.int64(5), iterations=iterations)
+    assert result.levels[-1]["iterations"] == 3
+
+
 IMAGE = torch.rand(1, 1, 8, 8, 8)
 TWO = IMAGE.repeat(2, 1, 1, 1, 1)
 NAN = IMAGE.clone()
@@ -298,6 +323,15 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         (ValueError, "iterations must hold at least one number", (IMAGE, IMAGE), {"iterations": ()}),
         (TypeError, "iterations must be a whole number", (IMAGE, IMAGE), {"iterations": (10, 2.5)}),
         (ValueError, "learning_rate must be above 0", (IMAGE, IMAGE), {"learning_rate": 0.0}),
+        (
+            TypeError,
+            "fixed must be a dense tensor with data, got a sparse_coo",
+            (IMAGE.to_sparse(), IMAGE),
+            {},
+        ),
+        (TypeError, "moving must be a dense tensor with data, got a meta", (IMAGE, IMAGE.to("meta")), {}),
+        (ValueError, "the loss must stay finite, got", (IMAGE, TWO[:1].flip(2)), {"regularization": 1e38}),
+        (ValueError, "the loss must stay finite, got", (IMAGE, IMAGE.flip(2)), {"learning_rate": 1e30}),
         (TypeError, "progress must be callable", (IMAGE, IMAGE), {"progress": 3}),
     ],
 )
