@@ -9,6 +9,7 @@ FASTREG_EXT=0 skips the extension, DEBUG=1 builds without optimisation, FASTREG_
 
 import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,9 +59,10 @@ class BuildKernels(build_ext):
                 extra_postargs=flags,
             )
 
-        # Options and torch change what an object holds, so each combination has its own folder.
+        # One folder for editable installs and wheels alike; options, torch and Python change what an object holds.
         options = "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release"
-        self.build_temp = os.path.join(self.build_temp, options, torch.__version__)
+        variant = f"{options}-torch{torch.__version__}-{sys.implementation.cache_tag}"
+        self.build_temp = str(ROOT / "build" / "objects" / variant)
         headers = [
             str(ROOT / "setup.py"),
             str(ROOT / "fastreg" / "_version.py"),
