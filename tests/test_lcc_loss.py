@@ -418,7 +418,9 @@ def test_vmap_passes_gradients():
 
 def test_numpy_numbers_and_odd_masks():
     fixed, moved = (x.detach() for x in pair((1, 1, 8, 9, 10)))
-    assert fastreg.lcc_loss(fixed, moved, np.int64(5), smooth_dr=np.float32(0.5)) == fastreg.lcc_loss(fixed, moved, 5, smooth_dr=0.5)
+    assert fastreg.lcc_loss(fixed, moved, np.int64(5), smooth_dr=np.float32(0.5)) == fastreg.lcc_loss(
+        fixed, moved, 5, smooth_dr=0.5
+    )
     mask = torch.ones(1, 1, 8, 9, 10)
     mask[..., 0] = float("nan")
     assert fastreg.lcc_loss(fixed, moved, 5, mask=mask).isnan()

@@ -140,7 +140,8 @@ class Slab {
     std::fill_n(line_up, W, -1.0);
   }
 
-  // The mean of the central patch of the chunk's middle plane or, where the mask leaves nothing there, of the whole chunk.
+  // The mean of the central patch of the chunk's middle plane or, where the mask leaves nothing there, of the
+  // whole chunk.
   void choose_shift(int64_t chunk, bool is_first) {
     const int64_t end = std::min(chunk + kChunk, D), middle = (chunk + end) / 2;
     const T* image[2] = {fixed, moved};

@@ -437,7 +437,8 @@ WarpArgs arguments(const Tensor& image, const Tensor& displacement, c10::string_
     FASTREG_CHECK(a.in[k] > 0 || displacement.numel() == 0, "warp",
                   "image must not have an empty spatial axis");
   }
-  FASTREG_CHECK(a.in[1] * a.in[2] < (int64_t(1) << 32), "warp", "a plane of image must be smaller than 2^32 voxels");
+  FASTREG_CHECK(a.in[1] * a.in[2] < (int64_t(1) << 32), "warp",
+                "a plane of image must be smaller than 2^32 voxels");
   a.padding = padding == "zeros"    ? Padding::zeros
               : padding == "border" ? Padding::border
                                     : Padding::reflection;
