@@ -1,7 +1,7 @@
 #pragma once
 // Warp: sample positions, boundary rules and interpolation of out(p) = image(p + u(p)).
-// Positions are kept as integer + fraction of u alone: the fraction is exact however large the volume, and u
-// = 0 is exactly the identity.
+// Positions are kept as integer + fraction of u alone: accuracy does not depend on the size of the volume,
+// and u = 0 is exactly the identity.
 #include <cmath>
 #include <cstdint>
 

@@ -31,7 +31,7 @@ def mse_loss(fixed, moved, *, mask=None, reduction="mean"):
         bad reduction.
 
     Notes:
-        One pass forward and one backward, nothing kept but the inputs; sums in fp64. Deterministic, whatever
+        One pass forward and one backward, nothing kept but the inputs; blocks of terms summed in fp64. Deterministic, whatever
         the thread count.
     """
     _check.floating("mse_loss", fixed=fixed, moved=moved, mask=mask)

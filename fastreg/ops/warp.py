@@ -1,6 +1,6 @@
 """Warp: ``out(p) = image(p + u(p))``, linear or nearest, voxel centres on integers (align_corners=True).
 
-Positions are split into the voxel index and ``floor(u)`` (integers) and ``u - floor(u)`` (exact), so ``u = 0`` is exactly the
+Positions are split into the voxel index and ``floor(u)`` (integers) and ``u - floor(u)``, so ``u = 0`` is exactly the
 identity and accuracy does not depend on the size of the volume. Gradient: ``dL/du_k = sum_c g_c d image_c / dx_k`` (one-sided
 at integer positions: towards larger indices), ``dL/dimage`` the transpose of the interpolation (STN: Jaderberg et al. 2015,
 eq. 5-7, in voxel units). Both, and the double backward, exist.
