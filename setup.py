@@ -25,6 +25,15 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS = {"baseline": ["-march=x86-64-v2"], "avx2": avx2, "avx512": avx512}
 
 
+def is_newer(done, others):
+    """Whether an object is newer than every file its compilation read (g++ -MMD listed them) and than `others`."""
+    listed = done.with_suffix(".d")
+    if not (done.exists() and listed.exists()):
+        return False
+    files = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
+    return all(os.path.exists(f) and os.path.getmtime(f) < done.stat().st_mtime for f in [*files, *others])
+
+
 class BuildKernels(build_ext):
     def build_extension(self, ext):
         import torch
@@ -40,17 +49,18 @@ class BuildKernels(build_ext):
         macros = [("TORCH_EXTENSION_NAME", "_C"), ("FASTREG_X86", str(int("avx2" in ISAS)))]
         macros += [("FASTREG_TORCH_VERSION", f'"{torch.__version__}"'), ("FASTREG_VERSION", f'"{VERSION}"')]
         macros += [("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi())))]
-        includes = [str(ROOT / "csrc"), *include_paths()]
+        # Relative, so that the lists of what an object read stay right in a copy of the checkout.
+        includes = ["csrc", *include_paths()]
 
         def compile_one(job):
             source, isa = job
             out = Path(self.build_temp) / (isa or "bindings")
             done = out / Path(source).with_suffix(".o")
-            if done.exists() and done.stat().st_mtime > max(os.path.getmtime(f) for f in [source, *headers]):
+            if is_newer(done, ["setup.py", "fastreg/_version.py"]):
                 return [str(done)]
             # `pass_` names what this compilation is: the bindings, or the kernels of one instruction set.
             pass_ = [("FASTREG_ISA", isa)] if isa else []
-            flags = [*common, *(ISAS[isa] if isa else [])]
+            flags = [*common, "-MMD", *(ISAS[isa] if isa else [])]
             return self.compiler.compile(
                 [source],
                 output_dir=str(out),
@@ -63,11 +73,6 @@ class BuildKernels(build_ext):
         options = "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release"
         variant = f"{options}-torch{torch.__version__}-{sys.implementation.cache_tag}"
         self.build_temp = str(ROOT / "build" / "objects" / variant)
-        headers = [
-            str(ROOT / "setup.py"),
-            str(ROOT / "fastreg" / "_version.py"),
-            *map(str, (ROOT / "csrc").rglob("*.h")),
-        ]
         kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
         jobs = [(s, None) for s in ["csrc/module.cpp", *kernels]] + [
             (s, isa) for isa in ISAS for s in kernels

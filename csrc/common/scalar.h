@@ -33,6 +33,21 @@ struct Arithmetic<double> {
 template <class T>
 using arithmetic_t = typename Arithmetic<T>::type;
 
+// Calls f.template operator()<T>() with the storage type `type` names.
+template <class F>
+void with_type(Stored type, F f) {
+  switch (type) {
+    case Stored::f64:
+      return f.template operator()<double>();
+    case Stored::f32:
+      return f.template operator()<float>();
+    case Stored::f16:
+      return f.template operator()<half_t>();
+    case Stored::bf16:
+      return f.template operator()<bfloat16_t>();
+  }
+}
+
 FASTREG_HD double load(double x) { return x; }
 FASTREG_HD float load(float x) { return x; }
 FASTREG_HD float load(bfloat16_t x) {

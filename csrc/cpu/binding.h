@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "common/scalar.h"
 
 #define FASTREG_CHECK(condition, op, rule) TORCH_CHECK_VALUE(condition, "fastreg::", op, ": ", rule)
@@ -28,6 +30,16 @@ inline Stored stored(const at::Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "fastreg: tensors must be fp64, fp32, fp16 or bf16, got ", t.scalar_type());
   }
+}
+
+// (N,) from partial sums that lie sample by sample, added in order: the same bits whatever the thread count.
+inline at::Tensor sample_sums(const std::vector<double>& partial, int64_t n_samples, at::ScalarType type) {
+  at::Tensor sums = at::zeros({n_samples}, at::kDouble);
+  double* out = sums.mutable_data_ptr<double>();
+  const int64_t each = n_samples ? int64_t(partial.size()) / n_samples : 0;
+  for (int64_t n = 0; n < n_samples; ++n)
+    for (int64_t i = 0; i < each; ++i) out[n] += partial[n * each + i];
+  return sums.to(type);
 }
 
 }  // namespace fastreg

@@ -114,48 +114,20 @@ void bwd(const DiffusionArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <Norm norm>
-void dispatch_fwd(Stored type, const DiffusionArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return fwd<norm, double>(a, b, e);
-    case Stored::f32:
-      return fwd<norm, float>(a, b, e);
-    case Stored::f16:
-      return fwd<norm, half_t>(a, b, e);
-    case Stored::bf16:
-      return fwd<norm, bfloat16_t>(a, b, e);
-  }
-}
-
-template <Norm norm>
-void dispatch_bwd(Stored type, const DiffusionArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return bwd<norm, double>(a, b, e);
-    case Stored::f32:
-      return bwd<norm, float>(a, b, e);
-    case Stored::f16:
-      return bwd<norm, half_t>(a, b, e);
-    case Stored::bf16:
-      return bwd<norm, bfloat16_t>(a, b, e);
-  }
-}
-
 }  // namespace
 
 void diffusion_fwd(Stored type, const DiffusionArgs& a, int64_t b, int64_t e) {
-  return a.norm == Norm::l2 ? dispatch_fwd<Norm::l2>(type, a, b, e) : dispatch_fwd<Norm::l1>(type, a, b, e);
+  with_type(type,
+            [&]<class T>() { a.norm == Norm::l2 ? fwd<Norm::l2, T>(a, b, e) : fwd<Norm::l1, T>(a, b, e); });
 }
 void diffusion_bwd(Stored type, const DiffusionArgs& a, int64_t b, int64_t e) {
-  return a.norm == Norm::l2 ? dispatch_bwd<Norm::l2>(type, a, b, e) : dispatch_bwd<Norm::l1>(type, a, b, e);
+  with_type(type,
+            [&]<class T>() { a.norm == Norm::l2 ? bwd<Norm::l2, T>(a, b, e) : bwd<Norm::l1, T>(a, b, e); });
 }
 
 }  // namespace fastreg::FASTREG_ISA
 
 #else
-
-#include <vector>
 
 #include "cpu/binding.h"
 
@@ -189,22 +161,11 @@ DiffusionArgs arguments(const char* op, const Tensor& u, c10::string_view norm,
 Tensor diffusion_cpu(const Tensor& u, c10::string_view norm, at::ArrayRef<double> spacing) {
   Tensor in = u.contiguous();
   DiffusionArgs a = arguments("diffusion", in, norm, spacing);
-  Tensor out = at::zeros({in.size(0)}, in.options().dtype(arithmetic_of(in)));
-  if (in.numel() == 0) return out;
-  const int64_t rows = in.numel() / a.size[2], per_sample = rows / in.size(0);
-  std::vector<double> partial(rows);
+  std::vector<double> partial(in.numel() / std::max<int64_t>(a.size[2], 1));  // one per row
   a.result = partial.data();
   auto kernel = FASTREG_PICK(diffusion_fwd);
-  at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(stored(in), a, b, e); });
-  for (int64_t n = 0; n < in.size(0); ++n) {
-    double sum = 0;
-    for (int64_t i = 0; i < per_sample; ++i) sum += partial[n * per_sample + i];
-    if (out.scalar_type() == at::kDouble)
-      out.mutable_data_ptr<double>()[n] = sum;
-    else
-      out.mutable_data_ptr<float>()[n] = float(sum);
-  }
-  return out;
+  at::parallel_for(0, partial.size(), 1, [&](int64_t b, int64_t e) { kernel(stored(in), a, b, e); });
+  return sample_sums(partial, in.size(0), arithmetic_of(in));
 }
 
 Tensor diffusion_bwd_cpu(const Tensor& grad, const Tensor& u, c10::string_view norm,

@@ -184,41 +184,13 @@ void bwd(const JacobianArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <int ND>
-void dispatch_fwd(Stored type, const JacobianArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return fwd<double, ND>(a, b, e);
-    case Stored::f32:
-      return fwd<float, ND>(a, b, e);
-    case Stored::f16:
-      return fwd<half_t, ND>(a, b, e);
-    case Stored::bf16:
-      return fwd<bfloat16_t, ND>(a, b, e);
-  }
-}
-
-template <int ND>
-void dispatch_bwd(Stored type, const JacobianArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return bwd<double, ND>(a, b, e);
-    case Stored::f32:
-      return bwd<float, ND>(a, b, e);
-    case Stored::f16:
-      return bwd<half_t, ND>(a, b, e);
-    case Stored::bf16:
-      return bwd<bfloat16_t, ND>(a, b, e);
-  }
-}
-
 }  // namespace
 
 void jacobian_fwd(Stored type, int nd, const JacobianArgs& a, int64_t b, int64_t e) {
-  return nd == 3 ? dispatch_fwd<3>(type, a, b, e) : dispatch_fwd<2>(type, a, b, e);
+  with_type(type, [&]<class T>() { nd == 3 ? fwd<T, 3>(a, b, e) : fwd<T, 2>(a, b, e); });
 }
 void jacobian_bwd(Stored type, int nd, const JacobianArgs& a, int64_t b, int64_t e) {
-  return nd == 3 ? dispatch_bwd<3>(type, a, b, e) : dispatch_bwd<2>(type, a, b, e);
+  with_type(type, [&]<class T>() { nd == 3 ? bwd<T, 3>(a, b, e) : bwd<T, 2>(a, b, e); });
 }
 
 }  // namespace fastreg::FASTREG_ISA

@@ -430,16 +430,7 @@ void slabs(const LccArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void lcc_slabs(Stored type, const LccArgs& a, int64_t begin, int64_t end) {
-  switch (type) {
-    case Stored::f64:
-      return slabs<double>(a, begin, end);
-    case Stored::f32:
-      return slabs<float>(a, begin, end);
-    case Stored::f16:
-      return slabs<half_t>(a, begin, end);
-    case Stored::bf16:
-      return slabs<bfloat16_t>(a, begin, end);
-  }
+  with_type(type, [&]<class T>() { slabs<T>(a, begin, end); });
 }
 
 }  // namespace fastreg::FASTREG_ISA

@@ -121,29 +121,11 @@ void bwd(const MseArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void mse_fwd(Stored type, const MseArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return fwd<double>(a, b, e);
-    case Stored::f32:
-      return fwd<float>(a, b, e);
-    case Stored::f16:
-      return fwd<half_t>(a, b, e);
-    case Stored::bf16:
-      return fwd<bfloat16_t>(a, b, e);
-  }
+  with_type(type, [&]<class T>() { fwd<T>(a, b, e); });
 }
 
 void mse_bwd(Stored type, const MseArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return bwd<double>(a, b, e);
-    case Stored::f32:
-      return bwd<float>(a, b, e);
-    case Stored::f16:
-      return bwd<half_t>(a, b, e);
-    case Stored::bf16:
-      return bwd<bfloat16_t>(a, b, e);
-  }
+  with_type(type, [&]<class T>() { bwd<T>(a, b, e); });
 }
 
 }  // namespace fastreg::FASTREG_ISA
@@ -186,22 +168,13 @@ struct Inputs {
 Tensor mse_loss_cpu(const Tensor& fixed, const Tensor& moved, const std::optional<Tensor>& mask) {
   Inputs in("mse_loss", fixed, moved, mask);
   const int64_t n = in.fixed.size(0), n_blocks = in.args.n_blocks;
-  Tensor out = at::zeros({n}, in.fixed.options().dtype(arithmetic_of(in.fixed)));
-  if (in.fixed.numel() == 0) return out;
+  if (in.fixed.numel() == 0) return at::zeros({n}, in.fixed.options().dtype(arithmetic_of(in.fixed)));
   std::vector<double> partial(n * n_blocks);
   in.args.result = partial.data();
   auto kernel = FASTREG_PICK(mse_fwd);
   at::parallel_for(0, n * n_blocks, 1,
                    [&](int64_t b, int64_t e) { kernel(stored(in.fixed), in.args, b, e); });
-  for (int64_t i = 0; i < n; ++i) {
-    double sum = 0;
-    for (int64_t k = 0; k < n_blocks; ++k) sum += partial[i * n_blocks + k];
-    if (out.scalar_type() == at::kDouble)
-      out.mutable_data_ptr<double>()[i] = sum;
-    else
-      out.mutable_data_ptr<float>()[i] = float(sum);
-  }
-  return out;
+  return sample_sums(partial, n, arithmetic_of(in.fixed));
 }
 
 Tensor mse_map_cpu(const Tensor& fixed, const Tensor& moved, const std::optional<Tensor>& mask) {

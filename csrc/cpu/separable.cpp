@@ -170,16 +170,7 @@ void rows(const SeparableArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void separable(Stored type, const SeparableArgs& a, int64_t b, int64_t e) {
-  switch (type) {
-    case Stored::f64:
-      return rows<double>(a, b, e);
-    case Stored::f32:
-      return rows<float>(a, b, e);
-    case Stored::f16:
-      return rows<half_t>(a, b, e);
-    case Stored::bf16:
-      return rows<bfloat16_t>(a, b, e);
-  }
+  with_type(type, [&]<class T>() { rows<T>(a, b, e); });
 }
 
 }  // namespace fastreg::FASTREG_ISA

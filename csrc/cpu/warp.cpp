@@ -357,16 +357,7 @@ void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t
 
 template <template <class, int> class Op, class... Args>
 void dispatch(Stored type, int nd, Args&&... args) {
-  switch (type) {
-    case Stored::f64:
-      return nd == 3 ? Op<double, 3>::run(args...) : Op<double, 2>::run(args...);
-    case Stored::f32:
-      return nd == 3 ? Op<float, 3>::run(args...) : Op<float, 2>::run(args...);
-    case Stored::f16:
-      return nd == 3 ? Op<half_t, 3>::run(args...) : Op<half_t, 2>::run(args...);
-    case Stored::bf16:
-      return nd == 3 ? Op<bfloat16_t, 3>::run(args...) : Op<bfloat16_t, 2>::run(args...);
-  }
+  with_type(type, [&]<class T>() { nd == 3 ? Op<T, 3>::run(args...) : Op<T, 2>::run(args...); });
 }
 
 template <class T, int ND>
