@@ -9,6 +9,7 @@ import inspect
 import torch
 
 from fastreg import ops
+from fastreg.ops.mind import mind_loss_prepared, prepare_mind
 
 
 class _Op(torch.nn.Module):
@@ -49,6 +50,36 @@ class Smooth(_Op, op=ops.smooth, inputs=("u",)):
 
 class LCCLoss(_Op, op=ops.lcc_loss, inputs=("fixed", "moved", "mask")):
     """``forward(fixed, moved, mask=None)``: see fastreg.lcc_loss."""
+
+
+class MIND(_Op, op=ops.mind, inputs=("image",)):
+    """``forward(image)``: see fastreg.mind."""
+
+
+class MINDLoss(_Op, op=ops.mind_loss, inputs=("fixed", "moved", "mask")):
+    """``forward(fixed, moved, mask=None)``: see fastreg.mind_loss. For one fixed image and many moved ones:
+
+    loss = fastreg.nn.MINDLoss(radius=2).prepare(fixed)
+    loss(moved, mask=mask)  # the bits of fastreg.nn.MINDLoss(radius=2)(fixed, moved, mask)
+    """
+
+    def prepare(self, fixed):
+        """torch.nn.Module: ``forward(moved, mask=None)`` against this image, to which no gradient flows."""
+        return _PreparedMINDLoss(fixed, self.options)
+
+
+class _PreparedMINDLoss(torch.nn.Module):
+    """Holds the fixed image and one number per sample: the mean that bounds V, which costs a pass over the image."""
+
+    def __init__(self, fixed, options):
+        super().__init__()
+        self.options = dict(options)
+        descriptor = {k: v for k, v in options.items() if k not in ("norm", "reduction")}
+        self.register_buffer("fixed", fixed.detach(), persistent=False)
+        self.register_buffer("variance", prepare_mind(self.fixed, **descriptor), persistent=False)
+
+    def forward(self, moved, mask=None):
+        return mind_loss_prepared(self.fixed, self.variance, moved, mask=mask, **self.options)
 
 
 class MSELoss(_Op, op=ops.mse_loss, inputs=("fixed", "moved", "mask")):

@@ -44,6 +44,15 @@ CASES = [
         {"reduction": "none"},
         id="lcc-options",
     ),
+    pytest.param(nn.MIND(), fastreg.mind, (FIXED,), {}, id="mind"),
+    pytest.param(nn.MINDLoss(), fastreg.mind_loss, (FIXED, MOVED), {}, id="mind-loss"),
+    pytest.param(
+        nn.MINDLoss(radius=1, neighbourhood="six", norm="l1"),
+        fastreg.mind_loss,
+        (FIXED, MOVED),
+        {"radius": 1, "neighbourhood": "six", "norm": "l1"},
+        id="mind-loss-options",
+    ),
     pytest.param(nn.MSELoss(), fastreg.mse_loss, (FIXED, MOVED), {}, id="mse"),
     pytest.param(
         nn.MSELoss(reduction="sum"), fastreg.mse_loss, (FIXED, MOVED), {"reduction": "sum"}, id="mse-sum"

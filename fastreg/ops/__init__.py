@@ -1,5 +1,6 @@
 from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.lcc_loss import lcc_loss
+from fastreg.ops.mind import mind, mind_loss
 from fastreg.ops.mse_loss import mse_loss
 from fastreg.ops.regularizers import diffusion
 from fastreg.ops.warp import warp
@@ -8,6 +9,8 @@ __all__ = [
     "diffusion",
     "jacobian_determinant",
     "lcc_loss",
+    "mind",
+    "mind_loss",
     "mse_loss",
     "resize_displacement",
     "smooth",
