@@ -48,6 +48,10 @@ class Smooth(_Op, op=ops.smooth, inputs=("u",)):
     """``forward(u)``: see fastreg.smooth."""
 
 
+class BSplineDisplacement(_Op, op=ops.bspline_displacement, inputs=("coefficients",)):
+    """``forward(coefficients)``: see fastreg.bspline_displacement."""
+
+
 class LCCLoss(_Op, op=ops.lcc_loss, inputs=("fixed", "moved", "mask")):
     """``forward(fixed, moved, mask=None)``: see fastreg.lcc_loss."""
 

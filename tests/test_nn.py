@@ -36,6 +36,13 @@ CASES = [
         {"padding": "zeros"},
         id="smooth-options",
     ),
+    pytest.param(
+        nn.BSplineDisplacement(4, (10, 11, 12), order=2),
+        fastreg.bspline_displacement,
+        (torch.randn(2, 3, 5, 5, 5), 4, (10, 11, 12), 2),
+        {},
+        id="bspline",
+    ),
     pytest.param(nn.LCCLoss(), fastreg.lcc_loss, (FIXED, MOVED), {}, id="lcc"),
     pytest.param(
         nn.LCCLoss(5, reduction="none"),

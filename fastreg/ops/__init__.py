@@ -1,3 +1,4 @@
+from fastreg.ops.bspline_displacement import bspline_displacement
 from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.mind import mind, mind_loss
@@ -6,6 +7,7 @@ from fastreg.ops.regularizers import diffusion
 from fastreg.ops.warp import warp
 
 __all__ = [
+    "bspline_displacement",
     "diffusion",
     "jacobian_determinant",
     "lcc_loss",
