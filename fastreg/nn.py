@@ -52,6 +52,10 @@ class BSplineDisplacement(_Op, op=ops.bspline_displacement, inputs=("coefficient
     """``forward(coefficients)``: see fastreg.bspline_displacement."""
 
 
+class GaussianDisplacement(_Op, op=ops.gaussian_displacement, inputs=("params",)):
+    """``forward(params)``: see fastreg.gaussian_displacement."""
+
+
 class LCCLoss(_Op, op=ops.lcc_loss, inputs=("fixed", "moved", "mask")):
     """``forward(fixed, moved, mask=None)``: see fastreg.lcc_loss."""
 

@@ -43,6 +43,13 @@ CASES = [
         {},
         id="bspline",
     ),
+    pytest.param(
+        nn.GaussianDisplacement((10, 11), sigma_is="var"),
+        fastreg.gaussian_displacement,
+        (torch.rand(2, 3, 7), (10, 11)),
+        {"sigma_is": "var"},
+        id="gaussian",
+    ),
     pytest.param(nn.LCCLoss(), fastreg.lcc_loss, (FIXED, MOVED), {}, id="lcc"),
     pytest.param(
         nn.LCCLoss(5, reduction="none"),

@@ -1,5 +1,6 @@
 from fastreg.ops.bspline_displacement import bspline_displacement
 from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
+from fastreg.ops.gaussian_displacement import gaussian_displacement
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.mind import mind, mind_loss
 from fastreg.ops.mse_loss import mse_loss
@@ -9,6 +10,7 @@ from fastreg.ops.warp import warp
 __all__ = [
     "bspline_displacement",
     "diffusion",
+    "gaussian_displacement",
     "jacobian_determinant",
     "lcc_loss",
     "mind",
