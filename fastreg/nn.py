@@ -54,6 +54,12 @@ class BSplineDisplacement(_Op, op=ops.bspline_displacement, inputs=("coefficient
 
 class GaussianDisplacement(_Op, op=ops.gaussian_displacement, inputs=("params",)):
     """``forward(params)``: see fastreg.gaussian_displacement."""
+class JacobianDeterminant(_Op, op=ops.jacobian_determinant, inputs=("u",)):
+    """``forward(u)``: see fastreg.jacobian_determinant."""
+
+
+class IntegrateGradients(_Op, op=ops.integrate_gradients, inputs=("phi",)):
+    """``forward(phi)``: see fastreg.integrate_gradients."""
 
 
 class LCCLoss(_Op, op=ops.lcc_loss, inputs=("fixed", "moved", "mask")):
@@ -96,6 +102,14 @@ class MSELoss(_Op, op=ops.mse_loss, inputs=("fixed", "moved", "mask")):
 
 class Diffusion(_Op, op=ops.diffusion, inputs=("u",)):
     """``forward(u)``: see fastreg.diffusion."""
+
+
+class TotalVariation(_Op, op=ops.total_variation, inputs=("u",)):
+    """``forward(u)``: see fastreg.total_variation."""
+
+
+class BendingEnergy(_Op, op=ops.bending_energy, inputs=("u",)):
+    """``forward(u)``: see fastreg.bending_energy."""
 
 
 __all__ = [name for name, value in globals().items() if inspect.isclass(value) and not name.startswith("_")]

@@ -50,6 +50,8 @@ CASES = [
         {"sigma_is": "var"},
         id="gaussian",
     ),
+    pytest.param(nn.JacobianDeterminant(), fastreg.jacobian_determinant, (U,), {}, id="jacobian"),
+    pytest.param(nn.IntegrateGradients(), fastreg.integrate_gradients, (U,), {}, id="integrate-gradients"),
     pytest.param(nn.LCCLoss(), fastreg.lcc_loss, (FIXED, MOVED), {}, id="lcc"),
     pytest.param(
         nn.LCCLoss(5, reduction="none"),
@@ -78,6 +80,18 @@ CASES = [
         (U,),
         {"norm": "l1", "spacing": 2.0},
         id="diffusion-options",
+    ),
+    pytest.param(nn.TotalVariation(), fastreg.total_variation, (U,), {}, id="tv"),
+    pytest.param(
+        nn.TotalVariation(isotropic=True, spacing=2.0),
+        fastreg.total_variation,
+        (U,),
+        {"isotropic": True, "spacing": 2.0},
+        id="tv-options",
+    ),
+    pytest.param(nn.BendingEnergy(), fastreg.bending_energy, (U,), {}, id="bending"),
+    pytest.param(
+        nn.BendingEnergy(spacing=2.0), fastreg.bending_energy, (U,), {"spacing": 2.0}, id="bending-options"
     ),
 ]
 

@@ -1,16 +1,20 @@
 from fastreg.ops.bspline_displacement import bspline_displacement
 from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.gaussian_displacement import gaussian_displacement
+from fastreg.ops.integrate_gradients import integrate_gradients
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.mind import mind, mind_loss
 from fastreg.ops.mse_loss import mse_loss
-from fastreg.ops.regularizers import diffusion
+from fastreg.ops.regularizers import bending_energy, diffusion, total_variation
 from fastreg.ops.warp import warp
 
 __all__ = [
     "bspline_displacement",
     "diffusion",
     "gaussian_displacement",
+    "bending_energy",
+    "diffusion",
+    "integrate_gradients",
     "jacobian_determinant",
     "lcc_loss",
     "mind",
@@ -18,5 +22,6 @@ __all__ = [
     "mse_loss",
     "resize_displacement",
     "smooth",
+    "total_variation",
     "warp",
 ]

@@ -1,0 +1,77 @@
+"""Displacement from the derivative of each coordinate along its own axis.
+
+``u_i(p) = sum over q <= p along axis i of (phi_i(q) - 1)``: phi = 1 everywhere is exactly the identity, and
+phi >= 0 keeps the voxels of each line in order.
+Gradient: ``dL/dphi_i(q) = sum over p >= q along axis i of g_i(p)``, the same sums from the other end.
+"""
+
+import torch
+
+from fastreg import _ext
+from fastreg.ops import _check
+
+
+def integrate_gradients(phi):
+    """Cumulative sum of ``phi - 1``, component i along its own axis i: gives a displacement.
+
+    Args:
+        phi (Tensor): (N, nd, *spatial), channels in axis order (z, y, x), fp64 / fp32 / fp16 / bf16.
+            phi_i is the derivative along axis i of the i-th coordinate of ``x + u(x)``.
+
+    Returns:
+        Tensor: u, shape and dtype of phi, in voxels. Differentiable (any number of times) in phi.
+
+    Raises:
+        TypeError: phi is not floating. ValueError: its shape does not fit.
+
+    Notes:
+        Sums in fp64, rounded once per voxel. A NaN reaches the voxels after it on its line. Deterministic.
+    """
+    _check.floating("integrate_gradients", phi=phi)
+    _check.displacement("integrate_gradients", "phi", phi)
+    return torch.ops.fastreg.integrate_gradients(phi)
+
+
+def integrate_gradients_ref(phi):
+    return _sums(phi.double() - 1, False).to(phi.dtype)
+
+
+def integrate_gradients_bwd_ref(grad, reverse):
+    return _sums(grad.double(), reverse).to(grad.dtype)
+
+
+def _sums(values, reverse):
+    out = []
+    for k, component in enumerate(values.unbind(1), 1):
+        out.append(component.flip(k).cumsum(k).flip(k) if reverse else component.cumsum(k))
+    return torch.stack(out, 1)
+
+
+def _fake(phi):
+    return torch.empty_like(phi, memory_format=torch.contiguous_format)
+
+
+_ext.define("integrate_gradients(Tensor phi) -> Tensor", integrate_gradients_ref, _fake)
+# reverse: the sums over p >= q, the transpose of the op; without it those over q <= p, its linear part.
+_ext.define(
+    "integrate_gradients_bwd(Tensor grad, bool reverse) -> Tensor",
+    integrate_gradients_bwd_ref,
+    lambda grad, reverse: _fake(grad),
+)
+
+
+def _setup_bwd(ctx, inputs, output):
+    ctx.reverse = inputs[1]
+
+
+_ext.autograd(
+    "integrate_gradients",
+    lambda ctx, inputs, output: None,
+    lambda ctx, grad: torch.ops.fastreg.integrate_gradients_bwd(grad, True),
+)
+_ext.autograd(
+    "integrate_gradients_bwd",
+    _setup_bwd,
+    lambda ctx, grad: (torch.ops.fastreg.integrate_gradients_bwd(grad, not ctx.reverse), None),
+)
+_ext.batched("integrate_gradients", "integrate_gradients_bwd")
