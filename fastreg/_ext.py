@@ -106,6 +106,24 @@ def grad_of(reference, inputs, grads):
         return tuple(g.clone() for g in vjp(grads.to(output.dtype)))
 
 
+def second_grad_of(reference, inputs, grad, directions):
+    """Double backward by differentiating the reference twice: gradients to (grad, *inputs) along `directions`.
+
+    A direction belongs to the gradient of its input; None counts as 0.
+    """
+
+    def first_gradients(grad, *inputs):
+        return torch.func.vjp(reference, *inputs)[1](grad)
+
+    outputs, vjp = torch.func.vjp(first_gradients, grad, *inputs)
+    return vjp(
+        tuple(
+            torch.zeros_like(o) if d is None else d.to(o.dtype)
+            for o, d in zip(outputs, directions, strict=True)
+        )
+    )
+
+
 def backends():
     """Which implementation answers for each op on each device.
 

@@ -366,7 +366,7 @@ def resample(image, geometry, onto, u=None, *, mode="linear", outside=0.0):
         reach = 0.5 + 1e-9
         kept = ((target >= -reach) & (target <= upper + 1e-9)).all(0)
         p[0] -= start
-        slab = torch.ops.fastreg.warp(image, (target - p)[None], mode, "border")
+        slab = torch.ops.fastreg.warp(image, (target - p)[None], None, mode, "border")
         if outside is not None:
             slab = torch.where(kept, slab, torch.as_tensor(outside, dtype=image.dtype))
         out[:, :, start:stop] = slab

@@ -36,8 +36,16 @@ class _Op(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class Warp(_Op, op=ops.warp, inputs=("image", "displacement")):
-    """``forward(image, displacement)``: see fastreg.warp."""
+class Warp(_Op, op=ops.warp, inputs=("image", "displacement", "affine")):
+    """``forward(image, displacement, affine=None)``: see fastreg.warp."""
+
+
+class Compose(_Op, op=ops.compose, inputs=("u", "v")):
+    """``forward(u, v)``: see fastreg.compose."""
+
+
+class IntegrateVelocity(_Op, op=ops.integrate_velocity, inputs=("v",)):
+    """``forward(v)``: see fastreg.integrate_velocity."""
 
 
 class ResizeDisplacement(_Op, op=ops.resize_displacement, inputs=("u",)):

@@ -18,6 +18,15 @@ CASES = [
         {"mode": "nearest", "padding": "border"},
         id="warp-options",
     ),
+    pytest.param(nn.Compose(padding="zeros"), fastreg.compose, (U, -U), {"padding": "zeros"}, id="compose"),
+    pytest.param(nn.IntegrateVelocity(), fastreg.integrate_velocity, (U,), {}, id="integrate"),
+    pytest.param(
+        nn.IntegrateVelocity(3, checkpoint=True),
+        fastreg.integrate_velocity,
+        (U, 3),
+        {"checkpoint": True},
+        id="integrate-options",
+    ),
     pytest.param(
         nn.ResizeDisplacement((3, 9, 4)), fastreg.resize_displacement, (U, (3, 9, 4)), {}, id="resize"
     ),
@@ -114,6 +123,13 @@ def test_mask(module, function):
     assert torch.equal(module(FIXED, moved=MOVED, mask=MASK), expected)
 
 
+def test_affine():
+    matrix = torch.eye(3, 4).expand(2, 3, 4) * 1.1
+    expected = fastreg.warp(MOVED, U, affine=matrix, padding="border")
+    assert torch.equal(nn.Warp(padding="border")(MOVED, U, matrix), expected)
+    assert torch.equal(nn.Warp()(MOVED, None, affine=matrix), fastreg.warp(MOVED, None, affine=matrix))
+
+
 def test_every_module_has_a_case():
     assert {type(case.values[0]).__name__ for case in CASES} == set(nn.__all__)
 
@@ -136,7 +152,7 @@ def test_errors():
         nn.Warp(pading="border")
     with pytest.raises(TypeError, match="missing a required argument: 'sigma'"):
         nn.Smooth()
-    with pytest.raises(TypeError, match="Warp takes image, displacement, got 3 tensors"):
-        nn.Warp()(MOVED, U, U)
+    with pytest.raises(TypeError, match="Warp takes image, displacement, affine, got 4 tensors"):
+        nn.Warp()(MOVED, U, None, U)
     with pytest.raises(ValueError, match="fastreg::warp: padding must be"):
         nn.Warp(padding="wrap")(MOVED, U)

@@ -25,7 +25,7 @@ def make(shape, dtype=torch.float64, amplitude=2.0):
 
 
 def reference(mode, padding):
-    return lambda image, u: warp_ref(image, u, mode, padding)
+    return lambda image, u: warp_ref(image, u, None, mode, padding)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -44,7 +44,7 @@ def test_against_reference(shape, dtype, padding):
 def test_nearest(shape, padding):
     image, u = make(shape)
     check_against_reference(lambda i, d: fastreg.warp(i, d, mode="nearest", padding=padding) + 0 * d.sum(),
-                            lambda i, d: warp_ref(i, d, "nearest", padding) + 0 * d.sum(), (image, u))  # fmt: skip
+                            lambda i, d: warp_ref(i, d, None, "nearest", padding) + 0 * d.sum(), (image, u))  # fmt: skip
     assert (
         torch.autograd.grad(fastreg.warp(image, u, mode="nearest", padding=padding).sum(), u)[0].abs().max()
         == 0
@@ -60,7 +60,7 @@ def test_reference_is_grid_sample(shape, padding, mode):
     steps = torch.stack(torch.meshgrid(*[torch.arange(s) for s in shape[2:]], indexing="ij"))
     grid = (2 * (steps + u).movedim(1, -1) / (size - 1) - 1).flip(-1)
     stock = F.grid_sample(image, grid, {"linear": "bilinear"}.get(mode, mode), padding, align_corners=True)
-    ours = warp_ref(image, u, mode, padding)
+    ours = warp_ref(image, u, None, mode, padding)
     assert_close(ours, stock, 1e-9)
     weight = torch.randn_like(stock)
     expected = torch.autograd.grad((stock * weight).sum(), (image, u))
@@ -83,7 +83,7 @@ def test_reference_is_scipy():
         expected = scipy.ndimage.map_coordinates(
             image[0, 0].detach().numpy(), steps + u[0].detach().numpy(), order=1, mode=mode
         )
-        assert_close(warp_ref(image, u, "linear", padding)[0, 0], torch.from_numpy(expected), 1e-9)
+        assert_close(warp_ref(image, u, None, "linear", padding)[0, 0], torch.from_numpy(expected), 1e-9)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3, 4, 3), (1, 2, 4, 3)])
@@ -125,7 +125,7 @@ def test_non_finite_and_far_displacements(padding):
         u[0, 2, 3, 2, 66] = -1e30
         u[0, 2, 4, 2, 6] = 1e7
     check_against_reference(lambda i, d: fastreg.warp(i, d, padding=padding).nan_to_num(),
-                            lambda i, d: warp_ref(i, d, "linear", padding).nan_to_num(), (image, u))  # fmt: skip
+                            lambda i, d: warp_ref(i, d, None, "linear", padding).nan_to_num(), (image, u))  # fmt: skip
     assert fastreg.warp(image, u, padding=padding).isnan().nonzero().tolist() == [
         [0, 0, 2, 3, 4],
         [0, 1, 2, 3, 4],
@@ -202,9 +202,9 @@ def test_empty(shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     image, u = make((2, 2, 4, 5, 6), dtype)
-    torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, "linear", "zeros"))
+    torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, None, "linear", "zeros"))
     torch.library.opcheck(torch.ops.fastreg.warp_bwd.default,
-                          (torch.rand_like(image), image, u, "linear", "border", True, True))  # fmt: skip
+                          (torch.rand_like(image), image, u, None, "linear", "border", True, True, False))  # fmt: skip
 
 
 def test_compile():

@@ -25,19 +25,19 @@ FASTREG_HD int64_t corner_index(int64_t i, int64_t n, Padding padding) {
 constexpr int32_t kFarthest = 1 << 29;
 
 // Splits a displacement into whole voxels and a fraction in [0, 1). A NaN keeps its fraction NaN.
-template <class A>
-FASTREG_HD void split(A u, int32_t& whole, A& fraction) {
-  constexpr A kCap = A(kFarthest);
+template <class S, class A>
+FASTREG_HD void split(S u, int32_t& whole, A& fraction) {
+  constexpr S kCap = S(kFarthest);
   u = u > kCap ? kCap : u;
   u = u < -kCap ? -kCap : u;
-  A down = std::floor(u);
-  fraction = u - down;
+  S down = std::floor(u);
+  fraction = A(u - down);
   // A tiny negative u has a fraction that rounds to 1.
   if (fraction >= A(1)) {
     fraction = A(0);
-    down += A(1);
+    down += S(1);
   }
-  whole = int32_t(fraction == fraction ? down : A(0));
+  whole = int32_t(fraction == fraction ? down : S(0));
 }
 
 }  // namespace fastreg

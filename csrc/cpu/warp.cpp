@@ -1,21 +1,6 @@
-#include "common/warp.h"
-
-#include "common/scalar.h"
-#include "cpu/isa.h"
+#include "cpu/warp_rows.h"
 
 namespace fastreg {
-
-// 2D is a volume of one slice whose displacement has no z component.
-struct WarpArgs {
-  const void* image;         // (n, c, *in)
-  const void* displacement;  // (n, nd, *out), arithmetic type
-  const void* grad;          // (n, c, *out), backward only
-  void* result;              // forward: (n, c, *out); backward: the gradient, arithmetic type
-  int64_t n, c;
-  int64_t in[3], out[3];  // D, H, W of the image and of the displacement
-  Padding padding;
-  bool nearest;
-};
 
 // Work units are rows (n, z, y) of the output grid, except for warp_bwd_image: (n, slab of the image).
 #define FASTREG_WARP_KERNEL(name) \
@@ -30,133 +15,12 @@ FASTREG_KERNEL(void, warp_bwd_image, Stored, int nd, const WarpArgs&, const int3
 
 #ifdef FASTREG_ISA
 
-#include <algorithm>
-#include <cstring>
+#include <numeric>
 
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-constexpr int kBlock =
-    64;  // voxels of a row whose positions are computed together (vectorised) before they are read
-
-template <class A, int ND>
-struct Positions {
-  alignas(64) int32_t whole[ND][kBlock];  // index of the lower corner per axis
-  alignas(64) A fraction[ND][kBlock];
-  alignas(64) int64_t offset[kBlock];  // of the lower corner in its volume, where inside
-  alignas(64) int32_t inside[kBlock];  // all 2^ND corners are voxels of the image and of planes [lo, hi)
-};
-
-struct Row {
-  int64_t n, z, y;
-};
-
-Row row_at(const WarpArgs& a, int64_t index) {
-  int64_t plane = index / a.out[1];
-  return {plane / a.out[0], plane % a.out[0], index % a.out[1]};
-}
-
-// The `count` voxels of `row` from x0 on. [lo, hi) bounds the slowest axis.
-template <class A, int ND>
-void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi,
-            Positions<A, ND>& p) {
-  const int64_t n_voxels = a.out[0] * a.out[1] * a.out[2];
-  const A* u = static_cast<const A*>(a.displacement) + row.n * ND * n_voxels +
-               (row.z * a.out[1] + row.y) * a.out[2] + x0;
-  const int32_t start[3] = {int32_t(row.z), int32_t(row.y), int32_t(x0)};
-  int32_t* __restrict inside = p.inside;
-  for (int i = 0; i < count; ++i) inside[i] = -1;
-  for (int k = 0; k < ND; ++k) {
-    const int axis = k + 3 - ND;
-    const A* __restrict uk = u + k * n_voxels;
-    int32_t* __restrict whole = p.whole[k];
-    A* __restrict fraction = p.fraction[k];
-    const int32_t from = start[axis], step = axis == 2 ? 1 : 0, first = k == 0 ? int32_t(lo) : 0;
-    const uint32_t span = uint32_t(std::max<int64_t>((k == 0 ? hi - lo : a.in[axis]) - 1, 0));
-    alignas(64) A rounded[kBlock];
-    if (a.nearest)
-      for (int i = 0; i < count; ++i) rounded[i] = std::nearbyint(uk[i]);
-    const A* __restrict source = a.nearest ? rounded : uk;
-    for (int i = 0; i < count; ++i) split(source[i], whole[i], fraction[i]);
-    for (int i = 0; i < count; ++i) {
-      whole[i] += from + step * i;
-      inside[i] &= -int32_t((uint32_t(whole[i] - first) < span) & (fraction[i] == fraction[i]));
-    }
-  }
-  const uint32_t plane = uint32_t(a.in[1] * a.in[2]), line = uint32_t(a.in[2]);
-  for (int i = 0; i < count; ++i) {
-    int64_t offset = uint32_t(p.whole[ND - 1][i]) + int64_t(uint64_t(uint32_t(p.whole[ND - 2][i])) * line);
-    if (ND == 3) offset += int64_t(uint64_t(uint32_t(p.whole[0][i])) * plane);
-    // Where outside, the first voxel is fetched in its stead and not used.
-    p.offset[i] = offset & int64_t(inside[i]);
-  }
-}
-
-// The corners of a block, as pairs along x: fetched one by one, interpolated as vectors.
-template <class T, int ND>
-struct Corners {
-  alignas(64) T pair[1 << (ND - 1)][kBlock][2];
-
-  // False where the image is too thin for a cell, so that nothing is inside.
-  template <class A>
-  bool fetch(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int count) {
-    for (int k = 3 - ND; k < 3; ++k)
-      if (a.in[k] < 2) return false;
-    const int64_t line = a.in[2], plane = a.in[1] * a.in[2];
-    for (int i = 0; i < count; ++i) {
-      const T* v = image + p.offset[i];
-      std::memcpy(pair[0][i], v, sizeof pair[0][i]);
-      std::memcpy(pair[1][i], v + line, sizeof pair[0][i]);
-      if constexpr (ND == 3) {
-        std::memcpy(pair[2][i], v + plane, sizeof pair[0][i]);
-        std::memcpy(pair[3][i], v + plane + line, sizeof pair[0][i]);
-      }
-    }
-    return true;
-  }
-};
-
-template <class A>
-A lerp(A a, A b, A f) {
-  return a + f * (b - a);
-}
-
-// Calls visit(corner, weight, offset) for the corners that exist and carry weight. An absent corner is
-// skipped rather than multiplied by 0, so a NaN or infinity never reaches a voxel that does not touch it.
-template <int ND, class A, class Visit>
-void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, bool weightless,
-                 Visit visit) {
-  for (int corner = 0; corner < 1 << ND; ++corner) {
-    A weight = A(1);
-    int64_t offset = 0;
-    bool present = true;
-    for (int k = 0; k < ND; ++k) {
-      const int upper = corner >> (ND - 1 - k) & 1, axis = k + 3 - ND;
-      const A f = p.fraction[k][i];
-      const int64_t index = corner_index(int64_t(p.whole[k][i]) + upper, a.in[axis], a.padding);
-      present = present && index >= 0 && (k > 0 || (index >= lo && index < hi));
-      weight *= upper ? f : A(1) - f;
-      offset = offset * a.in[axis] + index;
-    }
-    if (present && (weightless || weight != A(0))) visit(corner, weight, offset);
-  }
-}
-
-template <class A, int ND>
-bool is_nan(const Positions<A, ND>& p, int i) {
-  bool nan = false;
-  for (int k = 0; k < ND; ++k) nan |= p.fraction[k][i] != p.fraction[k][i];
-  return nan;
-}
-
-template <int ND, class A, class T>
-A interpolate_anywhere(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int i) {
-  if (is_nan(p, i)) return A(NAN);
-  A sum = A(0);
-  each_corner<ND>(a, p, i, 0, a.in[3 - ND], false,
-                  [&](int, A weight, int64_t offset) { sum += weight * load(image[offset]); });
-  return sum;
-}
+constexpr int kSumLanes = 8;  // fp64 sums kept side by side
 
 // Bytes: reads nd + C volumes, writes C. Floor by arithmetic: 2^nd - 1 lerps and 2^nd loads a voxel and
 // channel.
@@ -196,13 +60,30 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
           for (int i = 0; i < count; ++i)
             if (!p.inside[i] || !(value[i] - value[i] == A(0)))
               value[i] = interpolate_anywhere<ND>(a, image, p, i);
+        if (a.compose) {
+          const A* __restrict u = static_cast<const A*>(a.displacement) + (out - static_cast<T*>(a.result));
+          for (int i = 0; i < count; ++i) value[i] += u[i];
+        }
         for (int i = 0; i < count; ++i) store(out[i], value[i]);
       }
     }
   }
 }
 
-// du_k = sum over channels of grad * (interpolant differentiated along k). A gather: deterministic.
+// Adds the position gradients of up to kBlock voxels (0 beyond), and those times x, to lanes of fp64 sums.
+template <class A, int ND>
+void add_to_sums(const A (&du)[ND][kBlock], int64_t x0, double (&sums)[ND][2][kSumLanes]) {
+  for (int k = 0; k < ND; ++k)
+    for (int i = 0; i < kBlock; i += kSumLanes)
+      for (int j = 0; j < kSumLanes; ++j) {
+        const double d = double(du[k][i + j]);
+        sums[k][0][j] += d;
+        sums[k][1][j] += d * double(int32_t(x0) + i + j);
+      }
+}
+
+// du_k = sum over channels of grad * (interpolant differentiated along k). A gather: deterministic. What an
+// affine needs of it is summed row by row; du is stored only where it is asked for.
 // Bytes: reads nd + 2C volumes, writes nd. Arithmetic: 2^nd loads and about 4 (3D: 11) lerps a voxel and
 // channel.
 template <class T, int ND>
@@ -213,11 +94,17 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
   const int64_t n_in = a.in[0] * a.in[1] * a.in[2], n_out = a.out[0] * a.out[1] * a.out[2];
   for (int64_t index = begin; index < end; ++index) {
     const Row row = row_at(a, index);
+    double row_sums[ND][2][kSumLanes] = {};
     for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
       const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
       const int64_t at = (row.z * a.out[1] + row.y) * a.out[2] + x0;
       locate<A, ND>(a, row, x0, count, 0, a.in[3 - ND], p);
       alignas(64) A sum[ND][kBlock] = {};
+      if (a.compose)
+        for (int k = 0; k < ND; ++k) {
+          const T* grad = static_cast<const T*>(a.grad) + (row.n * ND + k) * n_out + at;
+          for (int i = 0; i < count; ++i) sum[k][i] = load(grad[i]);
+        }
       for (int64_t c = 0; c < a.c; ++c) {
         const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * n_in;
         const T* grad = static_cast<const T*>(a.grad) + (row.n * a.c + c) * n_out + at;
@@ -261,9 +148,15 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
           }
         }
       }
+      if (a.affine_sums) add_to_sums(sum, x0, row_sums);
+      if (!a.result) continue;
       A* out = static_cast<A*>(a.result) + row.n * ND * n_out + at;
       for (int k = 0; k < ND; ++k) std::copy_n(sum[k], count, out + k * n_out);
     }
+    if (a.affine_sums)
+      for (int k = 0; k < 2 * ND; ++k)
+        a.affine_sums[index * 2 * ND + k] =
+            std::accumulate(row_sums[k / 2][k % 2], row_sums[k / 2][k % 2] + kSumLanes, 0.0);
   }
 }
 
@@ -273,13 +166,27 @@ void row_range(const WarpArgs& a, int32_t* range, int64_t begin, int64_t end) {
   const int64_t n_voxels = a.out[0] * a.out[1] * a.out[2];
   for (int64_t index = begin; index < end; ++index) {
     const Row row = row_at(a, index);
-    const A* u =
-        static_cast<const A*>(a.displacement) + row.n * ND * n_voxels + (row.z * a.out[1] + row.y) * a.out[2];
+    double low = kFarthest, high = -low;
     // NaN voxels scatter nothing; comparisons written so that they leave the range alone.
-    A low = A(1 << 29), high = -low;
-    for (int64_t x = 0; x < a.out[2]; ++x) {
-      low = u[x] < low ? u[x] : low;
-      high = u[x] > high ? u[x] : high;
+    const auto widen = [&](const auto* u, int64_t count) {
+      std::decay_t<decltype(*u)> least = kFarthest, most = -least;
+      for (int64_t x = 0; x < count; ++x) {
+        least = u[x] < least ? u[x] : least;
+        most = u[x] > most ? u[x] : most;
+      }
+      low = std::min<double>(low, least), high = std::max<double>(high, most);
+    };
+    if (a.affine) {
+      for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
+        const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
+        alignas(64) double d[kBlock];
+        add_affine<A, ND>(a, row, 0, x0, count, d);
+        widen(d, count);
+      }
+    } else {
+      widen(static_cast<const A*>(a.displacement) + row.n * ND * n_voxels +
+                (row.z * a.out[1] + row.y) * a.out[2],
+            a.out[2]);
     }
     const int64_t start = ND == 3 ? row.z : row.y, last = a.in[3 - ND] - 1;
     const double cap = 1 << 29;
@@ -408,95 +315,195 @@ namespace {
 
 using at::Tensor;
 
-WarpArgs arguments(const Tensor& image, const Tensor& displacement, c10::string_view mode,
-                   c10::string_view padding) {
-  const int64_t nd = displacement.size(1);
-  FASTREG_CHECK(displacement.dim() == nd + 2 && image.dim() == nd + 2 && (nd == 2 || nd == 3), "warp",
-                "image and displacement must have 2 or 3 spatial axes");
-  FASTREG_CHECK(image.size(0) == displacement.size(0), "warp",
-                "image and displacement must have one batch size");
-  FASTREG_CHECK(displacement.scalar_type() == arithmetic_of(image), "warp",
-                "displacement must have the arithmetic type of image");
-  WarpArgs a{};
-  a.image = image.const_data_ptr();
-  a.displacement = displacement.const_data_ptr();
-  a.n = image.size(0), a.c = image.size(1);
-  for (int k = 0; k < 3; ++k) {
-    a.in[k] = k < 3 - nd ? 1 : image.size(k + nd - 1);
-    a.out[k] = k < 3 - nd ? 1 : displacement.size(k + nd - 1);
-    FASTREG_CHECK(a.in[k] < (1 << 29) && a.out[k] < (1 << 29), "warp", "an axis must be shorter than 2^29");
-    FASTREG_CHECK(a.in[k] > 0 || displacement.numel() == 0, "warp",
-                  "image must not have an empty spatial axis");
+using OptionalTensor = std::optional<Tensor>;
+
+Padding padding_of(c10::string_view name) {
+  return name == "zeros" ? Padding::zeros : name == "border" ? Padding::border : Padding::reflection;
+}
+
+// The tensors of a call as the kernels read them, and what the kernels are told.
+struct Call {
+  Tensor image, displacement, affine;  // those that are not there stay undefined
+  std::vector<int64_t> out_sizes;
+  WarpArgs args{};
+  int nd = 0;
+  int64_t rows = 0;
+  Stored type{};
+
+  Call(const Tensor& given_image, const OptionalTensor& given_displacement,
+       const OptionalTensor& given_affine) {
+    nd = int(given_image.dim()) - 2;
+    FASTREG_CHECK(nd == 2 || nd == 3, "warp", "image must have 2 or 3 spatial axes");
+    FASTREG_CHECK(given_displacement || given_affine, "warp", "displacement must be given without an affine");
+    // A displacement never loses precision: fp64 displacements lift the image to fp64.
+    const bool lift = given_displacement && given_displacement->scalar_type() == at::kDouble;
+    image = (lift ? given_image.to(at::kDouble) : given_image).contiguous();
+    type = stored(image);
+    out_sizes = image.sizes().vec();
+    args.image = image.const_data_ptr();
+    args.n = image.size(0), args.c = image.size(1);
+    if (given_displacement) {
+      displacement = given_displacement->to(arithmetic_of(image)).contiguous();
+      FASTREG_CHECK(displacement.dim() == nd + 2 && displacement.size(1) == nd, "warp",
+                    "displacement must have shape (N, nd, *spatial)");
+      FASTREG_CHECK(displacement.size(0) == args.n, "warp",
+                    "image and displacement must have one batch size");
+      std::copy(displacement.sizes().begin() + 2, displacement.sizes().end(), out_sizes.begin() + 2);
+      args.displacement = displacement.const_data_ptr();
+    }
+    if (given_affine) {
+      FASTREG_CHECK(given_affine->dim() == 3 && given_affine->size(0) == args.n &&
+                        given_affine->size(1) == nd && given_affine->size(2) == nd + 1,
+                    "warp", "affine must have shape (N, nd, nd + 1)");
+      Tensor finite = given_affine->isfinite().flatten(1).all(1).view({-1, 1, 1});
+      affine = given_affine->to(at::kDouble)
+                   .sub(at::eye(nd, nd + 1, image.options().dtype(at::kDouble)))
+                   .masked_fill(finite.logical_not(), NAN)
+                   .contiguous();
+      args.affine = affine.const_data_ptr<double>();
+    }
+    int64_t voxels = 1;
+    for (int k = 0; k < 3; ++k) {
+      args.in[k] = k < 3 - nd ? 1 : image.size(k + nd - 1);
+      args.out[k] = k < 3 - nd ? 1 : out_sizes[k + nd - 1];
+      voxels *= args.out[k];
+      FASTREG_CHECK(args.in[k] < (1 << 29) && args.out[k] < (1 << 29), "warp",
+                    "an axis must be shorter than 2^29");
+    }
+    for (int64_t size : args.in)
+      FASTREG_CHECK(size > 0 || args.n * voxels == 0, "warp", "image must not have an empty spatial axis");
+    FASTREG_CHECK(args.in[1] * args.in[2] < (int64_t(1) << 32), "warp",
+                  "a plane of image must be smaller than 2^32 voxels");
+    rows = args.n * args.out[0] * args.out[1];
   }
-  FASTREG_CHECK(a.in[1] * a.in[2] < (int64_t(1) << 32), "warp",
-                "a plane of image must be smaller than 2^32 voxels");
-  a.padding = padding == "zeros"    ? Padding::zeros
-              : padding == "border" ? Padding::border
-                                    : Padding::reflection;
-  a.nearest = mode == "nearest";
-  return a;
-}
 
-// A displacement never loses precision: fp64 displacements lift the image to fp64.
-std::pair<Tensor, Tensor> common_type(const Tensor& image, const Tensor& displacement) {
-  Tensor i = displacement.scalar_type() == at::kDouble ? image.to(at::kDouble) : image;
-  return {i.contiguous(), displacement.to(arithmetic_of(i)).contiguous()};
-}
+  bool empty() const { return rows * args.out[2] * args.c == 0; }
 
-Tensor warp_cpu(const Tensor& image, const Tensor& displacement, c10::string_view mode,
-                c10::string_view padding) {
-  auto [i, u] = common_type(image, displacement);
-  WarpArgs a = arguments(i, u, mode, padding);
-  auto size = i.sizes().vec();
-  std::copy(u.sizes().begin() + 2, u.sizes().end(), size.begin() + 2);
-  Tensor out = at::empty(size, i.options());
-  if (out.numel() == 0) return out.to(image.scalar_type());
-  a.result = out.mutable_data_ptr();
-  auto kernel = FASTREG_PICK(warp_fwd);
-  at::parallel_for(0, a.n * a.out[0] * a.out[1], 1,
-                   [&](int64_t b, int64_t e) { kernel(stored(i), int(u.size(1)), a, b, e); });
-  return out.to(image.scalar_type());
-}
+  Tensor forward() {
+    Tensor out = at::empty(out_sizes, image.options());
+    if (empty()) return out;
+    args.result = out.mutable_data_ptr();
+    auto kernel = FASTREG_PICK(warp_fwd);
+    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
+    return out;
+  }
 
-std::tuple<Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor& image, const Tensor& displacement,
-                                        c10::string_view mode, c10::string_view padding, bool need_image,
-                                        bool need_displacement) {
-  auto [i, u] = common_type(image, displacement);
-  WarpArgs a = arguments(i, u, mode, padding);
-  Tensor g = grad.to(i.scalar_type()).contiguous();
-  FASTREG_CHECK(g.size(0) == a.n && g.size(1) == a.c && g.sizes().slice(2) == u.sizes().slice(2), "warp_bwd",
-                "grad must have the shape of the output");
-  a.grad = g.const_data_ptr();
-  const int nd = int(u.size(1));
-  const int64_t rows = a.n * a.out[0] * a.out[1];
-  Tensor grad_image = at::zeros(need_image ? i.sizes() : at::IntArrayRef{0}, u.options());
-  Tensor grad_u = need_displacement && !a.nearest
-                      ? at::empty_like(u)
-                      : at::zeros(need_displacement ? u.sizes() : at::IntArrayRef{0}, u.options());
-  if (g.numel() == 0) grad_u.zero_();
-  if (need_displacement && !a.nearest && g.numel() > 0) {
-    a.result = grad_u.mutable_data_ptr();
+  // Gradient to the positions, stored and summed as args.result and args.affine_sums say.
+  void gradient_to_positions() {
     auto kernel = FASTREG_PICK(warp_bwd_displacement);
-    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(stored(i), nd, a, b, e); });
+    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
   }
-  if (need_image && g.numel() > 0) {
-    a.result = grad_image.mutable_data_ptr();
-    Tensor range = at::empty({rows, 2}, u.options().dtype(at::kInt));
+
+  // Into zeros of the arithmetic type.
+  void gradient_to_image(const Tensor& out) {
+    args.result = out.mutable_data_ptr();
+    Tensor range = at::empty({rows, 2}, image.options().dtype(at::kInt));
     int32_t* r = range.mutable_data_ptr<int32_t>();
     auto ranges = FASTREG_PICK(warp_row_range);
-    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { ranges(stored(i), nd, a, r, b, e); });
+    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { ranges(type, nd, args, r, b, e); });
     // Twice as many slabs as threads: a row near a border of two slabs is visited by both, so not many more.
-    const int64_t n_slabs = std::clamp<int64_t>((2 * at::get_num_threads() + a.n - 1) / a.n, 1, a.in[3 - nd]);
+    const int64_t n_slabs =
+        std::clamp<int64_t>((2 * at::get_num_threads() + args.n - 1) / args.n, 1, args.in[3 - nd]);
     auto kernel = FASTREG_PICK(warp_bwd_image);
-    at::parallel_for(0, a.n * n_slabs, 1,
-                     [&](int64_t b, int64_t e) { kernel(stored(i), nd, a, r, n_slabs, b, e); });
+    at::parallel_for(0, args.n * n_slabs, 1,
+                     [&](int64_t b, int64_t e) { kernel(type, nd, args, r, n_slabs, b, e); });
   }
-  return {grad_image.to(image.scalar_type()), grad_u.to(displacement.scalar_type())};
+};
+
+// (N, nd, nd + 1) from the sums of each row, added in order: the same bits whatever the thread count.
+Tensor affine_gradient(const std::vector<double>& sums, const WarpArgs& a, int nd) {
+  Tensor out = at::zeros({a.n, nd, nd + 1}, at::kDouble);
+  double* g = out.mutable_data_ptr<double>();
+  const double* s = sums.data();
+  for (int64_t n = 0; n < a.n; ++n, g += nd * (nd + 1))
+    for (int64_t z = 0; z < a.out[0]; ++z)
+      for (int64_t y = 0; y < a.out[1]; ++y)
+        for (int k = 0; k < nd; ++k, s += 2) {
+          double* row = g + k * (nd + 1);
+          if (nd == 3) row[0] += double(z) * s[0];
+          row[nd - 2] += double(y) * s[0];
+          row[nd - 1] += s[1];
+          row[nd] += s[0];
+        }
+  return out;
+}
+
+Tensor warp_cpu(const Tensor& image, const OptionalTensor& displacement, const OptionalTensor& affine,
+                c10::string_view mode, c10::string_view padding) {
+  Call call(image, displacement, affine);
+  call.args.padding = padding_of(padding), call.args.nearest = mode == "nearest";
+  return call.forward().to(image.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor& image,
+                                                const OptionalTensor& displacement,
+                                                const OptionalTensor& affine, c10::string_view mode,
+                                                c10::string_view padding, bool need_image,
+                                                bool need_displacement, bool need_affine) {
+  Call call(image, displacement, affine);
+  call.args.padding = padding_of(padding), call.args.nearest = mode == "nearest";
+  Tensor g = grad.to(call.image.scalar_type()).contiguous();
+  FASTREG_CHECK(g.sizes() == call.out_sizes, "warp_bwd", "grad must have the shape of the output");
+  FASTREG_CHECK((displacement || !need_displacement) && (affine || !need_affine), "warp_bwd",
+                "a gradient must be to a tensor that is given");
+  call.args.grad = g.const_data_ptr();
+  const auto options = call.image.options().dtype(arithmetic_of(call.image));
+  const bool gather = (need_displacement || need_affine) && !call.args.nearest && !call.empty();
+  Tensor none = at::zeros({0}, options), grad_image = none, grad_u = none, grad_affine = none;
+  if (need_displacement)
+    grad_u = gather ? at::empty_like(call.displacement) : at::zeros_like(call.displacement);
+  if (need_affine) grad_affine = at::zeros_like(call.affine);
+  if (gather) {
+    std::vector<double> sums(need_affine ? call.rows * 2 * call.nd : 0);
+    call.args.result = need_displacement ? grad_u.mutable_data_ptr() : nullptr;
+    call.args.affine_sums = need_affine ? sums.data() : nullptr;
+    call.gradient_to_positions();
+    if (need_affine) grad_affine = affine_gradient(sums, call.args, call.nd);
+  }
+  if (need_image) {
+    grad_image = at::zeros(image.sizes(), options);
+    if (!call.empty()) call.gradient_to_image(grad_image);
+  }
+  // What was not asked for is empty, of grad's type.
+  const auto type_of = [&](bool need, const OptionalTensor& t) { return (need ? *t : grad).scalar_type(); };
+  return {grad_image.to(type_of(need_image, image)), grad_u.to(type_of(need_displacement, displacement)),
+          grad_affine.to(type_of(need_affine, affine))};
+}
+
+// v(x) + u(x + v(x)): u is the image. Stored in their wider type, displaced in its arithmetic type.
+Call composition(const Tensor& u, const Tensor& v, c10::string_view padding) {
+  FASTREG_CHECK(u.sizes() == v.sizes(), "compose", "v must have the shape of u");
+  Call call(u.to(c10::promoteTypes(u.scalar_type(), v.scalar_type())), v, {});
+  call.args.padding = padding_of(padding), call.args.compose = true;
+  return call;
+}
+
+Tensor compose_cpu(const Tensor& u, const Tensor& v, c10::string_view padding) {
+  return composition(u, v, padding).forward();
+}
+
+std::tuple<Tensor, Tensor> compose_bwd_cpu(const Tensor& grad, const Tensor& u, const Tensor& v,
+                                           c10::string_view padding, bool need_u, bool need_v) {
+  Call call = composition(u, v, padding);
+  Tensor g = grad.to(call.image.scalar_type()).contiguous();
+  FASTREG_CHECK(g.sizes() == u.sizes(), "compose_bwd", "grad must have the shape of u");
+  call.args.grad = g.const_data_ptr();
+  const auto options = call.displacement.options();
+  Tensor grad_u = at::zeros(need_u ? u.sizes() : at::IntArrayRef{0}, options);
+  Tensor grad_v = at::empty(need_v ? v.sizes() : at::IntArrayRef{0}, options);
+  if (need_v && !call.empty()) {
+    call.args.result = grad_v.mutable_data_ptr();
+    call.gradient_to_positions();
+  }
+  if (need_u && !call.empty()) call.gradient_to_image(grad_u);
+  return {grad_u.to(u.scalar_type()), grad_v.to(v.scalar_type())};
 }
 
 TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
   m.impl("warp", warp_cpu);
   m.impl("warp_bwd", warp_bwd_cpu);
+  m.impl("compose", compose_cpu);
+  m.impl("compose_bwd", compose_bwd_cpu);
 }
 
 }  // namespace

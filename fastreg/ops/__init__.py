@@ -2,6 +2,9 @@ from fastreg.ops.bspline_displacement import bspline_displacement
 from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.gaussian_displacement import gaussian_displacement
 from fastreg.ops.integrate_gradients import integrate_gradients
+from fastreg.ops.affine_displacement import affine_displacement
+from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
+from fastreg.ops.integrate_velocity import compose, integrate_velocity
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.mind import mind, mind_loss
 from fastreg.ops.mse_loss import mse_loss
@@ -15,6 +18,10 @@ __all__ = [
     "bending_energy",
     "diffusion",
     "integrate_gradients",
+    "affine_displacement",
+    "compose",
+    "diffusion",
+    "integrate_velocity",
     "jacobian_determinant",
     "lcc_loss",
     "mind",

@@ -78,6 +78,18 @@ def displacement(op, name, t, spatial=None, batch=None):
     return nd
 
 
+def affine(op, name, t, nd=None, batch=None):
+    """(N, nd, nd + 1); returns nd."""
+    if nd is None:
+        nd = t.shape[1] if t.dim() == 3 else None
+    rule = f"have shape (N, {nd}, {nd + 1})" if nd in AXES else "have shape (N, 3, 4) or (N, 2, 3)"
+    if nd not in AXES or t.dim() != 3 or t.shape[1:] != (nd, nd + 1):
+        fail(op, name, rule, tuple(t.shape))
+    if batch is not None and t.shape[0] != batch:
+        fail(op, name, f"{rule} with N = {batch}", tuple(t.shape))
+    return nd
+
+
 def same_shape(op, name, t, other_name, other):
     if t.shape != other.shape:
         fail(op, name, f"have the shape {tuple(other.shape)} of {other_name}", tuple(t.shape))

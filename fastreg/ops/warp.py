@@ -1,9 +1,10 @@
-"""Warp: ``out(p) = image(p + u(p))``, linear or nearest, voxel centres on integers (align_corners=True).
+"""Warp: ``out(p) = image(A [p, 1] + u(p))``, linear or nearest, voxel centres on integers (align_corners=True).
 
-Positions are split into the voxel index and ``floor(u)`` (integers) and ``u - floor(u)``, so ``u = 0`` is exactly the
-identity and accuracy does not depend on the size of the volume. Gradient: ``dL/du_k = sum_c g_c d image_c / dx_k`` (one-sided
-at integer positions: towards larger indices), ``dL/dimage`` the transpose of the interpolation (STN: Jaderberg et al. 2015,
-eq. 5-7, in voxel units). Both, and the double backward, exist.
+Positions are split into the voxel index and the floor of ``(A - I) [p, 1] + u`` (integers) and what is left of it, so
+``u = 0`` is exactly the identity and accuracy does not depend on the size of the volume; with a matrix the sum is taken
+in fp64. Gradient: ``dL/du_k = sum_c g_c d image_c / dx_k`` (one-sided at integer positions: towards larger indices),
+``dL/dA = sum_p dL/du(p) [p, 1]^T``, ``dL/dimage`` the transpose of the interpolation (STN: Jaderberg et al. 2015, eq.
+5-7, in voxel units). All of them, and the double backward, exist.
 """
 
 import itertools
@@ -12,36 +13,47 @@ import torch
 
 from fastreg import _ext
 from fastreg.ops import _check
+from fastreg.ops.affine_displacement import affine_displacement_ref
 
 PADDINGS = ("zeros", "border", "reflection")
 MODES = ("linear", "nearest")
 
 
-def warp(image, displacement, *, mode="linear", padding="zeros"):
-    """Warps an image by a displacement: ``out(p) = image(p + displacement(p))``.
+def warp(image, displacement, *, affine=None, mode="linear", padding="zeros"):
+    """Warps an image by a displacement: ``out(p) = image(p + displacement(p))``, or ``image(affine [p, 1] + ...)``.
 
     Args:
         image (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16.
         displacement (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x), any of the four dtypes; it is
-            never cast down. A NaN makes its voxel NaN and no other; beyond the image means outside.
-        mode (str): "linear", or "nearest" (ties of the displacement to even; no gradient to the displacement).
+            never cast down. A NaN makes its voxel NaN and no other; beyond the image means outside. None with an
+            affine: zero.
+        affine (Tensor, optional): (N, nd, nd + 1), any of the four dtypes: voxels (z, y, x, 1) to voxels (z, y, x),
+            origin at index 0. Any finite matrix, a singular one too: the image is only pulled through it. A sample
+            whose matrix is not finite is NaN.
+        mode (str): "linear", or "nearest" (ties of the displacement to even; no gradient to displacement and affine).
         padding (str): what lies outside: "zeros", "border" (nearest voxel) or "reflection" (about the outermost voxel centres).
 
     Returns:
-        Tensor: (N, C, *spatial), dtype of image. Differentiable (twice) in image and displacement.
+        Tensor: (N, C, *spatial), dtype of image. Differentiable (twice) in image, displacement and affine.
 
     Raises:
         TypeError: a tensor is not floating. ValueError: shapes, devices, mode or padding do not fit.
 
     Notes:
-        Deterministic on CPU: the image gradient sums its contributions in one fixed order whatever the thread count.
+        No grid of positions is built. Deterministic on CPU: the image gradient sums its contributions in one fixed order
+        whatever the thread count, that of the affine row by row.
     """
-    _check.floating("warp", image=image, displacement=displacement)
-    _check.image("warp", "image", image)
-    _check.displacement("warp", "displacement", displacement, image.shape[2:], image.shape[0])
+    tensors = {"image": image, "displacement": displacement, "affine": affine}
+    optional = {"affine"} if affine is None else {"displacement"}
+    _check.floating("warp", **{k: t for k, t in tensors.items() if t is not None or k not in optional})
+    nd = _check.image("warp", "image", image)
+    if displacement is not None:
+        _check.displacement("warp", "displacement", displacement, image.shape[2:], image.shape[0])
+    if affine is not None:
+        _check.affine("warp", "affine", affine, nd, image.shape[0])
     _check.choice("warp", "mode", mode, MODES)
     _check.choice("warp", "padding", padding, PADDINGS)
-    return torch.ops.fastreg.warp(image, displacement, mode, padding)
+    return torch.ops.fastreg.warp(image, displacement, affine, mode, padding)
 
 
 def _corner_index(index, n, padding):
@@ -54,17 +66,27 @@ def _corner_index(index, n, padding):
     return index.clamp(0, n - 1), torch.ones_like(index, dtype=torch.bool)
 
 
-def warp_ref(image, displacement, mode, padding):
-    dtype = torch.promote_types(torch.promote_types(image.dtype, displacement.dtype), torch.float32)
-    u = displacement.to(dtype)
+def warp_ref(image, displacement, affine, mode, padding):
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if displacement is not None:
+        dtype = torch.promote_types(dtype, displacement.dtype)
+    if affine is None:
+        u = displacement.to(dtype)
+        nan = u.isnan().any(1, keepdim=True)
+    else:
+        shape = (image if displacement is None else displacement).shape[2:]
+        u = affine_displacement_ref(affine.double(), shape, True)
+        if displacement is not None:
+            u = u + displacement.double()
+        broken = ~affine.isfinite().flatten(1).all(1)
+        nan = u.isnan().any(1, keepdim=True) | broken.view(-1, *[1] * (u.dim() - 1))
     if mode == "nearest":
         u = u.detach().round()
     nd, size = u.shape[1], image.shape[2:]
     out_shape = (*image.shape[:2], *u.shape[2:])
-    nan = u.isnan().any(1, keepdim=True)
     u = u.masked_fill(nan, 0).clamp(-(2.0**29), 2.0**29)
     whole = u.detach().floor()
-    fraction = u - whole
+    fraction = (u - whole).to(dtype)
     carry = fraction.detach() >= 1
     fraction, whole = torch.where(carry, fraction - fraction.detach(), fraction), whole + carry
     corners = []
@@ -88,71 +110,86 @@ def warp_ref(image, displacement, mode, padding):
     return out.masked_fill(nan, float("nan")).to(image.dtype)
 
 
-def _warp_fake(image, displacement, mode, padding):
-    return image.new_empty((*image.shape[:2], *displacement.shape[2:]))
+def _warp_fake(image, displacement, affine, mode, padding):
+    return image.new_empty((*image.shape[:2], *(image if displacement is None else displacement).shape[2:]))
 
 
-def warp_bwd_ref(grad, image, displacement, mode, padding, need_image, need_displacement):
-    grads = _ext.grad_of(lambda i, u: warp_ref(i, u, mode, padding), (image, displacement), grad)
+def _of_tensors(displacement, affine, mode, padding):
+    """warp_ref as a function of the tensors there are, and those beside the image."""
+    given = [t for t in (displacement, affine) if t is not None]
+
+    def function(image, *tensors):
+        u = tensors[0] if displacement is not None else None
+        return warp_ref(image, u, tensors[-1] if affine is not None else None, mode, padding)
+
+    return function, given
+
+
+def _of_inputs(values, displacement, affine):
+    """Values of (image, *given) spread over (image, displacement, affine); None where an input is."""
+    image, *given = values
+    given = iter(given)
+    return [image, *(next(given) if t is not None else None for t in (displacement, affine))]
+
+
+def warp_bwd_ref(
+    grad, image, displacement, affine, mode, padding, need_image, need_displacement, need_affine
+):
+    function, given = _of_tensors(displacement, affine, mode, padding)
+    grads = _of_inputs(_ext.grad_of(function, (image, *given), grad), displacement, affine)
+    needs = (need_image, need_displacement, need_affine)
+    return tuple(g if need else grad.new_zeros(0) for g, need in zip(grads, needs, strict=True))
+
+
+def _warp_bwd_fake(
+    grad, image, displacement, affine, mode, padding, need_image, need_displacement, need_affine
+):
+    inputs, needs = (image, displacement, affine), (need_image, need_displacement, need_affine)
     return tuple(
-        g if need else g.new_zeros(0) for g, need in zip(grads, (need_image, need_displacement), strict=True)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
     )
 
 
-def _warp_bwd_fake(grad, image, displacement, mode, padding, need_image, need_displacement):
-    return (
-        torch.empty_like(image, memory_format=torch.contiguous_format) if need_image else image.new_empty(0),
-        torch.empty_like(displacement, memory_format=torch.contiguous_format)
-        if need_displacement
-        else displacement.new_empty(0),
-    )
-
-
-_ext.define("warp(Tensor image, Tensor displacement, str mode, str padding) -> Tensor", warp_ref, _warp_fake)
 _ext.define(
-    "warp_bwd(Tensor grad, Tensor image, Tensor displacement, str mode, str padding, bool need_image, bool need_displacement)"
-    " -> (Tensor, Tensor)",
+    "warp(Tensor image, Tensor? displacement, Tensor? affine, str mode, str padding) -> Tensor",
+    warp_ref,
+    _warp_fake,
+)
+_ext.define(
+    "warp_bwd(Tensor grad, Tensor image, Tensor? displacement, Tensor? affine, str mode, str padding, bool need_image,"
+    " bool need_displacement, bool need_affine) -> (Tensor, Tensor, Tensor)",
     warp_bwd_ref,
     _warp_bwd_fake,
 )
 
 
 def _setup(ctx, inputs, output):
-    image, displacement, ctx.mode, ctx.padding = inputs
-    ctx.save_for_backward(image, displacement)
+    *tensors, ctx.mode, ctx.padding = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    image, displacement = ctx.saved_tensors
-    need_image, need_displacement = ctx.needs_input_grad[:2]
-    grad_image, grad_u = torch.ops.fastreg.warp_bwd(
-        grad, image, displacement, ctx.mode, ctx.padding, need_image, need_displacement
-    )
-    return grad_image if need_image else None, grad_u if need_displacement else None, None, None
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.fastreg.warp_bwd(grad, *ctx.saved_tensors, ctx.mode, ctx.padding, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 def _setup_bwd(ctx, inputs, output):
-    grad, image, displacement, ctx.mode, ctx.padding, ctx.need_image, ctx.need_displacement = inputs
-    ctx.save_for_backward(grad, image, displacement)
+    *tensors, ctx.mode, ctx.padding, need_image, need_displacement, need_affine = inputs
+    ctx.needs = (need_image, need_displacement, need_affine)
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _backward_bwd(ctx, grad_grad_image, grad_grad_u):
-    """Double backward by differentiating the reference twice: rare enough not to deserve a kernel."""
-    inputs = ctx.saved_tensors
-
-    def first_gradients(grad, image, displacement):
-        _, vjp = torch.func.vjp(lambda i, u: warp_ref(i, u, ctx.mode, ctx.padding), image, displacement)
-        return vjp(grad)
-
-    outputs, vjp = torch.func.vjp(first_gradients, *inputs)
-    directions = tuple(
-        torch.zeros_like(o) if g is None or not need else g.to(o.dtype)
-        for o, g, need in zip(
-            outputs, (grad_grad_image, grad_grad_u), (ctx.need_image, ctx.need_displacement), strict=True
-        )
-    )
-    return (*vjp(directions), None, None, None, None)
+def _backward_bwd(ctx, *directions):
+    """Rare enough not to deserve a kernel."""
+    grad, image, displacement, affine = ctx.saved_tensors
+    function, given = _of_tensors(displacement, affine, ctx.mode, ctx.padding)
+    directions = [d if need else None for d, need in zip(directions, ctx.needs, strict=True)]
+    present = [d for d, t in zip(directions, (image, displacement, affine), strict=True) if t is not None]
+    grad_grad, *grads = _ext.second_grad_of(function, (image, *given), grad, present)
+    return (grad_grad, *_of_inputs(grads, displacement, affine), *[None] * 5)
 
 
 _ext.autograd("warp", _setup, _backward)

@@ -1,0 +1,189 @@
+#pragma once
+// Rows of a warp: what a block of voxels of one row reads, shared by the ops that sample at p + u(p).
+#include "common/scalar.h"
+#include "common/warp.h"
+#include "cpu/isa.h"
+
+namespace fastreg {
+
+// 2D is a volume of one slice whose displacement has no z component.
+struct WarpArgs {
+  const void* image;         // (n, c, *in)
+  const void* displacement;  // (n, nd, *out), arithmetic type; null with an affine: zero
+  const double* affine;      // (n, nd, nd + 1) less the identity, NaN throughout where not finite; or null
+  const void* grad;          // (n, c, *out), backward only
+  void* result;              // forward: (n, c, *out); backward: the gradient, arithmetic type
+  double* affine_sums;       // per row and axis: of the position gradient, and of it times x; or null
+  int64_t n, c;
+  int64_t in[3], out[3];  // D, H, W of the image and of the displacement
+  Padding padding;
+  bool nearest;
+  bool compose;  // the image is a displacement too, and the displacement is added to what it reads
+};
+
+}  // namespace fastreg
+
+#ifdef FASTREG_ISA
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// Voxels of a row whose positions are computed together (vectorised) before they are read.
+constexpr int kBlock = 64;
+
+template <class A, int ND>
+struct Positions {
+  alignas(64) int32_t whole[ND][kBlock];  // index of the lower corner per axis
+  alignas(64) A fraction[ND][kBlock];
+  alignas(64) int64_t offset[kBlock];  // of the lower corner in its volume, where inside
+  alignas(64) int32_t inside[kBlock];  // all 2^ND corners are voxels of the image and of planes [lo, hi)
+};
+
+struct Row {
+  int64_t n, z, y;
+};
+
+Row row_at(const WarpArgs& a, int64_t index) {
+  int64_t plane = index / a.out[1];
+  return {plane / a.out[0], plane % a.out[0], index % a.out[1]};
+}
+
+// Displacement of axis k at `count` voxels of a row from x0 on, affine part included: in fp64, so that what a
+// matrix near the identity adds keeps its digits across a volume.
+template <class A, int ND>
+void add_affine(const WarpArgs& a, const Row& row, int k, int64_t x0, int count, double* __restrict d) {
+  const double* m = a.affine + (row.n * ND + k) * (ND + 1);
+  double start = m[ND] + m[ND - 2] * double(row.y);
+  if (ND == 3) start += m[0] * double(row.z);
+  const double slope = m[ND - 1];
+  const int32_t from = int32_t(x0);
+  for (int i = 0; i < count; ++i) d[i] = start + slope * double(from + i);
+  if (!a.displacement) return;
+  const A* __restrict u = static_cast<const A*>(a.displacement) +
+                          ((row.n * ND + k) * a.out[0] + row.z) * a.out[1] * a.out[2] + row.y * a.out[2] + x0;
+  for (int i = 0; i < count; ++i) d[i] += double(u[i]);
+}
+
+// Index and fraction along one axis from displacements in S; the voxels lie at from, from + step, ...
+template <class S, class A>
+void split_line(const S* __restrict u, bool nearest, int count, int32_t from, int32_t step, int32_t first,
+                uint32_t span, int32_t* __restrict whole, A* __restrict fraction,
+                int32_t* __restrict inside) {
+  alignas(64) S rounded[kBlock];
+  if (nearest)
+    for (int i = 0; i < count; ++i) rounded[i] = std::nearbyint(u[i]);
+  const S* __restrict source = nearest ? rounded : u;
+  for (int i = 0; i < count; ++i) split(source[i], whole[i], fraction[i]);
+  for (int i = 0; i < count; ++i) {
+    whole[i] += from + step * i;
+    inside[i] &= -int32_t((uint32_t(whole[i] - first) < span) & (fraction[i] == fraction[i]));
+  }
+}
+
+// The `count` voxels of `row` from x0 on. [lo, hi) bounds the slowest axis.
+template <class A, int ND>
+void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi,
+            Positions<A, ND>& p) {
+  const int64_t n_voxels = a.out[0] * a.out[1] * a.out[2];
+  const int64_t at = (row.z * a.out[1] + row.y) * a.out[2] + x0;
+  const int32_t start[3] = {int32_t(row.z), int32_t(row.y), int32_t(x0)};
+  int32_t* __restrict inside = p.inside;
+  for (int i = 0; i < count; ++i) inside[i] = -1;
+  for (int k = 0; k < ND; ++k) {
+    const int axis = k + 3 - ND;
+    const int32_t step = axis == 2 ? 1 : 0, first = k == 0 ? int32_t(lo) : 0;
+    const uint32_t span = uint32_t(std::max<int64_t>((k == 0 ? hi - lo : a.in[axis]) - 1, 0));
+    const auto line = [&](const auto* u) {
+      split_line(u, a.nearest, count, start[axis], step, first, span, p.whole[k], p.fraction[k], inside);
+    };
+    if (a.affine) {
+      alignas(64) double d[kBlock];
+      add_affine<A, ND>(a, row, k, x0, count, d);
+      line(d);
+    } else {
+      line(static_cast<const A*>(a.displacement) + (row.n * ND + k) * n_voxels + at);
+    }
+  }
+  const uint32_t plane = uint32_t(a.in[1] * a.in[2]), line = uint32_t(a.in[2]);
+  for (int i = 0; i < count; ++i) {
+    int64_t offset = uint32_t(p.whole[ND - 1][i]) + int64_t(uint64_t(uint32_t(p.whole[ND - 2][i])) * line);
+    if (ND == 3) offset += int64_t(uint64_t(uint32_t(p.whole[0][i])) * plane);
+    // Where outside, the first voxel is fetched in its stead and not used.
+    p.offset[i] = offset & int64_t(inside[i]);
+  }
+}
+
+// The corners of a block, as pairs along x: fetched one by one, interpolated as vectors.
+template <class T, int ND>
+struct Corners {
+  alignas(64) T pair[1 << (ND - 1)][kBlock][2];
+
+  // False where the image is too thin for a cell, so that nothing is inside.
+  template <class A>
+  bool fetch(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int count) {
+    for (int k = 3 - ND; k < 3; ++k)
+      if (a.in[k] < 2) return false;
+    const int64_t line = a.in[2], plane = a.in[1] * a.in[2];
+    for (int i = 0; i < count; ++i) {
+      const T* v = image + p.offset[i];
+      std::memcpy(pair[0][i], v, sizeof pair[0][i]);
+      std::memcpy(pair[1][i], v + line, sizeof pair[0][i]);
+      if constexpr (ND == 3) {
+        std::memcpy(pair[2][i], v + plane, sizeof pair[0][i]);
+        std::memcpy(pair[3][i], v + plane + line, sizeof pair[0][i]);
+      }
+    }
+    return true;
+  }
+};
+
+template <class A>
+A lerp(A a, A b, A f) {
+  return a + f * (b - a);
+}
+
+// Calls visit(corner, weight, offset) for the corners that exist and carry weight. An absent corner is
+// skipped rather than multiplied by 0, so a NaN or infinity never reaches a voxel that does not touch it.
+template <int ND, class A, class Visit>
+void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, bool weightless,
+                 Visit visit) {
+  for (int corner = 0; corner < 1 << ND; ++corner) {
+    A weight = A(1);
+    int64_t offset = 0;
+    bool present = true;
+    for (int k = 0; k < ND; ++k) {
+      const int upper = corner >> (ND - 1 - k) & 1, axis = k + 3 - ND;
+      const A f = p.fraction[k][i];
+      const int64_t index = corner_index(int64_t(p.whole[k][i]) + upper, a.in[axis], a.padding);
+      present = present && index >= 0 && (k > 0 || (index >= lo && index < hi));
+      weight *= upper ? f : A(1) - f;
+      offset = offset * a.in[axis] + index;
+    }
+    if (present && (weightless || weight != A(0))) visit(corner, weight, offset);
+  }
+}
+
+template <class A, int ND>
+bool is_nan(const Positions<A, ND>& p, int i) {
+  bool nan = false;
+  for (int k = 0; k < ND; ++k) nan |= p.fraction[k][i] != p.fraction[k][i];
+  return nan;
+}
+
+template <int ND, class A, class T>
+A interpolate_anywhere(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int i) {
+  if (is_nan(p, i)) return A(NAN);
+  A sum = A(0);
+  each_corner<ND>(a, p, i, 0, a.in[3 - ND], false,
+                  [&](int, A weight, int64_t offset) { sum += weight * load(image[offset]); });
+  return sum;
+}
+
+}  // namespace
+}  // namespace fastreg::FASTREG_ISA
+
+#endif
