@@ -68,6 +68,8 @@ class JacobianDeterminant(_Op, op=ops.jacobian_determinant, inputs=("u",)):
 
 class IntegrateGradients(_Op, op=ops.integrate_gradients, inputs=("phi",)):
     """``forward(phi)``: see fastreg.integrate_gradients."""
+class LocalCorrelation(_Op, op=ops.local_correlation, inputs=("fixed", "moving", "displacement")):
+    """``forward(fixed, moving, displacement=None)``: see fastreg.local_correlation."""
 
 
 class LCCLoss(_Op, op=ops.lcc_loss, inputs=("fixed", "moved", "mask")):

@@ -61,6 +61,14 @@ CASES = [
     ),
     pytest.param(nn.JacobianDeterminant(), fastreg.jacobian_determinant, (U,), {}, id="jacobian"),
     pytest.param(nn.IntegrateGradients(), fastreg.integrate_gradients, (U,), {}, id="integrate-gradients"),
+    pytest.param(nn.LocalCorrelation(), fastreg.local_correlation, (FIXED, MOVED), {}, id="correlation"),
+    pytest.param(
+        nn.LocalCorrelation(1, normalize=True),
+        lambda f, m, u: fastreg.local_correlation(f, m, 1, displacement=u, normalize=True),
+        (FIXED, MOVED, U),
+        {},
+        id="correlation-options",
+    ),
     pytest.param(nn.LCCLoss(), fastreg.lcc_loss, (FIXED, MOVED), {}, id="lcc"),
     pytest.param(
         nn.LCCLoss(5, reduction="none"),

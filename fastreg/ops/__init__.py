@@ -7,6 +7,7 @@ from fastreg.ops.displacement import jacobian_determinant, resize_displacement, 
 from fastreg.ops.integrate_velocity import compose, integrate_velocity
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.mind import mind, mind_loss
+from fastreg.ops.local_correlation import local_correlation
 from fastreg.ops.mse_loss import mse_loss
 from fastreg.ops.regularizers import bending_energy, diffusion, total_variation
 from fastreg.ops.warp import warp
@@ -26,6 +27,7 @@ __all__ = [
     "lcc_loss",
     "mind",
     "mind_loss",
+    "local_correlation",
     "mse_loss",
     "resize_displacement",
     "smooth",

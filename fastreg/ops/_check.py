@@ -136,3 +136,15 @@ def per_axis(op, name, value, nd, *, minimum=0.0, strict=False):
     if not good:
         fail(op, name, f"be a number {sign} {minimum:g}, or one per axis ({nd})", value)
     return values
+
+
+def whole_per_axis(op, name, value, nd, *, minimum=0, limit=2**15):
+    """A whole number, or one per axis, as a list of nd ints, each in [minimum, limit)."""
+    values = [value] * nd if isinstance(value, Integral) else value
+    if not isinstance(values, (list, tuple)) or not all(
+        isinstance(v, Integral) and not isinstance(v, bool) for v in values
+    ):
+        fail(op, name, f"be an int or {nd} ints", repr(value), TypeError)
+    if len(values) != nd or not all(minimum <= v < limit for v in values):
+        fail(op, name, f"be an int >= {minimum} and below {limit}, or one per axis ({nd})", value)
+    return [int(v) for v in values]
