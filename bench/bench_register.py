@@ -1,7 +1,7 @@
 """A whole iteration of `fastreg.register` at its finest level: smoothing, resizing, warp, LCC, diffusion,
 backward, Adam.
 
-Every provider runs the objective of fastreg/registration.py itself; only the ops in it differ. The gate runs
+Every provider runs the objective of fastreg/_descent.py itself; only the ops in it differ. The gate runs
 the loop and wants the loss of the same loop in fp64 on stock ops, within 1 %.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from bench import bench_diffusion, bench_lcc_loss, bench_smooth, bench_warp, common
 from bench.common import ITERATION, Case, Provider, keeps
-from fastreg import registration
+from fastreg import _descent, registration
 
 DEFAULTS = {n: p.default for n, p in inspect.signature(registration.register).parameters.items()}
 SPACING = 1.0
@@ -47,7 +47,7 @@ def bytes_moved(case, mode):
 
 
 def _control(case):
-    return registration._control_shape(case.shape[2:], (SPACING,) * (len(case.shape) - 2))
+    return _descent.control_shape(case.shape[2:], (SPACING,) * (len(case.shape) - 2))
 
 
 def level_of(case, inputs):
@@ -58,30 +58,29 @@ def level_of(case, inputs):
     base = common.displacement((1, 1, *_control(case)), 3, inputs[0].device, torch.float32, amplitude=0.5)
     images, spacing = (*inputs, None), (SPACING,) * len(size)
     start = base.to(inputs[0].dtype)
-    return registration._level(
-        images, size, spacing, start, None, DEFAULTS["window"], DEFAULTS["regularization"]
-    )
+    options = (DEFAULTS[n] for n in ("transform", "smoothing", "similarity", "window", "regularization"))
+    return registration._level(images, size, spacing, start, *options)
 
 
 class Stock:
     """The ops of an iteration in their best stock form, for one level; what can be made once is."""
 
     def __init__(self, level):
-        self.size = tuple(level.fixed.shape[2:])
-        self.like = {"device": level.fixed.device, "dtype": level.fixed.dtype}
-        control, nd = tuple(level.base.shape[2:]), len(self.size)
+        self.size = tuple(level.similarity.fixed.shape[2:])
+        self.like = {"device": level.similarity.fixed.device, "dtype": level.similarity.fixed.dtype}
+        control, nd = tuple(level.transform.base.shape[2:]), len(self.size)
         whole = (1, 1, *self.size)
         self.grid = bench_warp.identity(whole, **self.like)
         self.factor = bench_warp.scale(whole, **self.like)
-        self.sums = bench_lcc_loss.box(level.window, nd)
+        self.sums = bench_lcc_loss.box(level.similarity.window, nd)
         self.counts = self.sums(torch.ones(whole, **self.like))
         ratio = [(o - 1) / (i - 1) for o, i in zip(self.size, control, strict=True)]
         self.ratio = torch.tensor(ratio, **self.like).view(-1, *[1] * nd)
-        self.spacing = level.spacing
-        self.mm = torch.tensor(level.spacing, **self.like).view(-1, *[1] * nd)
+        self.spacing = level.transform.spacing
+        self.mm = torch.tensor(level.transform.spacing, **self.like).view(-1, *[1] * nd)
         self.convolve = F.conv3d if nd == 3 else F.conv2d
         self.kernels = []
-        for axis, sigma in enumerate(level.sigma):
+        for axis, sigma in enumerate(level.transform.sigma):
             weights = bench_smooth.gaussian(sigma, **self.like)
             line = (weights / weights.sum()).view(1, 1, *[-1 if j == axis else 1 for j in range(nd)])
             pad = [len(weights) // 2 if j // 2 == nd - 1 - axis else 0 for j in range(2 * nd)]
@@ -124,8 +123,8 @@ def provider(stock, compile=False):
         if compile:
             # The objective computes a constant between warp and LCC in a way that ends a graph: two graphs.
             level.objective = common.compiled(level.objective, fullgraph=False)
-        parameter = torch.zeros_like(level.base, requires_grad=True)
-        optimizer = registration._optimizer(parameter, DEFAULTS["learning_rate"])
+        parameter = level.transform.parameter()
+        optimizer = _descent.optimizer(parameter, DEFAULTS["learning_rate"])
         return keeps(
             lambda: float(level.iterate(parameter, optimizer, *ops)[0]), *(ops[0].kept() if stock else ())
         )

@@ -1,10 +1,11 @@
-"""Registers the real scans under FASTREG_DATA by the command line, with its defaults, and judges the result.
+"""Registers the real scans under FASTREG_DATA by the command line and judges the result.
 
     FASTREG_DATA=... python -m bench.real [--pair NAME] [--work FOLDER] [--no-store] [-- ARGUMENT ...]
 
 The scans are not part of this repository. Every pair is written as NIfTI (and CSV) and registered by a
-process of its own; wall clock includes starting Python, reading and writing. Rows go to
-bench/results/real.csv. Exit status: 0 all goals met, 1 one missed, 2 no data or a failed run.
+process of its own, with the command line's defaults but for what PAIRS says; wall clock includes starting
+Python, reading and writing. Rows go to bench/results/real.csv. Exit status: 0 all goals met, 1 one missed,
+2 no data or a failed run.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,57 @@ if __package__ in (None, ""):
 from bench import common  # noqa: E402
 
 THREADS = 2
-FOLDING = 1e-3
-# score, goal, seconds allowed. tre: mean, mm, at most; dice: mean over the labels, at least.
-GOALS = {"lungct_dirlab4dct_case1": ("tre", 1.25, 60.0), "brainmr_vxm": ("dice", 0.70, 120.0)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`fixed` and `moving` name arrays of the file; "{}" in `labels` and `landmarks` stands for those names.
+
+    goals: score -> what it must reach, or None where it is only reported. tre: mean, mm, at most; dice: mean over
+    the labels, at least; "dice of all": of their union.
+    """
+
+    source: str
+    goals: dict
+    seconds: float
+    fixed: str = "fixed"
+    moving: str = "moving"
+    labels: str = ""
+    landmarks: str = ""
+    folding: float = 1e-3
+    arguments: tuple = ()
+
+
+LUNGS = ("0004", "0006", "0011", "0012")
+PAIRS = {
+    "lungct_dirlab4dct_case1": Pair("lungct_dirlab4dct_case1", {"tre": 1.25}, 60.0, landmarks="{}_lm"),
+    "brainmr_vxm": Pair("brainmr_vxm", {"dice": 0.70}, 120.0, labels="{}_seg"),
+    "spinalmr_t1t2_sct": Pair(
+        "spinalmr_t1t2_sct",
+        {"dice": 0.90},
+        60.0,
+        fixed="t2",
+        moving="t1",
+        labels="{}_seg",
+        folding=3e-3,
+        arguments=("--similarity", "mind"),
+    ),
+    # Lungs of different people: five lobes, and the lungs as their union.
+    **{
+        f"lungmr_proton_{n}": Pair(
+            "lungmr_proton",
+            {"dice": None, "dice of all": None},
+            120.0,
+            fixed="0007",
+            moving=n,
+            labels="lobe_{}",
+        )
+        for n in LUNGS
+    },
+}
 FIELDS = [
     "date", "commit", "device", "device_name", "threads", "isa", "torch", "pair", "score", "before", "after",
-    "goal", "seconds", "limit", "folding", "folding_limit", "met", "arguments",
+    "goal", "seconds", "limit", "folding", "folding_limit", "met", "preset", "arguments",
 ]  # fmt: skip
 
 
@@ -57,26 +104,41 @@ def write(pair, source, folder):
         np.savetxt(folder / name, (voxels * spacing)[:, ::-1], "%.6f", ",", header="x,y,z", comments="")
         return str(folder / name)
 
-    arguments = [image(f"{which}.nii.gz", data[which]) for which in ("fixed", "moving")]
-    if GOALS[pair][0] == "tre":
-        for which in ("fixed", "moving"):
-            arguments += [f"--{which}-landmarks", points(f"{which}.csv", data[f"{which}_lm"])]
-    else:
-        scored = json.loads(str(data["meta"]))["labels_ge_1000vox"]
-        for which in ("fixed", "moving"):
-            labels = data[f"{which}_seg"]
-            labels = np.where(np.isin(labels, scored), labels, 0).astype(labels.dtype)
-            arguments += [f"--{which}-labels", image(f"{which}_labels.nii.gz", labels)]
+    sides = {"fixed": pair.fixed, "moving": pair.moving}
+    arguments = []
+    for side, key in sides.items():
+        array = data[key] if key in data else data[f"img_{key}"]
+        arguments.append(image(f"{side}.nii.gz", array.astype(np.float32)))
+    for side, key in sides.items():
+        if pair.landmarks:
+            arguments += [f"--{side}-landmarks", points(f"{side}.csv", data[pair.landmarks.format(key)])]
+        if pair.labels:
+            labels = data[pair.labels.format(key)]
+            scored = json.loads(str(data["meta"])).get("labels_ge_1000vox")
+            if scored is not None:
+                labels = np.where(np.isin(labels, scored), labels, 0).astype(labels.dtype)
+            arguments += [f"--{side}-labels", image(f"{side}_labels.nii.gz", labels)]
     return arguments
 
 
-def run(pair, source, folder, extra=()):
-    """Registers one pair; returns its row."""
+def union_dice(folder):
+    """Dice of all labels as one, before and after."""
+    import SimpleITK
+
+    fixed, before, after = (
+        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / name))) > 0
+        for name in ("fixed_labels.nii.gz", "moving_labels.nii.gz", "out/moved_labels.nii.gz")
+    )
+    return [2 * (fixed & moved).sum() / (fixed.sum() + moved.sum()) for moved in (before, after)]
+
+
+def run(name, pair, source, folder, extra=()):
+    """Registers one pair; returns a row per score."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = write(pair, source, folder)
     out = folder / "out"
     command = [sys.executable, "-m", "fastreg", "register", *arguments, "-o", str(out), "--force", "--quiet"]
-    command += ["--threads", str(THREADS), "--device", "cpu", *extra]
+    command += ["--threads", str(THREADS), "--device", "cpu", *pair.arguments, *extra]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(THREADS)}
     start = time.perf_counter()
@@ -84,32 +146,40 @@ def run(pair, source, folder, extra=()):
     seconds = time.perf_counter() - start
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise Unusable(f"{pair}: fastreg register ended with status {done.returncode}: {lines[-1]}")
+        raise Unusable(f"{name}: fastreg register ended with status {done.returncode}: {lines[-1]}")
     report = json.loads((out / "report.json").read_text())
-    score, goal, limit = GOALS[pair]
-    before, after = (float(report[score][when]["mean"]) for when in ("before", "after"))
     folding = float(report["folding"])
-    good = after <= goal if score == "tre" else after >= goal
-    return {
-        **common.environment("cpu"),
-        "pair": pair,
-        "score": score,
-        "before": f"{before:.4f}",
-        "after": f"{after:.4f}",
-        "goal": goal,
-        "seconds": f"{seconds:.1f}",
-        "limit": limit,
-        "folding": f"{folding:.3g}",
-        "folding_limit": FOLDING,
-        "met": "yes" if good and seconds <= limit and folding < FOLDING else "no",
-        "arguments": " ".join(extra),
-    }
+    rows = []
+    for score, goal in pair.goals.items():
+        if score == "dice of all":
+            before, after = union_dice(folder)
+        else:
+            before, after = (float(report[score][when]["mean"]) for when in ("before", "after"))
+        good = goal is None or (after <= goal if score == "tre" else after >= goal)
+        rows.append(
+            {
+                **common.environment("cpu"),
+                "pair": name,
+                "score": score,
+                "before": f"{before:.4f}",
+                "after": f"{after:.4f}",
+                "goal": "" if goal is None else goal,
+                "seconds": f"{seconds:.1f}",
+                "limit": pair.seconds,
+                "folding": f"{folding:.3g}",
+                "folding_limit": pair.folding,
+                "met": "yes" if good and seconds <= pair.seconds and folding < pair.folding else "no",
+                "preset": " ".join(pair.arguments),
+                "arguments": " ".join(extra),
+            }
+        )
+    return rows
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.real", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--pair", action="append", choices=list(GOALS), help="only this pair; may be repeated"
+        "--pair", action="append", choices=list(PAIRS), help="only this pair; may be repeated"
     )
     parser.add_argument("--work", type=Path, help="folder for inputs and outputs, kept (default: temporary)")
     parser.add_argument("--no-store", action="store_true", help="leave bench/results alone")
@@ -121,21 +191,25 @@ def main(argv=None):
         if not folder or not Path(folder).is_dir():
             what = f"is no folder: {folder}" if folder else "is not set"
             raise Unusable(f"FASTREG_DATA {what}; it names the folder with the scans (NAME.npz)")
-        wanted = args.pair or list(GOALS)
-        sources = {pair: Path(folder).resolve() / f"{pair}.npz" for pair in wanted}
+        wanted = {name: PAIRS[name] for name in args.pair or PAIRS}
+        sources = {name: Path(folder).resolve() / f"{pair.source}.npz" for name, pair in wanted.items()}
         for source in sources.values():
             if not source.exists():
                 raise Unusable(f"FASTREG_DATA holds no {source.name}")
         with tempfile.TemporaryDirectory(prefix="fastreg-real-") as temporary:
             work = (args.work or Path(temporary)).resolve()
-            rows = [run(pair, source, work / pair, args.extra) for pair, source in sources.items()]
+            rows = [
+                row
+                for name, pair in wanted.items()
+                for row in run(name, pair, sources[name], work / name, args.extra)
+            ]
     except Unusable as error:
         print(f"bench.real: {error}", file=sys.stderr)
         return 2
     for r in rows:
         unit = " mm" if r["score"] == "tre" else ""
         print(
-            f"{r['pair']:26} {r['score']} {r['before']} -> {r['after']}{unit} (goal {r['goal']}), "
+            f"{r['pair']:26} {r['score']} {r['before']} -> {r['after']}{unit} (goal {r['goal'] or 'none'}), "
             f"{r['seconds']} s of {r['limit']:g}, folding {100 * float(r['folding']):.3g} %: "
             f"{'met' if r['met'] == 'yes' else 'MISSED'}"
         )

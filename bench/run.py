@@ -269,29 +269,44 @@ def ops_table(results):
 
 
 def real_table(results):
-    """Real scans registered with the command line's defaults (bench/real.py), the newest of each pair."""
+    """Real scans registered as bench/real.py sets out, without further arguments, the newest of each pair."""
     rows = [r for r in common.read_rows(results / REAL) if not r.get("arguments")]
-    rows = common.newest(rows, ("device_name", "threads", "pair"))
+    rows = common.newest(rows, ("device_name", "threads", "pair", "score"))
     if not rows:
         return "No rows stored yet."
-    units = {"tre": " mm", "dice": ""}
+    units, names = (
+        {"tre": " mm"},
+        {"tre": "mean TRE", "dice": "mean Dice", "dice of all": "Dice of all labels"},
+    )
     lines = []
     for r in rows:
         unit = units.get(r["score"], "")
         lines.append(
             [
                 r["pair"],
-                {"tre": "mean TRE", "dice": "mean Dice"}.get(r["score"], r["score"]),
+                r.get("preset") or "defaults",
+                names.get(r["score"], r["score"]),
                 f"{number(r['before'])}{unit}",
                 f"{number(r['after'])}{unit}",
-                f"{r['goal']}{unit}",
+                f"{r['goal']}{unit}" if r["goal"] else "",
                 f"{r['seconds']} (of {number(r['limit'])})",
                 f"{100 * float(r['folding']):.2g} %",
                 r["met"],
                 f"{r['device_name']}, {r['threads']} threads, {r['commit']}, {r['date'][:10]}",
             ]
         )
-    header = ["pair", "score", "before", "after", "goal", "seconds", "folding", "goals met", "measured on"]
+    header = [
+        "pair",
+        "options",
+        "score",
+        "before",
+        "after",
+        "goal",
+        "seconds",
+        "folding",
+        "goals met",
+        "measured on",
+    ]
     return markdown(header, lines)
 
 

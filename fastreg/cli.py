@@ -33,9 +33,12 @@ DEMO_OUTPUTS = (*OUTPUTS, *INPUTS, "fixed_landmarks.csv", "moving_landmarks.csv"
 SMALL_OVERLAP = 0.1
 
 HELP = {
+    "similarity": "lcc; mind for images of different kinds; mse for intensities that mean the same",
+    "transform": "dense; velocity: integrated, invertible; bspline: cubic",
+    "affine": "find an affine part first",
     "window": "side of the LCC window in voxels, odd",
     "regularization": "weight of the smoothness of the displacement",
-    "smoothing": "standard deviation in mm of the Gaussian that smooths the displacement",
+    "smoothing": "standard deviation in mm of the Gaussian that smooths updates; bspline: control point spacing",
     "levels": "number of resolutions, coarse to fine",
     "iterations": "iterations, of every level or comma-separated from coarse to fine",
     "learning_rate": "step of the optimiser",
@@ -312,6 +315,7 @@ def _solve(case, args):
         "moving": {"shape": case.moving_grid.shape, "spacing_mm": case.moving_grid.spacing_zyx},
         "overlap": overlap,
         "parameters": parameters,
+        "affine_voxels_zyx": None if result.affine is None else result.affine[0].tolist(),
         "levels": result.levels,
         "seconds": result.seconds,
         "folding": metrics.folding(u),

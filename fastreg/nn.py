@@ -62,12 +62,16 @@ class BSplineDisplacement(_Op, op=ops.bspline_displacement, inputs=("coefficient
 
 class GaussianDisplacement(_Op, op=ops.gaussian_displacement, inputs=("params",)):
     """``forward(params)``: see fastreg.gaussian_displacement."""
+
+
 class JacobianDeterminant(_Op, op=ops.jacobian_determinant, inputs=("u",)):
     """``forward(u)``: see fastreg.jacobian_determinant."""
 
 
 class IntegrateGradients(_Op, op=ops.integrate_gradients, inputs=("phi",)):
     """``forward(phi)``: see fastreg.integrate_gradients."""
+
+
 class LocalCorrelation(_Op, op=ops.local_correlation, inputs=("fixed", "moving", "displacement")):
     """``forward(fixed, moving, displacement=None)``: see fastreg.local_correlation."""
 

@@ -1,12 +1,8 @@
-"""Pairwise deformable registration, coarse to fine, by gradient descent on a dense displacement.
+"""Pairwise registration, coarse to fine, by gradient descent.
 
-    minimise over u:  lcc_loss(fixed, warp(moving, u), padding="valid") + regularization * diffusion(u)
+    minimise over u:  similarity(fixed, warp(moving, u)) + regularization * diffusion(u)
 
-with the diffusion in mm over mm. Each level sees the images at its own voxel size; its displacement
-lives on a grid twice as coarse, where regulariser, smoothing and optimiser cost an eighth, and is
-resized for the warp. A level starts from the one before and seeks an increment G * p (G a Gaussian):
-smoothing the parameter rather than the result also smooths the gradient, and Adam's per-voxel scaling
-cannot tear the field. After each level, places that fold are relaxed.
+with the diffusion in mm over mm. What a level minimises, and over which parameters, is in _descent.py.
 """
 
 import functools
@@ -16,41 +12,39 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
-import torch.nn.functional as F
 
+from . import _descent
 from . import ops as _fused
+from ._descent import fail as _fail
 
 __all__ = ["Registration", "register"]
 
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _SHORTEST = 12  # voxels an axis must keep to be halved once more
-# Standard deviation, in units of the image's range, below which a window counts as noise. Clamped, because
-# an added floor would everywhere reward a displacement for raising the contrast of what it fetches.
-_NOISE = 3e-2
-_EPS = 1e-2  # gradients this small, each voxel's share of the loss being 1, do not earn Adam's full step
-_LEAST_JACOBIAN = 0.05
-_FLAT = 1e-4  # a level ends when ten iterations gain less than this share of its loss
+_AFFINE_VOXELS = 2_000_000  # levels beyond this size add nothing to twelve numbers
+_AFFINE_ITERATIONS = 100
+_AFFINE_STEP = 0.1  # voxels
 
 
 @dataclass
 class Registration:
     """What `register` found.
 
-    displacement (Tensor): (1, nd, *spatial) fp32, voxels of the fixed grid.
+    displacement (Tensor): (1, nd, *spatial) fp32, voxels of the fixed grid; all of the motion.
     moved (Tensor): (1, C, *spatial) fp32, warp(moving, displacement).
     levels (list[dict]): coarse to fine: shape, spacing_mm, iterations, loss_first, loss_last, similarity,
         regularity, seconds.
     seconds (float): all of it, wall clock.
+    affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion.
+    velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
+        with transform="velocity".
     """
 
     displacement: torch.Tensor
     moved: torch.Tensor
     levels: list
     seconds: float
-
-
-def _fail(kind, text):
-    raise kind(f"fastreg::register: {text}")
+    affine: torch.Tensor | None = None
+    velocity: torch.Tensor | None = None
 
 
 def _numbers(name, value, count, *, least=None, above=None):
@@ -140,148 +134,48 @@ def _pyramid(shape, spacing, levels):
     return shapes[::-1]
 
 
-def _spacing(shape, full, spacing):
-    """mm per voxel of a grid of `shape` whose corner voxels sit on those of the full grid."""
-    grids = zip(spacing, full, shape, strict=True)
-    return tuple(s * (f - 1) / max(n - 1, 1) if f > 1 else s for s, f, n in grids)
-
-
-def _control_shape(shape, spacing):
-    """The displacement's grid: voxels twice as large as the finest spacing, never finer than the image."""
-    axes = list(zip(shape, spacing, strict=True))
-    target = 2.0 * min((s for n, s in axes if n > 1), default=1.0)
-    return tuple(min(n, max(4, math.ceil((n - 1) * s / target) + 1)) for n, s in axes)
-
-
-def _resized(image, shape):
-    before = tuple(image.shape[2:])
-    if before == tuple(shape):
-        return image
-    ratio = [(b - 1) / max(s - 1, 1) for b, s in zip(before, shape, strict=True)]
-    image = _fused.smooth(image, [0.5 * math.sqrt(max(r * r - 1.0, 0.0)) for r in ratio])
-    return F.interpolate(image, size=tuple(shape), mode=_LINEAR[len(before)], align_corners=True)
-
-
-@dataclass
-class _Level:
-    """All that an iteration needs; `objective` may be called with other ops, to compare like with like."""
-
-    fixed: torch.Tensor
-    moving: torch.Tensor
-    mask: torch.Tensor | None
-    base: torch.Tensor  # displacement to start from, (1, nd, *control), control voxels
-    scale: torch.Tensor  # (1, nd, 1, ...): control voxels of the finest axis to those of each axis
-    spacing: tuple  # mm, of the control grid
-    sigma: tuple  # control voxels
-    window: int
-    regularization: float
-
-    def displacement(self, parameter, ops=_fused):
-        return self.base + ops.smooth(parameter * self.scale, self.sigma)
-
-    def objective(self, parameter, ops=_fused):
-        """Returns (loss, similarity, regularity), scalars; the first is differentiable in parameter."""
-        control = self.displacement(parameter, ops)
-        dense = ops.resize_displacement(control, self.fixed.shape[2:])
-        moved = ops.warp(self.moving, dense, padding="border")
-        # each variance gets a noise floor; they are sums, hence times the window's volume
-        floor = _NOISE**2 * math.prod(min(self.window, n) for n in self.fixed.shape[2:])
-        similarity = ops.lcc_loss(
-            self.fixed,
-            moved,
-            self.window,
-            mask=self.mask,
-            padding="valid",
-            smooth_dr=floor,
-            denominator="clamp",
-        )
-        regularity = ops.diffusion(control, spacing=self.spacing)
-        return similarity + self.regularization * regularity, similarity, regularity
-
-    def iterate(self, parameter, optimizer, ops=_fused):
-        """One step of the descent; returns (loss, similarity, regularity) from before it, detached."""
-        optimizer.zero_grad()
-        terms = self.objective(parameter, ops)
-        # as a sum over voxels: gradients, and so Adam's epsilon, then mean the same at every size
-        (terms[0] * (parameter.numel() / parameter.shape[1])).backward()
-        optimizer.step()
-        return tuple(t.detach() for t in terms)
-
-
-def _level(images, shape, spacing, displacement, width, window, regularization):
+def _level(images, shape, spacing, field, transform, width, similarity, window, regularization, matrix=None):
     """The level of `shape` voxels.
 
-    Args: images: rescaled fixed and moving, mask or None, at full size. spacing: mm, of those.
-    displacement: to start from, (1, nd, *any). width (float or None): of the smoothing, mm; None: a voxel
-    of the displacement's grid.
+    Args: images: rescaled fixed and moving, mask or None, at full size. spacing: mm, of those. field: of the level
+    before. width: see _descent.transform. matrix: affine part, mm, or None.
     """
-    fixed, moving, mask = images
-    full = fixed.shape[2:]
-    control = _control_shape(shape, _spacing(shape, full, spacing))
-    size = _spacing(control, full, spacing)
-    finest = min((s for s, n in zip(size, full, strict=True) if n > 1), default=size[0])
-    width = finest if width is None else width
-    return _Level(
-        fixed=_resized(fixed, shape),
-        moving=_resized(moving, shape),
-        mask=None if mask is None else _resized(mask, shape),
-        base=_fused.resize_displacement(displacement, control),
-        scale=torch.tensor([finest / s for s in size], device=fixed.device).reshape(1, -1, *[1] * len(shape)),
-        spacing=size,
-        sigma=tuple(width / s for s in size),
-        window=window,
+    fixed, moving, mask = (None if t is None else _descent.resized(t, shape) for t in images)
+    full = images[0].shape[2:]
+    affine = None
+    if matrix is not None:
+        size = _descent.spacing_of(shape, full, spacing)
+        affine = _descent.affine_in_voxels(matrix, size).to(moving)
+    return _descent.Level(
+        moving=moving,
+        similarity=_descent.Similarity(similarity, fixed, mask, window),
+        transform=_descent.transform(transform, field, shape, full, spacing, width),
+        matrix=matrix,
+        affine=affine,
         regularization=regularization,
     )
 
 
-def _optimizer(parameter, learning_rate):
-    return torch.optim.Adam([parameter], lr=learning_rate, eps=_EPS, fused=True)
-
-
-def _relax(u, rounds=60):
-    """u with its folds smoothed away: where the determinant is not safely positive, u becomes its average."""
-    for _ in range(rounds):
-        bad = _fused.jacobian_determinant(u) < _LEAST_JACOBIAN
-        if not bad.any():
-            break
-        weight = bad.reshape(1, 1, *u.shape[2:]).to(u.dtype)
-        weight = (3.0 * _fused.smooth(weight, 1.0)).clamp(max=1.0)
-        u = torch.lerp(u, _fused.smooth(u, 1.0), weight)
-    return u
-
-
-def _finite(loss):
-    if not math.isfinite(loss):
-        hint = "a smaller learning_rate or regularization may keep it so"
-        _fail(ValueError, f"the loss must stay finite, got {loss} ({hint})")
-
-
-def _descend(level, n_iterations, learning_rate, report):
-    """Returns the level's displacement, on its control grid, and what happened."""
-    parameter = torch.zeros_like(level.base, requires_grad=True)
-    optimizer = _optimizer(parameter, learning_rate)
-    losses, similarity, regularity = [], None, None
-    for i in range(n_iterations):
-        loss, similarity, regularity = level.iterate(parameter, optimizer)
-        losses.append(float(loss))
-        _finite(losses[-1])
-        if report is not None:
-            report(i, n_iterations, losses[-1])
-        if i >= 20 and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
-            break
-    with torch.no_grad():
-        displacement = level.displacement(parameter)
-        # the last step has no loss yet; squares, because the next one would be of those
-        _finite(float(displacement.square().sum()))
-        displacement = _relax(displacement)
-    first, last = (losses[0], losses[-1]) if losses else (None, None)
-    return displacement, {
-        "iterations": len(losses),
-        "loss_first": first,
-        "loss_last": last,
-        "similarity": None if similarity is None else float(similarity),
-        "regularity": None if regularity is None else float(regularity),
-    }
+def _fit_affine(images, shapes, spacing, similarity, window, report):
+    """Coarse to fine; returns the matrix, (nd, nd + 1) in mm, and a record per level."""
+    full = tuple(images[0].shape[2:])
+    fit, records = _descent.AffineFit(full, spacing), []
+    for number, shape in enumerate(shapes):
+        begun = time.perf_counter()
+        fixed, moving, mask = (None if t is None else _descent.resized(t, shape) for t in images)
+        size = _descent.spacing_of(shape, full, spacing)
+        compare = _descent.Similarity(similarity, fixed, mask, window)
+        record = fit.descend(
+            moving,
+            compare,
+            size,
+            _AFFINE_ITERATIONS,
+            _AFFINE_STEP,
+            report and functools.partial(report, number),
+        )
+        record = {"transform": "affine", "shape": shape, "spacing_mm": size, **record}
+        records.append({**record, "seconds": time.perf_counter() - begun})
+    return fit.matrix(fit.motion), records
 
 
 def register(
@@ -290,6 +184,9 @@ def register(
     *,
     spacing=1.0,
     mask=None,
+    similarity="lcc",
+    transform="dense",
+    affine=False,
     window=9,
     regularization=2.0,
     smoothing=None,
@@ -304,16 +201,22 @@ def register(
         fixed, moving (Tensor): (1, C, D, H, W) or (1, C, H, W), of one shape, finite, any real dtype.
         spacing (float or sequence): voxel size, mm, (z, y, x).
         mask (Tensor or None): (1, 1, *spatial) >= 0, weight of each voxel of fixed.
+        similarity (str): "lcc"; "mind" for images of different kinds (MIND-SSC); "mse" for intensities that
+            mean the same. Channels are rescaled to their range first.
+        transform (str): "dense" displacement; "velocity", stationary and integrated: invertible; "bspline", cubic.
+        affine (bool): find an affine part first; the regularisation does not see it.
         window (int): LCC window, voxels of the level, odd.
         regularization (float): weight of the mean squared strain (mm over mm).
-        smoothing (float or None): standard deviation, mm, of the Gaussian on the finest level's updates;
-            twice as wide at each coarser level. None: the spacing of each level's displacement grid.
+        smoothing (float or None): standard deviation, mm, of the Gaussian on the finest level's updates; for
+            "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
+            spacing of each level's displacement grid; 4 voxels between control points.
         levels (int or None): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
         iterations (int or sequence): at most, of every level or coarse to fine; where there are more levels
             than numbers the first serves the coarser ones, where fewer the first ones go unused. A flat
             loss ends a level.
         learning_rate (float): of Adam, in voxels of the displacement grid.
-        progress (callable or None): progress(level, n_levels, iteration, n_iterations, loss).
+        progress (callable or None): progress(level, n_levels, iteration, n_iterations, loss); the affine
+            part's levels come first and count.
 
     Returns: Registration.
 
@@ -339,6 +242,14 @@ def register(
             _fail(ValueError, f"mask must be at least 0, got {float(mask.min()):g}")
         # only ratios of weights count, and sums of large or tiny ones would leave fp32
         mask = (mask / mask.max() if mask.any() else mask).float()
+    for name, value, allowed in (
+        ("similarity", similarity, _descent.SIMILARITIES),
+        ("transform", transform, _descent.TRANSFORMS),
+    ):
+        if not isinstance(value, str) or value not in allowed:
+            _fail(ValueError, f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    if not isinstance(affine, bool):
+        _fail(TypeError, f"affine must be True or False, got {affine!r}")
     window = _count("window", window, 1)
     if window % 2 == 0:
         _fail(ValueError, f"window must be odd, got {window}")
@@ -363,16 +274,37 @@ def register(
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         images = (_rescaled(fixed, mask), _rescaled(moving), None if mask is None else mask.clone())
-        records, displacement = [], torch.zeros(1, nd, *[1] * nd, device=fixed.device)
+        records, matrix, field = [], None, torch.zeros(1, nd, *[1] * nd, device=fixed.device)
+        rough = [s for s in shapes if math.prod(s) <= _AFFINE_VOXELS] or shapes[:1] if affine else []
+        if affine:
+            report = progress and (lambda level, *rest: progress(level, len(rough) + len(shapes), *rest))
+            matrix, records = _fit_affine(images, rough, spacing, similarity, window, report)
         for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)):
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
-            level = _level(images, shape, spacing, displacement, width, window, regularization)
-            report = progress and functools.partial(progress, number, len(shapes))
-            displacement, record = _descend(level, n_iterations, learning_rate, report)
-            record = {"shape": shape, "spacing_mm": _spacing(shape, full, spacing), **record}
+            level = _level(
+                images, shape, spacing, field, transform, width, similarity, window, regularization, matrix
+            )
+            report = progress and functools.partial(progress, len(rough) + number, len(rough) + len(shapes))
+            field, record = _descent.descend(level, n_iterations, learning_rate, report)
+            record = {
+                "transform": transform,
+                "shape": shape,
+                "spacing_mm": _descent.spacing_of(shape, full, spacing),
+                **record,
+            }
             records.append({**record, "seconds": time.perf_counter() - begun})
         with torch.no_grad():
-            displacement = _relax(_fused.resize_displacement(displacement, full))
+            shift = None if matrix is None else _fused.affine_displacement(level.affine, full)
+            displacement = level.transform.relaxed(level.transform.displacement(field), shift)
+            if shift is not None:
+                displacement = displacement + shift
             moved = _fused.warp(moving.float(), displacement)
-    return Registration(displacement, moved, records, time.perf_counter() - start)
+    return Registration(
+        displacement,
+        moved,
+        records,
+        time.perf_counter() - start,
+        affine=level.affine,
+        velocity=field if transform == "velocity" else None,
+    )

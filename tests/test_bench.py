@@ -302,7 +302,7 @@ def test_real_table(tmp_path):
     rows = [base, {**base, "after": "1.2", "met": "yes"}, {**base, "after": "0.1", "arguments": "--window 5"}]
     common.append_rows(tmp_path / "real.csv", rows, fields)
     text = run.tables(tmp_path)["real"]
-    assert "| lung | mean TRE | 3.89 mm | 1.20 mm | 1.25 mm |" in text
+    assert "| lung | defaults | mean TRE | 3.89 mm | 1.20 mm | 1.25 mm |" in text
     # Neither the older row nor the one that was tuned.
     assert text.count("lung") == 1
 

@@ -163,6 +163,17 @@ def test_register_registers(case, tmp_path):
     assert report["dice"]["after"]["mean"] > report["dice"]["before"]["mean"]
 
 
+def test_similarity_transform_and_affine(case, tmp_path):
+    folder = case("same")
+    options = ["--similarity", "mse", "--transform", "bspline", "--affine"]
+    assert run(folder, *extras(folder), *options) == 0
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert summary["parameters"]["similarity"] == "mse"
+    assert {level["transform"] for level in summary["levels"]} == {"affine", "bspline"}
+    assert np.array(summary["affine_voxels_zyx"]).shape == (3, 4)
+    assert summary["tre"]["after"]["mean"] < 0.5 * summary["tre"]["before"]["mean"]
+
+
 def test_quiet_and_progress(case, capsys):
     folder = case("same")
     assert run(folder, "--quiet") == 0

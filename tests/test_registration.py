@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import fastreg
 from fastreg import metrics
-from fastreg.registration import _control_shape, _pyramid, _relax, register
+from fastreg._descent import _relax, control_shape
+from fastreg.registration import _pyramid, register
 
 QUICK = {"iterations": 40}
 
@@ -87,7 +88,7 @@ def test_result_fields():
     assert finest["spacing_mm"] == pytest.approx((2.0, 1.0, 1.0))
     for level in result.levels:
         assert set(level) == {
-            "shape", "spacing_mm", "iterations", "loss_first", "loss_last",
+            "transform", "shape", "spacing_mm", "iterations", "loss_first", "loss_last",
             "similarity", "regularity", "seconds",
         }  # fmt: skip
         assert level["loss_last"] <= level["loss_first"]
@@ -177,7 +178,7 @@ def test_pyramid_makes_voxels_isotropic():
         assert all(min(s) >= 12 for s in shapes)
     assert _pyramid((10, 11, 1), (1.0, 1.0, 1.0), None) == [(10, 11, 1)]
     assert len(_pyramid((64, 64, 64), (1.0, 1.0, 1.0), 2)) == 2
-    assert _control_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
+    assert control_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
 
 
 def test_levels_and_iterations():
@@ -290,6 +291,83 @@ def test_whole_numbers_of_numpy(iterations):
     assert result.levels[-1]["iterations"] == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        pytest.param({"transform": "velocity"}, 0.2, id="velocity"),
+        pytest.param({"transform": "bspline"}, 0.2, id="bspline"),
+        pytest.param({"similarity": "mse"}, 0.4, id="mse"),
+        pytest.param({"similarity": "mind"}, 0.6, id="mind"),
+        pytest.param({"affine": True}, 0.2, id="affine"),
+        pytest.param({"transform": "velocity", "similarity": "mse", "affine": True}, 0.4, id="all"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("shape", "amplitude"), [((26, 24, 28), (1.5, -1.5, 1.5)), ((56, 60), (3.0, -3.0))], ids=["3d", "2d"]
+)
+def test_similarities_and_transforms(shape, amplitude, options, limit):
+    fixed, moving, truth = pair(shape, amplitude)
+    result = register(fixed, moving, **QUICK, **options)
+    assert error(result.displacement, truth) < limit * error(torch.zeros_like(truth), truth)
+    assert metrics.folding(result.displacement) == 0
+    assert (result.velocity is not None) == (options.get("transform") == "velocity")
+    assert (result.affine is not None) == options.get("affine", False)
+    assert torch.equal(result.moved, fastreg.warp(moving, result.displacement))
+
+
+def test_mind_sees_through_other_contrast():
+    fixed, moving, truth = pair((26, 28, 24), (1.5, -1.5, 1.5))
+    # dark is bright, and everything bends
+    other = torch.exp(-moving)
+    found = register(fixed, other, similarity="mind", **QUICK).displacement
+    assert error(found, truth) < 0.6 * error(torch.zeros_like(truth), truth)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 1.0, 1.5)])
+def test_affine_is_found(spacing):
+    shape = (24, 40, 36)
+    matrix = torch.tensor([[[1.05, 0.02, 0.0, -1.0], [-0.03, 0.95, 0.05, 1.5], [0.0, -0.04, 1.04, 0.8]]])
+    moving = texture(shape)
+    fixed = fastreg.warp(moving, None, affine=matrix, padding="border")
+    truth = fastreg.affine_displacement(matrix, shape)
+    result = register(fixed, moving, spacing=spacing, affine=True, iterations=0)
+    assert torch.equal(result.displacement, fastreg.affine_displacement(result.affine, shape))
+    assert error(result.displacement, truth) < 0.1 * error(torch.zeros_like(truth), truth)
+    torch.testing.assert_close(result.affine, matrix, atol=0.2, rtol=0)
+    affine = [level for level in result.levels if level["transform"] == "affine"]
+    assert affine
+    assert all(level["loss_last"] <= level["loss_first"] + 1e-4 for level in affine)
+
+
+def test_velocity_is_integrated():
+    fixed, moving, _ = pair((26, 26, 26), (1.5, 1.5, 1.5))
+    result = register(fixed, moving, transform="velocity", **QUICK)
+    forward = fastreg.integrate_velocity(result.velocity, 5)
+    backward = fastreg.integrate_velocity(-result.velocity, 5)
+    inner = (..., slice(3, -3), slice(3, -3), slice(3, -3))
+    assert fastreg.compose(forward, backward)[inner].abs().max() < 0.1 * forward.abs().max()
+    torch.testing.assert_close(fastreg.resize_displacement(forward, (26, 26, 26)), result.displacement)
+
+
+def test_progress_counts_the_affine_levels():
+    fixed, moving, _ = pair((26, 26), (1.0, 1.0))
+    calls = []
+    result = register(fixed, moving, affine=True, iterations=2, progress=lambda *a: calls.append(a[:2]))
+    assert sorted({level for level, _ in calls}) == list(range(len(result.levels)))
+    assert {n for _, n in calls} == {len(result.levels)}
+
+
+@pytest.mark.parametrize("transform", ["velocity", "bspline"])
+def test_thin_images_with_every_transform(transform):
+    for shape in ((1, 20, 22), (20, 1), (3, 18, 17)):
+        moving = texture(shape)
+        result = register(moving.roll(1, -1), moving, transform=transform, affine=True, iterations=3)
+        assert result.displacement.isfinite().all()
+        for axis, n in enumerate(shape):
+            if n == 1:
+                assert result.displacement[:, axis].abs().max() < 1e-4
+
+
 IMAGE = torch.rand(1, 1, 8, 8, 8)
 TWO = IMAGE.repeat(2, 1, 1, 1, 1)
 NAN = IMAGE.clone()
@@ -314,6 +392,14 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         (ValueError, "mask must have shape", (IMAGE, IMAGE), {"mask": IMAGE[..., :7]}),
         (ValueError, "mask must be at least 0", (IMAGE, IMAGE), {"mask": -IMAGE}),
         (ValueError, "mask must be finite", (IMAGE, IMAGE), {"mask": NAN}),
+        (
+            ValueError,
+            "similarity must be 'lcc' or 'mind' or 'mse', got 'ncc'",
+            (IMAGE, IMAGE),
+            {"similarity": "ncc"},
+        ),
+        (ValueError, "transform must be 'dense' or 'velocity'", (IMAGE, IMAGE), {"transform": None}),
+        (TypeError, "affine must be True or False, got 1", (IMAGE, IMAGE), {"affine": 1}),
         (ValueError, "window must be odd, got 6", (IMAGE, IMAGE), {"window": 6}),
         (TypeError, "window must be a whole number", (IMAGE, IMAGE), {"window": 7.0}),
         (ValueError, "regularization must be at least 0", (IMAGE, IMAGE), {"regularization": -1.0}),

@@ -1,33 +1,30 @@
+from fastreg.ops.affine_displacement import affine_displacement
 from fastreg.ops.bspline_displacement import bspline_displacement
 from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.gaussian_displacement import gaussian_displacement
 from fastreg.ops.integrate_gradients import integrate_gradients
-from fastreg.ops.affine_displacement import affine_displacement
-from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
 from fastreg.ops.integrate_velocity import compose, integrate_velocity
 from fastreg.ops.lcc_loss import lcc_loss
-from fastreg.ops.mind import mind, mind_loss
 from fastreg.ops.local_correlation import local_correlation
+from fastreg.ops.mind import mind, mind_loss
 from fastreg.ops.mse_loss import mse_loss
 from fastreg.ops.regularizers import bending_energy, diffusion, total_variation
 from fastreg.ops.warp import warp
 
 __all__ = [
-    "bspline_displacement",
-    "diffusion",
-    "gaussian_displacement",
-    "bending_energy",
-    "diffusion",
-    "integrate_gradients",
     "affine_displacement",
+    "bending_energy",
+    "bspline_displacement",
     "compose",
     "diffusion",
+    "gaussian_displacement",
+    "integrate_gradients",
     "integrate_velocity",
     "jacobian_determinant",
     "lcc_loss",
+    "local_correlation",
     "mind",
     "mind_loss",
-    "local_correlation",
     "mse_loss",
     "resize_displacement",
     "smooth",

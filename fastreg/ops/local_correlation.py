@@ -99,7 +99,7 @@ def local_correlation_ref(fixed, moving, radius, displacement, normalize, scale,
     f, m = fixed.contiguous().to(dtype), moving.contiguous().to(dtype)
     statistics = fixed.new_zeros(0, dtype=torch.float64)
     if displacement is not None:
-        m = warp_ref(m, displacement, "linear", "zeros")
+        m = warp_ref(m, displacement, None, "linear", "zeros")
     if normalize and fixed.numel() == 0:
         statistics = fixed.new_zeros((fixed.shape[0], 4), dtype=torch.float64)
     elif normalize:

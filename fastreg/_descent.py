@@ -1,0 +1,317 @@
+"""One level of `fastreg.register`: what is minimised, over which parameters, and the descent.
+
+A level compares the images at its own voxel size. Its transform turns parameters into a displacement of
+that size; every transform starts from the field the level before ended with and seeks an increment that is
+smooth by construction: smoothing the parameter rather than the result also smooths the gradient, and
+Adam's per-voxel scaling cannot tear the field.
+
+dense     u = base + G * p, on a grid twice as coarse, where regulariser, smoothing and optimiser cost an
+          eighth; resized for the warp
+velocity  the same for a stationary velocity, integrated before it is resized: invertible by construction
+bspline   u = base + cubic B-splines with control points p: the sum over levels is a multilevel B-spline
+affine    (before the others) x -> M x + b in mm, M and b about the centre of the image
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import nn
+from . import ops as _fused
+
+SIMILARITIES = ("lcc", "mind", "mse")
+TRANSFORMS = ("dense", "velocity", "bspline")
+STEPS = 5  # squarings of a velocity: increments of a level stay far below 2^5 control voxels
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+# What a similarity is multiplied by, so that one regularization and one Adam epsilon suit all three.
+_WEIGHT = {"lcc": 1.0, "mind": 0.5, "mse": 20.0}
+# Standard deviation, in units of the image's range, below which a window counts as noise. Clamped, because
+# an added floor would everywhere reward a displacement for raising the contrast of what it fetches.
+_NOISE = 3e-2
+_EPS = 1e-2  # gradients this small, each voxel's share of the loss being 1, do not earn Adam's full step
+_LEAST_JACOBIAN = 0.05
+_FLAT = 1e-4  # a level ends when ten iterations gain less than this share of its loss
+_KNOT = 4  # voxels between control points, along the axis of the finest spacing
+
+
+def fail(kind, text):
+    raise kind(f"fastreg::register: {text}")
+
+
+def spacing_of(shape, full, spacing):
+    """mm per voxel of a grid of `shape` whose corner voxels sit on those of the full grid."""
+    grids = zip(spacing, full, shape, strict=True)
+    return tuple(s * (f - 1) / max(n - 1, 1) if f > 1 else s for s, f, n in grids)
+
+
+def control_shape(shape, spacing):
+    """The displacement's grid: voxels twice as large as the finest spacing, never finer than the image."""
+    axes = list(zip(shape, spacing, strict=True))
+    target = 2.0 * min((s for n, s in axes if n > 1), default=1.0)
+    return tuple(min(n, max(4, math.ceil((n - 1) * s / target) + 1)) for n, s in axes)
+
+
+def resized(image, shape):
+    before = tuple(image.shape[2:])
+    if before == tuple(shape):
+        return image
+    ratio = [(b - 1) / max(s - 1, 1) for b, s in zip(before, shape, strict=True)]
+    image = _fused.smooth(image, [0.5 * math.sqrt(max(r * r - 1.0, 0.0)) for r in ratio])
+    return F.interpolate(image, size=tuple(shape), mode=_LINEAR[len(before)], align_corners=True)
+
+
+def _finest(spacing, shape):
+    return min((s for s, n in zip(spacing, shape, strict=True) if n > 1), default=spacing[0])
+
+
+# Transforms: parameter -> the field that is regularised -> displacement of the level
+
+
+@dataclass
+class Dense:
+    base: torch.Tensor  # field to start from, (1, nd, *control), control voxels
+    scale: torch.Tensor  # (1, nd, 1, ...): control voxels of the finest axis to those of each axis
+    spacing: tuple  # mm, of the control grid
+    sigma: tuple  # control voxels
+    shape: tuple  # of the level
+
+    def parameter(self):
+        return torch.zeros_like(self.base, requires_grad=True)
+
+    def field(self, parameter, ops=_fused):
+        return self.base + ops.smooth(parameter * self.scale, self.sigma)
+
+    def displacement(self, field, ops=_fused):
+        return ops.resize_displacement(field, self.shape)
+
+    def relaxed(self, field, shift):
+        return _relax(field, shift)
+
+
+class Velocity(Dense):
+    def displacement(self, field, ops=_fused):
+        return ops.resize_displacement(ops.integrate_velocity(field, STEPS), self.shape)
+
+    def relaxed(self, field, shift):
+        return field
+
+
+@dataclass
+class BSpline:
+    base: torch.Tensor  # displacement to start from, (1, nd, *shape)
+    scale: torch.Tensor
+    spacing: tuple  # mm, of the level
+    knots: tuple  # voxels between control points
+    shape: tuple
+
+    def parameter(self):
+        control = [math.ceil(n / k) + 3 for n, k in zip(self.shape, self.knots, strict=True)]
+        return self.base.new_zeros((*self.base.shape[:2], *control)).requires_grad_()
+
+    def field(self, parameter, ops=_fused):
+        return self.base + ops.bspline_displacement(parameter * self.scale, self.knots, self.shape)
+
+    def displacement(self, field, ops=_fused):
+        return field
+
+    def relaxed(self, field, shift):
+        return _relax(field, shift)
+
+
+def transform(kind, field, shape, full, spacing, width):
+    """The transform of the level of `shape` voxels.
+
+    Args: field: to start from, (1, nd, *any), as `Dense.field` gives it. full, spacing: of the fixed image, mm.
+    width (float or None): mm; of the Gaussian on updates (None: a voxel of the control grid), for "bspline" between
+    control points (None: 4 voxels).
+    """
+    bspline = kind == "bspline"
+    grid = tuple(shape) if bspline else control_shape(shape, spacing_of(shape, full, spacing))
+    size = spacing_of(grid, full, spacing)
+    finest = _finest(size, full)
+    scale = torch.tensor([finest / s for s in size], device=field.device).reshape(1, -1, *[1] * len(grid))
+    base = _fused.resize_displacement(field, grid)
+    if bspline:
+        width = _KNOT * finest if width is None else width
+        knots = tuple(min(max(round(width / s), 1), max(n - 1, 1)) for s, n in zip(size, grid, strict=True))
+        return BSpline(base, scale, size, knots, tuple(shape))
+    width = finest if width is None else width
+    sigma = tuple(width / s for s in size)
+    return (Velocity if kind == "velocity" else Dense)(base, scale, size, sigma, tuple(shape))
+
+
+# Levels
+
+
+class Similarity:
+    """How well a moved image fits the level's fixed one, to be minimised."""
+
+    def __init__(self, kind, fixed, mask, window):
+        self.kind, self.fixed, self.mask, self.window = kind, fixed, mask, window
+        # each variance gets a noise floor; they are sums, hence times the window's volume
+        self.floor = _NOISE**2 * math.prod(min(window, n) for n in fixed.shape[2:])
+        self.prepared = nn.MINDLoss(radius=1, dilation=2).prepare(fixed) if kind == "mind" else None
+
+    def __call__(self, moved, ops=_fused):
+        if self.kind == "mind":
+            return self.prepared(moved, mask=self.mask)
+        if self.kind == "mse":
+            return ops.mse_loss(self.fixed, moved, mask=self.mask)
+        return ops.lcc_loss(
+            self.fixed,
+            moved,
+            self.window,
+            mask=self.mask,
+            padding="valid",
+            smooth_dr=self.floor,
+            denominator="clamp",
+        )
+
+
+@dataclass
+class Level:
+    """All that an iteration needs; `objective` may be called with other ops, to compare like with like."""
+
+    moving: torch.Tensor
+    similarity: Similarity
+    transform: Dense | Velocity | BSpline
+    matrix: torch.Tensor | None  # affine part, (nd, nd + 1), mm
+    affine: torch.Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
+    regularization: float
+
+    def objective(self, parameter, ops=_fused):
+        """Returns (loss, similarity, regularity), scalars; the first is differentiable in parameter."""
+        field = self.transform.field(parameter, ops)
+        u = self.transform.displacement(field, ops)
+        if self.affine is None:
+            moved = ops.warp(self.moving, u, padding="border")
+        else:
+            moved = ops.warp(self.moving, u, affine=self.affine, padding="border")
+        similarity = self.similarity(moved, ops)
+        regularity = ops.diffusion(field, spacing=self.transform.spacing)
+        loss = _WEIGHT[self.similarity.kind] * similarity + self.regularization * regularity
+        return loss, similarity, regularity
+
+    def iterate(self, parameter, optimizer, ops=_fused):
+        """One step of the descent; returns (loss, similarity, regularity) from before it, detached."""
+        optimizer.zero_grad()
+        terms = self.objective(parameter, ops)
+        # as a sum over voxels: gradients, and so Adam's epsilon, then mean the same at every size
+        (terms[0] * (parameter.numel() / parameter.shape[1])).backward()
+        optimizer.step()
+        return tuple(t.detach() for t in terms)
+
+
+def optimizer(parameter, learning_rate):
+    return torch.optim.Adam([parameter], lr=learning_rate, eps=_EPS, fused=True)
+
+
+def _relax(u, shift=None, rounds=60):
+    """u with its folds smoothed away: where the determinant of x + u (+ shift) is not safely positive, u
+    becomes its average."""
+    for _ in range(rounds):
+        bad = _fused.jacobian_determinant(u if shift is None else u + shift) < _LEAST_JACOBIAN
+        if not bad.any():
+            break
+        weight = bad.reshape(1, 1, *u.shape[2:]).to(u.dtype)
+        weight = (3.0 * _fused.smooth(weight, 1.0)).clamp(max=1.0)
+        u = torch.lerp(u, _fused.smooth(u, 1.0), weight)
+    return u
+
+
+def _finite(loss):
+    if not math.isfinite(loss):
+        hint = "a smaller learning_rate or regularization may keep it so"
+        fail(ValueError, f"the loss must stay finite, got {loss} ({hint})")
+
+
+def _minimise(step, n_iterations, report):
+    """Calls step() up to n_iterations times, until the loss is flat; returns losses and the last terms."""
+    losses, terms = [], (None, None, None)
+    for i in range(n_iterations):
+        terms = step()
+        losses.append(float(terms[0]))
+        _finite(losses[-1])
+        if report is not None:
+            report(i, n_iterations, losses[-1])
+        if i >= 20 and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
+            break
+    first, last = (losses[0], losses[-1]) if losses else (None, None)
+    similarity, regularity = (None if t is None else float(t) for t in terms[1:])
+    return {
+        "iterations": len(losses),
+        "loss_first": first,
+        "loss_last": last,
+        "similarity": similarity,
+        "regularity": regularity,
+    }
+
+
+def descend(level, n_iterations, learning_rate, report):
+    """Returns the level's field and what happened."""
+    parameter = level.transform.parameter()
+    adam = optimizer(parameter, learning_rate)
+    record = _minimise(lambda: level.iterate(parameter, adam), n_iterations, report)
+    with torch.no_grad():
+        field = level.transform.field(parameter)
+        # the last step has no loss yet; squares, because the next one would be of those
+        _finite(float(field.square().sum()))
+        shift = None
+        if level.matrix is not None:
+            affine = affine_in_voxels(level.matrix, level.transform.spacing).to(field)
+            shift = _fused.affine_displacement(affine, field.shape[2:])
+        field = level.transform.relaxed(field, shift)
+    return field, record
+
+
+# Affine
+
+
+def affine_in_voxels(matrix, spacing):
+    """(nd, nd + 1) in mm -> (1, nd, nd + 1) in voxels of `spacing`; the origin is voxel 0 in both."""
+    s = matrix.new_tensor(spacing)
+    return torch.cat([matrix[:, :-1] * s / s[:, None], matrix[:, -1:] / s[:, None]], 1)[None]
+
+
+class AffineFit:
+    """Minimises a similarity over x -> M x + b, mm. A unit of the parameter moves the rim by one voxel."""
+
+    def __init__(self, full, spacing):
+        self.spacing = spacing
+        extent = torch.tensor([s * (n - 1) for s, n in zip(spacing, full, strict=True)], dtype=torch.float64)
+        self.centre, self.radius = extent / 2, max(float(extent.max()) / 2, 1e-30)
+        free = (extent > 0).double()  # nothing moves along an axis of one voxel
+        self.free = torch.cat([free[:, None] * free, free[:, None]], 1)
+        self.motion = torch.zeros(len(full), len(full) + 1, dtype=torch.float64)  # mm at the rim; mm
+
+    def matrix(self, motion):
+        """(nd, nd + 1), mm."""
+        linear = torch.eye(len(motion), dtype=motion.dtype) + motion[:, :-1] / self.radius
+        return torch.cat([linear, (self.centre - linear @ self.centre + motion[:, -1])[:, None]], 1)
+
+    def descend(self, moving, similarity, spacing, n_iterations, learning_rate, report):
+        finest = _finest(spacing, moving.shape[2:])
+        parameter = torch.zeros_like(self.motion, requires_grad=True)
+        adam = torch.optim.Adam([parameter], lr=learning_rate)
+        slower = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, max(n_iterations - 1, 1))
+
+        def step():
+            adam.zero_grad()
+            motion = self.motion + finest * self.free * parameter
+            matrix = affine_in_voxels(self.matrix(motion), spacing).to(moving)
+            value = similarity(_fused.warp(moving, None, affine=matrix, padding="border"))
+            value.backward()
+            adam.step()
+            slower.step()
+            return value.detach(), value.detach(), value.new_zeros(())
+
+        record = _minimise(step, n_iterations, report)
+        with torch.no_grad():
+            self.motion += finest * self.free * parameter
+        _finite(float(self.motion.square().sum()))
+        if torch.linalg.det(self.matrix(self.motion)[:, :-1]) <= 0:
+            fail(ValueError, "the affine part must keep its orientation, got a determinant of 0 or less")
+        return record
