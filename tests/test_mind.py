@@ -3,11 +3,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from common import assert_close
+from common import DTYPES, assert_close, check_against_reference, double, layouts
 from scipy import ndimage
 
 import fastreg
-from fastreg.ops.mind import _descriptors, _distances, channels, mind_map_ref, mind_ref
+from fastreg.ops.mind import (
+    _descriptors,
+    _distances,
+    channels,
+    mind_loss_prepared,
+    mind_map_ref,
+    mind_mean_variance_ref,
+    mind_ref,
+)
 
 OPTIONS = {"radius": 2, "dilation": 2, "neighbourhood": "ssc", "patch": "box", "sigma": 0.5}
 F3RNET = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "sigma": 0.5}
@@ -39,7 +47,8 @@ def make(shape, dtype=torch.float64):
 
 def pair(shape, dtype=torch.float64):
     fixed = torch.rand(shape)
-    return fixed.to(dtype).requires_grad_(), (fixed + 0.3 * torch.rand(shape)).to(dtype).requires_grad_()
+    moved = fixed + 0.3 * torch.rand(shape)
+    return fixed.to(dtype).requires_grad_(), moved.to(dtype).requires_grad_()
 
 
 def make_mask(shape):
@@ -179,3 +188,346 @@ def test_prepared(options, norm):
     assert not prepared.fixed.requires_grad
     with pytest.raises(ValueError, match="fastreg::mind_loss: moved must have the shape"):
         prepared(moved[:1])
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_descriptors(shape, options):
+    check_against_reference(lambda x: fastreg.mind(x, **options), reference(options), (make(shape),))
+    image = make(shape).detach()
+    assert_close(
+        torch.ops.fastreg.mind_mean_variance(image, *options.values()),
+        mind_mean_variance_ref(image, *options.values()),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("options", SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_losses(shape, options, masked):
+    fixed, moved = pair(shape)
+    mask = make_mask(shape) if masked else None
+    wants = itertools.cycle([(fixed, moved), (fixed.detach(), moved), (fixed, moved.detach())])
+    for norm, reduction in itertools.product(("l2", "l1"), ("mean", "sum", "none")):
+        check_against_reference(
+            lambda f, m, n=norm, r=reduction: fastreg.mind_loss(f, m, **options, norm=n, mask=mask, reduction=r),
+            loss_reference(options, norm, mask, reduction),
+            next(wants),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("options", SETTINGS[:2])
+@pytest.mark.parametrize("shape", [(2, 1, 9, 17, 70), (2, 2, 20, 66)], ids=str)
+def test_dtypes(shape, options, dtype):
+    """Tiles whole and cut, rows longer than a tile.
+
+    V is a difference of distances: where it is small beside them, fp32 loses a digit (the reference in fp32 does, too).
+    """
+    tolerance = {torch.float32: 3e-5}.get(dtype)
+    check_against_reference(
+        lambda x: fastreg.mind(x, **options), reference(options), (make(shape, dtype),), tolerance
+    )
+    fixed, moved = pair(shape, dtype)
+    inputs = double(fixed), double(moved)
+    for norm, reduction in (("l2", "sum"), ("l2", "none"), ("l1", "mean")):
+        gain = 1e3 if reduction == "mean" else 1.0  # gradients of a mean would be subnormal halves
+        loss = gain * fastreg.mind_loss(fixed, moved, **options, norm=norm, reduction=reduction)
+        assert loss.dtype == torch.float32
+        truth = gain * loss_reference(options, norm, None, reduction)(*inputs)
+        assert_close(loss, truth, 3e-5 if reduction == "none" else 1e-6, floor=0.1)
+        grads = torch.autograd.grad(loss.sum(), (fixed, moved))
+        for grad, true in zip(grads, torch.autograd.grad(truth.sum(), inputs), strict=True):
+            assert grad.dtype == dtype
+            limit = {torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+            assert (grad - true).norm() < limit * true.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [0.0, 1.0, 1000.0])
+def test_constant_images(dtype, value):
+    constant = torch.full((2, 1, 9, 10, 11), value, dtype=dtype, requires_grad=True)
+    texture = make(constant.shape, dtype)
+    descriptors = fastreg.mind(constant)
+    assert descriptors.eq(1).all()
+    assert torch.autograd.grad(descriptors.sum(), constant)[0].eq(0).all()
+    for reduction in ("mean", "none"):
+        loss = fastreg.mind_loss(constant, constant.detach().clone().requires_grad_(), reduction=reduction)
+        assert loss.eq(0).all()
+        assert torch.autograd.grad(loss.sum(), constant)[0].eq(0).all()
+        loss = fastreg.mind_loss(constant, texture, mask=100 * make_mask(texture.shape), reduction=reduction)
+        grads = torch.autograd.grad(loss.sum(), (constant, texture))
+        assert grads[0].eq(0).all()
+        assert grads[1].isfinite().all()
+        assert grads[1].abs().max() > 0
+
+
+def test_flat_regions():
+    """Half the volume is exactly flat: V is at its lower bound there and at the edge within it."""
+    for axis, options in itertools.product(range(2, 5), (OPTIONS, F3RNET)):
+        fixed, moved = (x.detach() for x in pair((1, 1, 18, 18, 18)))
+        for image in (fixed, moved):
+            image.narrow(axis, 9, 9).fill_(0.25)
+        inputs = [x.float().requires_grad_() for x in (fixed, moved)]
+        truth_inputs = [double(x) for x in inputs]
+        loss = fastreg.mind_loss(*inputs, **options, reduction="sum")
+        truth = loss_reference(options, reduction="sum")(*truth_inputs)
+        assert_close(loss, truth)
+        for grad, expected in zip(
+            torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, truth_inputs), strict=True
+        ):
+            assert (grad - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_offset_and_scale_change_nothing():
+    image = (256 * torch.rand(1, 1, 9, 10, 20)).round()
+    expected = fastreg.mind(image)
+    assert torch.equal(fastreg.mind(image + 1024), expected)
+    assert torch.equal(fastreg.mind(8 * image), expected)
+
+
+def test_equal_minima_share():
+    """Images of few values tie; the reference is torch.amin, which shares evenly."""
+    image = (3 * torch.rand(2, 1, 6, 7, 20)).floor().double().requires_grad_()
+    weight = torch.rand(2, 12, 6, 7, 20, dtype=torch.float64)
+    options = OPTIONS | {"radius": 0, "dilation": 1}
+    grads = [
+        torch.autograd.grad((d * weight).sum(), image)[0]
+        for d in (fastreg.mind(image, **options), reference(options)(image))
+    ]
+    assert_close(*grads)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_non_finite_stays_in_its_sample(bad):
+    fixed, moved = pair((3, 1, 9, 10, 70), torch.float32)
+    with torch.no_grad():
+        fixed[1, 0, 4, 5, 40] = bad
+    for options in (OPTIONS, F3RNET, OPTIONS | {"radius": 0, "dilation": 1}):
+        descriptors = fastreg.mind(fixed, **options)
+        assert descriptors[1].isnan().all()
+        assert descriptors[::2].isfinite().all()
+        for reduction in ("sum", "none"):
+            loss = fastreg.mind_loss(fixed, moved, **options, reduction=reduction)
+            grads = torch.autograd.grad(loss.sum(), (fixed, moved))
+            alone = fastreg.mind_loss(fixed[::2], moved[::2], **options, reduction=reduction)
+            expected = torch.autograd.grad(alone.sum(), (fixed, moved))
+            for grad, true in zip(grads, expected, strict=True):
+                assert grad[1].isnan().any()
+                assert torch.equal(grad[::2], true[::2])
+        assert loss[1].isnan().all()
+        assert torch.equal(loss[::2], alone)
+
+
+def test_statistics_are_of_a_sample():
+    images = make((3, 2, 9, 10, 11)).detach() * torch.tensor([1.0, 100.0, 1e-3]).view(3, 1, 1, 1, 1)
+    for sample in range(3):
+        assert torch.equal(fastreg.mind(images)[sample], fastreg.mind(images[sample : sample + 1])[0])
+
+
+def test_half_squares_do_not_overflow():
+    image = torch.where(torch.rand(1, 1, 9, 10, 11) > 0.5, 60000.0, -60000.0)
+    assert_close(fastreg.mind(image.half()), reference(OPTIONS)(image.double()))
+    # Squares beyond the arithmetic type make the sample NaN.
+    assert fastreg.mind(1e18 * image).isnan().all()
+
+
+def test_masks():
+    fixed, moved = pair((2, 1, 9, 10, 20), torch.float32)
+    ones = torch.ones(2, 1, 9, 10, 20)
+    assert_close(fastreg.mind_loss(fixed, moved, mask=ones), fastreg.mind_loss(fixed, moved).double(), 1e-6)
+    for reduction in ("mean", "sum", "none"):
+        loss = fastreg.mind_loss(fixed, moved, mask=0 * ones - 1, reduction=reduction)
+        assert loss.eq(0).all()
+        assert all(g.eq(0).all() for g in torch.autograd.grad(loss.sum(), (fixed, moved)))
+        # A hidden sample does not count even where it is NaN; a NaN weight does.
+        spoiled, hides = moved.detach().clone(), ones.clone()
+        spoiled[1, 0, 0, 0, 0] = float("nan")
+        hides[1] = 0
+        loss = fastreg.mind_loss(fixed, spoiled, mask=hides, reduction=reduction)
+        assert_close(loss, fastreg.mind_loss(fixed, moved, mask=hides, reduction=reduction).double(), 1e-6)
+        hides[0, 0, 0, 0, 0] = float("nan")
+        assert fastreg.mind_loss(fixed, moved, mask=hides, reduction=reduction).isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 5, 6), (1, 1, 5, 3)], ids=str)
+def test_radius_and_dilation_beyond_the_image(shape):
+    for radius, dilation in ((9, 1), (1, 11), (8, 13), (0, 7)):
+        options = OPTIONS | {"radius": radius, "dilation": dilation}
+        check_against_reference(lambda x, o=options: fastreg.mind(x, **o), reference(options), (make(shape),))
+        check_against_reference(
+            lambda f, m, o=options: fastreg.mind_loss(f, m, **o), loss_reference(options), pair(shape)
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(reduction):
+    for options, shape in ((OPTIONS, (1, 1, 3, 4, 5)), (F3RNET, (2, 2, 4, 5))):
+        # The mean that bounds V counts as a constant, so it is given.
+        mean = torch.full((shape[0],), 1e-3, dtype=torch.float64)
+        moved = make(shape).detach()
+        for norm in ("l2", "l1"):
+            assert torch.autograd.gradcheck(
+                lambda f, o=options, k=mean, m=moved, n=norm: mind_loss_prepared(
+                    f, k, m, **o, norm=n, reduction=reduction
+                ),
+                make(shape),
+                fast_mode=True,
+            )
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 5, 6, 17), (2, 2, 8, 9)])
+def test_layouts(shape):
+    fixed, moved = (x.detach() for x in pair(shape, torch.float32))
+    mask = make_mask(shape)
+    plain = [x.clone().requires_grad_() for x in (fixed, moved)]
+
+    def run(f, m, k):
+        return (
+            fastreg.mind_loss(f, m, mask=k, reduction="sum"),
+            fastreg.mind_loss(f, m, mask=k, reduction="none"),
+            fastreg.mind(f),
+        )
+
+    expected = run(*plain, mask)
+    expected_grads = torch.autograd.grad(sum(x.sum() for x in expected), plain)
+    for name in layouts(fixed):
+        inputs = [layouts(x)[name].requires_grad_() for x in (fixed, moved)]
+        outputs = run(*inputs, layouts(mask)[name])
+        grads = torch.autograd.grad(sum(x.sum() for x in outputs), inputs)
+        for ours, theirs in zip((*outputs, *grads), (*expected, *expected_grads), strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+def test_deterministic():
+    """Tiles whose gradients overlap, on one and several threads."""
+    for shape, options in (((2, 1, 26, 27, 30), OPTIONS), ((1, 1, 200, 40), OPTIONS | {"radius": 1})):
+        fixed, moved = pair(shape, torch.float32)
+        results = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            loss, descriptors = fastreg.mind_loss(fixed, moved, **options), fastreg.mind(fixed, **options)
+            results.append(
+                (loss, descriptors, *torch.autograd.grad(loss + descriptors.sum(), (fixed, moved)))
+            )
+        torch.set_num_threads(2)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_mixed_dtypes_are_promoted():
+    fixed, moved = pair((1, 1, 8, 8, 8))
+    f, m = fixed.detach().bfloat16().requires_grad_(), moved.detach().float().requires_grad_()
+    loss = fastreg.mind_loss(f, m)
+    assert torch.equal(loss, fastreg.mind_loss(f.float(), m))
+    assert [g.dtype for g in torch.autograd.grad(loss, (f, m))] == [torch.bfloat16, torch.float32]
+
+
+def test_empty():
+    fixed = torch.zeros(0, 1, 4, 5, 6, requires_grad=True)
+    assert fastreg.mind(fixed).shape == (0, 12, 4, 5, 6)
+    assert fastreg.mind_loss(fixed, fixed.detach()).isnan()  # the mean of nothing
+    assert fastreg.mind_loss(fixed, fixed.detach(), reduction="none").shape == (0, 1, 4, 5, 6)
+    loss = fastreg.mind_loss(fixed, fixed.detach(), reduction="sum")
+    assert loss == 0
+    assert torch.autograd.grad(loss, fixed)[0].shape == fixed.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    fixed, moved = pair((2, 2, 4, 5, 6), dtype)
+    f, m = fixed.detach(), moved.detach()
+    options, mask = tuple(OPTIONS.values()), make_mask(f.shape)
+    ops = torch.ops.fastreg
+    mean = ops.mind_mean_variance(f, *options)
+    torch.library.opcheck(ops.mind_mean_variance.default, (f, *options))
+    torch.library.opcheck(ops.mind.default, (fixed, *options))
+    torch.library.opcheck(ops.mind_bwd.default, (torch.rand_like(ops.mind(f, *options)), f, *options))
+    torch.library.opcheck(ops.mind_map.default, (fixed, moved, None, *options, "l2"))
+    grad = torch.rand_like(ops.mind_map(f, m, mean, *options, "l1"))
+    torch.library.opcheck(ops.mind_map_bwd.default, (grad, f, m, mean, *options, "l1", True, False))
+    for k in (None, mask):
+        torch.library.opcheck(
+            ops.mind_loss.default, (fixed, m, mean, k, *options, "l2", True, False),
+            # The unit gradients it also returns have no derivative: asking for one raises.
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_compile():
+    def step(fixed, moved):
+        return (
+            fastreg.mind_loss(fixed, moved * 2)
+            + fastreg.mind_loss(fixed, moved, reduction="none").mean()
+            + fastreg.mind(moved, radius=1).mean()
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for shape in ((1, 1, 6, 7, 8), (1, 1, 9, 8, 7)):
+        inputs = pair(shape, torch.float32)
+        assert_close(compiled(*inputs), step(*inputs).double())
+        expected = torch.autograd.grad(step(*inputs), inputs)
+        for grad, true in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+            assert_close(grad, true.double(), floor=0.1)
+
+
+def test_vmap():
+    fixed, moved = pair((3, 2, 1, 6, 7))
+    functions = [
+        lambda f, m: fastreg.mind_loss(f, m, radius=1),
+        lambda f, m: fastreg.mind_loss(f, m, reduction="none"),
+        lambda f, m: fastreg.mind(m),
+    ]
+    for function in functions:
+        out = torch.vmap(function)(fixed, moved)
+        expected = torch.stack([function(f, m) for f, m in zip(fixed, moved, strict=True)])
+        assert_close(out, expected, 1e-12)
+        grads, true = (torch.autograd.grad(x.sum(), moved)[0] for x in (out, expected))
+        assert_close(grads, true, 1e-9)
+        shared = torch.vmap(function, in_dims=(None, 0))(fixed[0], moved)
+        assert_close(shared, torch.stack([function(fixed[0], m) for m in moved]), 1e-12)
+
+
+def test_double_backward_raises():
+    fixed, moved = pair((1, 1, 5, 6, 7))
+    for result in (
+        fastreg.mind_loss(fixed, moved),
+        fastreg.mind_loss(fixed, moved, reduction="none").sum(),
+        fastreg.mind(moved).sum(),
+    ):
+        (grad,) = torch.autograd.grad(result, moved, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            torch.autograd.grad(grad.sum(), moved)
+
+
+def test_transforms_without_a_derivative_raise():
+    with pytest.raises(RuntimeError, match=r"fastreg::mind: torch\.func\.grad"):
+        torch.func.grad(lambda x: fastreg.mind(x).sum())(torch.rand(1, 2, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
+        (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
+        (ValueError, "fixed must have at least one channel", {"fixed": torch.zeros(1, 0, 4, 5, 6)}),
+        (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
+        (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
+        (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
+        (TypeError, "radius must be an int, got 1.0", {"radius": 1.0}),
+        (TypeError, "dilation must be an int, got True", {"dilation": True}),
+        (ValueError, "radius must be at least 0, got -1", {"radius": -1}),
+        (ValueError, "dilation must be at least 1, got 0", {"dilation": 0}),
+        (ValueError, "neighbourhood must be 'ssc' or 'six', got 'eight'", {"neighbourhood": "eight"}),
+        (ValueError, "patch must be 'box' or 'gaussian', got 'round'", {"patch": "round"}),
+        (ValueError, "sigma must be a number > 0", {"patch": "gaussian", "sigma": 0}),
+        (ValueError, "norm must be 'l2' or 'l1', got 2", {"norm": 2}),
+        (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
+    ],
+)  # fmt: skip
+def test_errors(error, match, change):
+    arguments = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)} | change
+    with pytest.raises(error, match=f"fastreg::mind_loss: {match}"):
+        fastreg.mind_loss(arguments.pop("fixed"), arguments.pop("moved"), **arguments)
+    with pytest.raises(ValueError, match="fastreg::mind: image must have shape"):
+        fastreg.mind(torch.zeros(4, 5, 6))

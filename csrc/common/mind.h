@@ -1,0 +1,99 @@
+#pragma once
+// MIND at one voxel: from the distances of its channels to the descriptor, and back.
+#include "common/macros.h"
+
+namespace fastreg {
+
+// Offsets of the two patches of a channel, in units of the dilation along (z, y, x).
+struct MindPair {
+  int a[3], b[3];
+};
+
+constexpr MindPair kSsc3[12] = {
+    {{1, 0, 0}, {0, -1, 0}},  {{0, 1, 0}, {-1, 0, 0}}, {{0, -1, 0}, {-1, 0, 0}}, {{0, 1, 0}, {1, 0, 0}},
+    {{0, -1, 0}, {0, 0, -1}}, {{0, 1, 0}, {0, 0, 1}},  {{0, 0, -1}, {-1, 0, 0}}, {{1, 0, 0}, {0, 0, 1}},
+    {{0, 1, 0}, {0, 0, -1}},  {{0, 0, 1}, {0, -1, 0}}, {{1, 0, 0}, {0, 0, -1}},  {{0, 0, 1}, {-1, 0, 0}},
+};
+constexpr MindPair kSsc2[4] = {
+    {{0, -1, 0}, {0, 0, -1}},
+    {{0, 0, 1}, {0, -1, 0}},
+    {{0, 1, 0}, {0, 0, -1}},
+    {{0, 0, 1}, {0, 1, 0}},
+};
+// The first two are left out in 2D.
+constexpr MindPair kSix[6] = {
+    {{0, 0, 0}, {-1, 0, 0}}, {{0, 0, 0}, {1, 0, 0}},  {{0, 0, 0}, {0, -1, 0}},
+    {{0, 0, 0}, {0, 1, 0}},  {{0, 0, 0}, {0, 0, -1}}, {{0, 0, 0}, {0, 0, 1}},
+};
+
+// Bounds of V in a sample. All NaN where the sample's mean of V is not finite.
+template <class A>
+struct MindBounds {
+  A lower, upper;
+  A tiny;  // the smallest normal number: no bound lies below
+};
+
+// V is a number or a vector of them, A its scalar.
+template <class V>
+struct MindScale {
+  V least, inverse;  // min D, 1 / V
+  V inverse_back;    // 1 / V on the way back: nothing returns from where V is at its floor
+  V inside;          // 1 where V is within its bounds, else 0
+};
+
+template <int kChannels, class V>
+FASTREG_HD V mind_least(const V (&d)[kChannels]) {
+  V least = d[0];
+  for (int k = 1; k < kChannels; ++k) least = d[k] < least ? d[k] : least;
+  return least;
+}
+
+// V before its bounds: the mean of D ("six") or of D - min D.
+template <class A, int kChannels, class V>
+FASTREG_HD V mind_variance(const V (&d)[kChannels], V least, bool six) {
+  V sum = {};
+  const V origin = six ? V{} : least;
+  for (int k = 0; k < kChannels; ++k) sum += d[k] - origin;
+  return sum * (A(1) / kChannels);
+}
+
+// `exponential` is exp for arguments <= 0.
+template <class A, int kChannels, class V, class Exp>
+FASTREG_HD MindScale<V> mind_describe(const V (&d)[kChannels], bool six, const MindBounds<A>& bounds,
+                                      Exp exponential, V (&descriptor)[kChannels]) {
+  const V zero = {}, one = zero + A(1), lower = zero + bounds.lower, upper = zero + bounds.upper;
+  MindScale<V> m;
+  m.least = mind_least(d);
+  const V raw = mind_variance<A>(d, m.least, six);
+  // The order of the comparisons passes NaN bounds on.
+  V v = raw > lower ? raw : lower;
+  v = v > upper ? upper : v;
+  m.inverse = one / v;
+  m.inverse_back = v <= bounds.tiny ? zero : m.inverse;
+  m.inside = raw >= lower ? one : zero;
+  m.inside = raw <= upper ? m.inside : zero;
+  for (int k = 0; k < kChannels; ++k) descriptor[k] = exponential((m.least - d[k]) * m.inverse);
+  return m;
+}
+
+// In: d loss / d descriptor. Out: d loss / d D. Channels that tie for the minimum share what returns through
+// it.
+template <class A, int kChannels, class V>
+FASTREG_HD void mind_adjoint(const V (&d)[kChannels], const V (&descriptor)[kChannels], bool six,
+                             const MindScale<V>& m, V (&adjoint)[kChannels]) {
+  const V zero = {}, one = zero + A(1);
+  V sum = {}, to_variance = {}, ties = {};
+  for (int k = 0; k < kChannels; ++k) {
+    const V h = -adjoint[k] * descriptor[k] * m.inverse_back, x = d[k] - m.least;
+    adjoint[k] = h;
+    sum += h;
+    to_variance -= h * x;
+    ties += d[k] == m.least ? one : zero;
+  }
+  to_variance *= m.inverse * m.inside;
+  const V through_mean = to_variance * (A(1) / kChannels);
+  const V to_least = -(six ? sum : sum + to_variance) / ties;
+  for (int k = 0; k < kChannels; ++k) adjoint[k] += through_mean + (d[k] == m.least ? to_least : zero);
+}
+
+}  // namespace fastreg

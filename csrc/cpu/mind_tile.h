@@ -1,0 +1,273 @@
+#pragma once
+// Patch distances of an image over one tile, and their way back to the image. Included by mind.cpp once per
+// instruction set; what a tile costs stands there.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/vector.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// Sums of `taps` consecutive samples, weighted where there are weights: put(i, sample(i) + ... + sample(i +
+// taps - 1)) for i of [0, count). Short boxes keep what neighbouring sums share in registers.
+template <class V, class A, class Sample, class Put>
+FASTREG_HD void windows(int64_t count, int64_t taps, const A* weights, Sample sample, Put put) {
+  if (taps == 1) {
+    for (int64_t i = 0; i < count; ++i) put(i, sample(i));
+  } else if (!weights && taps == 3) {
+    V v1 = sample(1), pair = sample(0) + v1;
+    for (int64_t i = 0; i < count; ++i) {
+      const V v2 = sample(i + 2);
+      put(i, pair + v2);
+      pair = v1 + v2, v1 = v2;
+    }
+  } else if (!weights && taps == 5) {
+    V v3 = sample(3), v2 = sample(2), v1 = sample(1);
+    V pair0 = sample(0) + v1, pair1 = v1 + v2, pair2 = v2 + v3;
+    for (int64_t i = 0; i < count; ++i) {
+      const V v4 = sample(i + 4);
+      put(i, (pair0 + pair2) + v4);
+      pair0 = pair1, pair1 = pair2, pair2 = v3 + v4, v3 = v4;
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      V sum = {};
+      for (int64_t t = 0; t < taps; ++t) sum += weights ? weights[t] * sample(i + t) : sample(i + t);
+      put(i, sum);
+    }
+  }
+}
+
+// The same along a row: out[j] = scale * sum of in[j] ... in[j + taps - 1]. n is a multiple of the lanes.
+template <class A, int kTaps>
+void row_windows(A* __restrict out, const A* __restrict in, int64_t taps, const A* weights, A scale,
+                 int64_t n) {
+  using V = Vector<A>;
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const auto v = [&](int64_t t) { return load_as<V>(in + j + t); };
+    V sum = {};
+    if constexpr (kTaps == 3)
+      sum = (v(0) + v(1)) + v(2);
+    else if constexpr (kTaps == 5)
+      sum = ((v(0) + v(1)) + (v(2) + v(3))) + v(4);
+    else
+      for (int64_t t = 0; t < taps; ++t) sum += weights ? weights[t] * v(t) : v(t);
+    store_as<V>(out + j, scale * sum);
+  }
+}
+
+template <class A>
+void row_windows(A* out, const A* in, int64_t taps, const A* weights, A scale, int64_t n) {
+  const auto kernel = weights || taps > 5 || taps == 1 ? row_windows<A, 0>
+                      : taps == 3                      ? row_windows<A, 3>
+                                                       : row_windows<A, 5>;
+  kernel(out, in, taps, weights, scale, n);
+}
+
+struct Extent {
+  int64_t begin[3], size[3];  // voxels of a tile
+};
+
+template <class A>
+class MindTile {
+ public:
+  explicit MindTile(const MindArgs& args) : a(args) {
+    box = !a.weights;
+    if (!box) weights.assign(a.weights, a.weights + 2 * a.radius + 1);
+    scale = A(1);
+    for (int i = 0; i < 3; ++i) {
+      r[i] = a.size[i] == 0 || (i == 0 && a.nd == 2) ? 0 : a.radius;
+      s[i] = i == 0 && a.nd == 2 ? 0 : a.dilation;
+      h[i] = r[i] + s[i];
+      if (box) scale /= A(2 * r[i] + 1);
+    }
+  }
+
+  // D of channel k, row (z, y) of the tile; after the voxels: d loss / d D.
+  A* row(int64_t k, int64_t z, int64_t y) {
+    return distance.data() + ((k * t.size[0] + z) * t.size[1] + y) * nx;
+  }
+
+  // Copies the tile of sample n and what surrounds it, replicated outside the image, and computes its
+  // distances.
+  void load(Stored type, const void* image, int64_t n, const Extent& tile) {
+    t = tile;
+    nx = round_up(t.size[2]), qx = round_up(nx + 2 * r[2]), ix = round_up(qx + 2 * s[2]);
+    for (int i = 0; i < 2; ++i) q[i] = t.size[i] + 2 * r[i], l[i] = t.size[i] + 2 * h[i];
+    local.resize(a.c * l[0] * l[1] * ix);
+    with_type(type, [&]<class T>() {
+      if constexpr (std::is_same_v<arithmetic_t<T>, A>) gather(static_cast<const T*>(image), n);
+    });
+    distances();
+  }
+
+  // Adds what the adjoints in row() pass back to `grad`, (n, c, *size).
+  void add_gradient(A* grad, int64_t n) {
+    local_grad.assign(local.size(), A(0));
+    adjoints();
+    for (int64_t c = 0; c < a.c; ++c)
+      for (int64_t z = 0; z < l[0]; ++z)
+        for (int64_t y = 0; y < l[1]; ++y) {
+          const A* in = local_grad.data() + ((c * l[0] + z) * l[1] + y) * ix;
+          const int64_t W = a.size[2], x0 = t.begin[2] - h[2];
+          A* __restrict out = grad + image_row(n, c, z, y);
+          const int64_t first = std::clamp<int64_t>(-x0, 0, ix), last = std::clamp<int64_t>(W - x0, 0, ix);
+          for (int64_t i = 0; i < first; ++i) out[0] += in[i];
+          for (int64_t i = first; i < last; ++i) out[x0 + i] += in[i];
+          for (int64_t i = last; i < ix; ++i) out[W - 1] += in[i];
+        }
+  }
+
+ private:
+  static int64_t round_up(int64_t n) { return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+
+  // Where row (z, y) of the local copy lies in the image.
+  int64_t image_row(int64_t n, int64_t c, int64_t z, int64_t y) const {
+    const int64_t iz = std::clamp<int64_t>(t.begin[0] - h[0] + z, 0, a.size[0] - 1);
+    const int64_t iy = std::clamp<int64_t>(t.begin[1] - h[1] + y, 0, a.size[1] - 1);
+    return (((n * a.c + c) * a.size[0] + iz) * a.size[1] + iy) * a.size[2];
+  }
+
+  // Offset in the local copy of sample (jz, jy, 0) of the squares, moved by `offset`.
+  int64_t at(int64_t jz, int64_t jy, const int* offset) const {
+    const int64_t j[2] = {jz, jy};
+    int64_t p[2];
+    for (int i = 0; i < 2; ++i)
+      p[i] = std::clamp<int64_t>(t.begin[i] - r[i] + j[i], 0, a.size[i] - 1) - (t.begin[i] - h[i]) +
+             s[i] * offset[i];
+    return (p[0] * l[1] + p[1]) * ix + s[2] * (1 + offset[2]);
+  }
+
+  template <class T>
+  void gather(const T* image, int64_t n) {
+    const int64_t W = a.size[2], x0 = t.begin[2] - h[2];
+    const int64_t first = std::clamp<int64_t>(-x0, 0, ix), last = std::clamp<int64_t>(W - x0, first, ix);
+    for (int64_t c = 0; c < a.c; ++c)
+      for (int64_t z = 0; z < l[0]; ++z)
+        for (int64_t y = 0; y < l[1]; ++y) {
+          const T* in = image + image_row(n, c, z, y);
+          A* out = local.data() + ((c * l[0] + z) * l[1] + y) * ix;
+          std::fill_n(out, first, A(fastreg::load(in[0])));
+          cover_x<A>(first, last, [&](auto v, int64_t i) {
+            using V = decltype(v);
+            store_as<V>(out + i, load_as<V>(in + x0 + i));
+          });
+          std::fill_n(out + last, ix - last, A(fastreg::load(in[W - 1])));
+        }
+  }
+
+  // Columns of a row of squares that lie outside the image: [0, left) and [right, qx).
+  int64_t left() const { return std::clamp<int64_t>(r[2] - t.begin[2], 0, qx); }
+  int64_t right() const { return std::clamp<int64_t>(a.size[2] - t.begin[2] + r[2], 0, qx); }
+
+  // Squares and their windows along z, for a row of planes; then along y, then along x.
+  void distances() {
+    using V = Vector<A>;
+    distance.resize(a.n_channels * t.size[0] * t.size[1] * nx);
+    column.resize(t.size[0] * q[1] * qx), lines.resize(t.size[1] * qx), from.resize(2 * q[0]);
+    const A* w = box ? nullptr : weights.data();
+    const int64_t per_channel = l[0] * l[1] * ix;
+    for (int64_t k = 0; k < a.n_channels; ++k) {
+      for (int64_t jy = 0; jy < q[1]; ++jy) {
+        for (int64_t jz = 0; jz < q[0]; ++jz) {
+          from[2 * jz] = local.data() + at(jz, jy, a.pairs[k].a);
+          from[2 * jz + 1] = local.data() + at(jz, jy, a.pairs[k].b);
+        }
+        A* const* rows = from.data();
+        for (int64_t j = 0; j < qx; j += kLanes<A>) {
+          A* out = column.data() + jy * qx + j;
+          windows<V>(
+              t.size[0], 2 * r[0] + 1, w,
+              [&](int64_t jz) {
+                const A *pa = rows[2 * jz] + j, *pb = rows[2 * jz + 1] + j;
+                V d = load_as<V>(pa) - load_as<V>(pb), sum = d * d;
+                for (int64_t c = 1; c < a.c; ++c) {
+                  d = load_as<V>(pa + c * per_channel) - load_as<V>(pb + c * per_channel);
+                  sum += d * d;
+                }
+                return sum;
+              },
+              [&](int64_t z, V sum) { store_as<V>(out + z * q[1] * qx, sum); });
+        }
+      }
+      for (int64_t z = 0; z < t.size[0]; ++z) {
+        const A* in = column.data() + z * q[1] * qx;
+        for (int64_t j = 0; j < qx; j += kLanes<A>)
+          windows<V>(
+              t.size[1], 2 * r[1] + 1, w, [&](int64_t jy) { return load_as<V>(in + jy * qx + j); },
+              [&](int64_t y, V sum) { store_as<V>(lines.data() + y * qx + j, sum); });
+        for (int64_t y = 0; y < t.size[1]; ++y) {
+          A* line = lines.data() + y * qx;
+          // Columns outside the image repeat the border's.
+          std::fill_n(line, left(), line[left()]);
+          std::fill_n(line + right(), qx - right(), line[right() - 1]);
+          row_windows(row(k, z, y), line, 2 * r[2] + 1, w, scale, nx);
+        }
+      }
+    }
+  }
+
+  // The transpose of distances(), in reverse order. Rows are extended by zeros: a window then gathers what a
+  // sample of the squares was part of; samples outside the image stand for the border's.
+  void adjoints() {
+    using V = Vector<A>;
+    const int64_t ez = t.size[0] + 4 * r[0], ey = t.size[1] + 4 * r[1], ex = qx + 2 * r[2];
+    const int64_t per_channel = l[0] * l[1] * ix;
+    const A* w = box ? nullptr : weights.data();
+    line.assign(ex, A(0)), lines.assign(ey * qx, A(0)), column.assign(ez * q[1] * qx, A(0)),
+        places.resize(2 * q[0]);
+    for (int64_t k = 0; k < a.n_channels; ++k) {
+      for (int64_t z = 0; z < t.size[0]; ++z) {
+        for (int64_t y = 0; y < t.size[1]; ++y) {
+          std::copy_n(row(k, z, y), nx, line.data() + 2 * r[2]);
+          A* out = lines.data() + (2 * r[1] + y) * qx;
+          row_windows(out, line.data(), 2 * r[2] + 1, w, 2 * scale, qx);
+          for (int64_t j = 0; j < left(); ++j) out[left()] += out[j], out[j] = A(0);
+          for (int64_t j = right(); j < qx; ++j) out[right() - 1] += out[j], out[j] = A(0);
+        }
+        A* out = column.data() + (2 * r[0] + z) * q[1] * qx;
+        for (int64_t j = 0; j < qx; j += kLanes<A>)
+          windows<V>(
+              q[1], 2 * r[1] + 1, w, [&](int64_t y) { return load_as<V>(lines.data() + y * qx + j); },
+              [&](int64_t jy, V sum) { store_as<V>(out + jy * qx + j, sum); });
+      }
+      for (int64_t jy = 0; jy < q[1]; ++jy) {
+        for (int64_t jz = 0; jz < q[0]; ++jz) {
+          places[2 * jz] = at(jz, jy, a.pairs[k].a);
+          places[2 * jz + 1] = at(jz, jy, a.pairs[k].b);
+        }
+        for (int64_t j = 0; j < qx; j += kLanes<A>) {
+          const A* in = column.data() + jy * qx + j;
+          windows<V>(
+              q[0], 2 * r[0] + 1, w, [&](int64_t z) { return load_as<V>(in + z * q[1] * qx); },
+              [&](int64_t jz, V sum) {
+                for (int64_t c = 0; c < a.c; ++c) {
+                  const int64_t ia = places[2 * jz] + c * per_channel + j,
+                                ib = places[2 * jz + 1] + c * per_channel + j;
+                  const V d = sum * (load_as<V>(local.data() + ia) - load_as<V>(local.data() + ib));
+                  A *ga = local_grad.data() + ia, *gb = local_grad.data() + ib;
+                  store_as<V>(ga, load_as<V>(ga) + d);
+                  store_as<V>(gb, load_as<V>(gb) - d);
+                }
+              });
+        }
+      }
+    }
+  }
+
+  const MindArgs& a;
+  bool box;
+  A scale;  // of a sum over the patch
+  // Of an axis: reach of the patch, of the offsets, of both; in x also the widths of rows: of the tile, with
+  // the patch (q), with both (l).
+  int64_t r[3], s[3], h[3], q[2], l[2], nx, qx, ix;
+  Extent t;
+  std::vector<A> weights, local, local_grad, distance, lines, column, line;
+  std::vector<A*> from;
+  std::vector<int64_t> places;
+};
+
+}  // namespace
+}  // namespace fastreg::FASTREG_ISA
