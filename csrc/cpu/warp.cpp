@@ -188,16 +188,7 @@ void row_range(const WarpArgs& a, int32_t* range, int64_t begin, int64_t end) {
                 (row.z * a.out[1] + row.y) * a.out[2],
             a.out[2]);
     }
-    const int64_t start = ND == 3 ? row.z : row.y, last = a.in[3 - ND] - 1;
-    const double cap = 1 << 29;
-    // One plane of slack on both sides for rounding to nearest.
-    int64_t lo = start + int64_t(std::floor(std::max<double>(low, -cap))) - 1;
-    int64_t hi = start + int64_t(std::floor(std::min<double>(high, cap))) + 2;
-    if (a.padding == Padding::border)
-      lo = std::clamp<int64_t>(lo, 0, last), hi = std::clamp<int64_t>(hi, 0, last);
-    if (a.padding == Padding::reflection && (lo < 0 || hi > last)) lo = 0, hi = last;
-    range[2 * index] = int32_t(std::clamp<int64_t>(lo, -1, last + 1));
-    range[2 * index + 1] = int32_t(std::clamp<int64_t>(hi, -1, last + 1));
+    plane_range(a, ND, ND == 3 ? row.z : row.y, low, high, range + 2 * index);
   }
 }
 

@@ -84,12 +84,11 @@ void split_line(const S* __restrict u, bool nearest, int count, int32_t from, in
   }
 }
 
-// The `count` voxels of `row` from x0 on. [lo, hi) bounds the slowest axis.
-template <class A, int ND>
-void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi,
-            Positions<A, ND>& p) {
-  const int64_t n_voxels = a.out[0] * a.out[1] * a.out[2];
-  const int64_t at = (row.z * a.out[1] + row.y) * a.out[2] + x0;
+// The `count` voxels of `row` from x0 on, whose displacements along axis k visit(k, use) hands to
+// use(values). [lo, hi) bounds the slowest axis.
+template <class A, int ND, class Visit>
+void locate_at(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi,
+               Positions<A, ND>& p, Visit visit) {
   const int32_t start[3] = {int32_t(row.z), int32_t(row.y), int32_t(x0)};
   int32_t* __restrict inside = p.inside;
   for (int i = 0; i < count; ++i) inside[i] = -1;
@@ -97,16 +96,9 @@ void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo
     const int axis = k + 3 - ND;
     const int32_t step = axis == 2 ? 1 : 0, first = k == 0 ? int32_t(lo) : 0;
     const uint32_t span = uint32_t(std::max<int64_t>((k == 0 ? hi - lo : a.in[axis]) - 1, 0));
-    const auto line = [&](const auto* u) {
+    visit(k, [&](const auto* u) {
       split_line(u, a.nearest, count, start[axis], step, first, span, p.whole[k], p.fraction[k], inside);
-    };
-    if (a.affine) {
-      alignas(64) double d[kBlock];
-      add_affine<A, ND>(a, row, k, x0, count, d);
-      line(d);
-    } else {
-      line(static_cast<const A*>(a.displacement) + (row.n * ND + k) * n_voxels + at);
-    }
+    });
   }
   const uint32_t plane = uint32_t(a.in[1] * a.in[2]), line = uint32_t(a.in[2]);
   for (int i = 0; i < count; ++i) {
@@ -115,6 +107,36 @@ void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo
     // Where outside, the first voxel is fetched in its stead and not used.
     p.offset[i] = offset & int64_t(inside[i]);
   }
+}
+
+template <class A, int ND>
+void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo, int64_t hi,
+            Positions<A, ND>& p) {
+  locate_at(a, row, x0, count, lo, hi, p, [&](int k, auto use) {
+    if (a.affine) {
+      alignas(64) double d[kBlock];
+      add_affine<A, ND>(a, row, k, x0, count, d);
+      use(d);
+    } else {
+      use(static_cast<const A*>(a.displacement) +
+          (((row.n * ND + k) * a.out[0] + row.z) * a.out[1] + row.y) * a.out[2] + x0);
+    }
+  });
+}
+
+// Lowest and highest plane of the image's slowest axis that voxels of plane `start` touch, displaced along it
+// by [low, high].
+inline void plane_range(const WarpArgs& a, int nd, int64_t start, double low, double high, int32_t* range) {
+  const int64_t last = a.in[3 - nd] - 1;
+  const double cap = kFarthest;
+  // One plane of slack on both sides for rounding to nearest.
+  int64_t lo = start + int64_t(std::floor(std::max(low, -cap))) - 1;
+  int64_t hi = start + int64_t(std::floor(std::min(high, cap))) + 2;
+  if (a.padding == Padding::border)
+    lo = std::clamp<int64_t>(lo, 0, last), hi = std::clamp<int64_t>(hi, 0, last);
+  if (a.padding == Padding::reflection && (lo < 0 || hi > last)) lo = 0, hi = last;
+  range[0] = int32_t(std::clamp<int64_t>(lo, -1, last + 1));
+  range[1] = int32_t(std::clamp<int64_t>(hi, -1, last + 1));
 }
 
 // The corners of a block, as pairs along x: fetched one by one, interpolated as vectors.
