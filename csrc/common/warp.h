@@ -30,14 +30,12 @@ FASTREG_HD void split(S u, int32_t& whole, A& fraction) {
   constexpr S kCap = S(kFarthest);
   u = u > kCap ? kCap : u;
   u = u < -kCap ? -kCap : u;
-  S down = std::floor(u);
-  fraction = A(u - down);
+  const S down = std::floor(u);
+  const A rest = A(u - down);
   // A tiny negative u has a fraction that rounds to 1.
-  if (fraction >= A(1)) {
-    fraction = A(0);
-    down += S(1);
-  }
-  whole = int32_t(fraction == fraction ? down : S(0));
+  const bool carry = rest >= A(1);
+  fraction = carry ? A(0) : rest;
+  whole = int32_t(rest == rest ? down : S(0)) + int32_t(carry);
 }
 
 }  // namespace fastreg

@@ -1,3 +1,4 @@
+#include "cpu/affine_rows.h"
 #include "cpu/warp_rows.h"
 
 namespace fastreg {
@@ -15,12 +16,8 @@ FASTREG_KERNEL(void, warp_bwd_image, Stored, int nd, const WarpArgs&, const int3
 
 #ifdef FASTREG_ISA
 
-#include <numeric>
-
 namespace fastreg::FASTREG_ISA {
 namespace {
-
-constexpr int kSumLanes = 8;  // fp64 sums kept side by side
 
 // Bytes: reads nd + C volumes, writes C. Floor by arithmetic: 2^nd - 1 lerps and 2^nd loads a voxel and
 // channel.
@@ -70,18 +67,6 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Adds the position gradients of up to kBlock voxels (0 beyond), and those times x, to lanes of fp64 sums.
-template <class A, int ND>
-void add_to_sums(const A (&du)[ND][kBlock], int64_t x0, double (&sums)[ND][2][kSumLanes]) {
-  for (int k = 0; k < ND; ++k)
-    for (int i = 0; i < kBlock; i += kSumLanes)
-      for (int j = 0; j < kSumLanes; ++j) {
-        const double d = double(du[k][i + j]);
-        sums[k][0][j] += d;
-        sums[k][1][j] += d * double(int32_t(x0) + i + j);
-      }
-}
-
 // du_k = sum over channels of grad * (interpolant differentiated along k). A gather: deterministic. What an
 // affine needs of it is summed row by row; du is stored only where it is asked for.
 // Bytes: reads nd + 2C volumes, writes nd. Arithmetic: 2^nd loads and about 4 (3D: 11) lerps a voxel and
@@ -94,7 +79,7 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
   const int64_t n_in = a.in[0] * a.in[1] * a.in[2], n_out = a.out[0] * a.out[1] * a.out[2];
   for (int64_t index = begin; index < end; ++index) {
     const Row row = row_at(a, index);
-    double row_sums[ND][2][kSumLanes] = {};
+    RowSums sums[ND];
     for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
       const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
       const int64_t at = (row.z * a.out[1] + row.y) * a.out[2] + x0;
@@ -148,15 +133,12 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
           }
         }
       }
-      if (a.affine_sums) add_to_sums(sum, x0, row_sums);
+      for (int k = 0; k < ND && a.affine_sums; ++k) sums[k].add(sum[k], kBlock, x0);
       if (!a.result) continue;
       A* out = static_cast<A*>(a.result) + row.n * ND * n_out + at;
       for (int k = 0; k < ND; ++k) std::copy_n(sum[k], count, out + k * n_out);
     }
-    if (a.affine_sums)
-      for (int k = 0; k < 2 * ND; ++k)
-        a.affine_sums[index * 2 * ND + k] =
-            std::accumulate(row_sums[k / 2][k % 2], row_sums[k / 2][k % 2] + kSumLanes, 0.0);
+    for (int k = 0; k < ND && a.affine_sums; ++k) sums[k].store(a.affine_sums + (index * ND + k) * 2);
   }
 }
 
@@ -401,24 +383,6 @@ struct Call {
   }
 };
 
-// (N, nd, nd + 1) from the sums of each row, added in order: the same bits whatever the thread count.
-Tensor affine_gradient(const std::vector<double>& sums, const WarpArgs& a, int nd) {
-  Tensor out = at::zeros({a.n, nd, nd + 1}, at::kDouble);
-  double* g = out.mutable_data_ptr<double>();
-  const double* s = sums.data();
-  for (int64_t n = 0; n < a.n; ++n, g += nd * (nd + 1))
-    for (int64_t z = 0; z < a.out[0]; ++z)
-      for (int64_t y = 0; y < a.out[1]; ++y)
-        for (int k = 0; k < nd; ++k, s += 2) {
-          double* row = g + k * (nd + 1);
-          if (nd == 3) row[0] += double(z) * s[0];
-          row[nd - 2] += double(y) * s[0];
-          row[nd - 1] += s[1];
-          row[nd] += s[0];
-        }
-  return out;
-}
-
 Tensor warp_cpu(const Tensor& image, const OptionalTensor& displacement, const OptionalTensor& affine,
                 c10::string_view mode, c10::string_view padding) {
   Call call(image, displacement, affine);
@@ -449,7 +413,7 @@ std::tuple<Tensor, Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor
     call.args.result = need_displacement ? grad_u.mutable_data_ptr() : nullptr;
     call.args.affine_sums = need_affine ? sums.data() : nullptr;
     call.gradient_to_positions();
-    if (need_affine) grad_affine = affine_gradient(sums, call.args, call.nd);
+    if (need_affine) grad_affine = affine_gradient(sums, call.args.n, call.nd, call.args.out);
   }
   if (need_image) {
     grad_image = at::zeros(image.sizes(), options);

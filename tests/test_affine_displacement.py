@@ -1,0 +1,154 @@
+import itertools
+
+import pytest
+import torch
+from common import COMPILED, DTYPES, assert_close, layouts
+
+import fastreg
+from fastreg.ops.affine_displacement import affine_displacement_bwd_ref, affine_displacement_ref
+
+SHAPES = [
+    pytest.param((5, 6, 7), id="d5h6w7"),
+    pytest.param((2, 3, 67), id="d2h3w67"),
+    pytest.param((9, 130), id="h9w130"),
+    pytest.param((1, 1, 4), id="one-voxel-axes"),
+]
+
+
+def make(nd, dtype=torch.float64):
+    matrix = torch.eye(nd, nd + 1) + 0.2 * torch.randn(2, nd, nd + 1)
+    return matrix.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (4, 3)])
+def test_reference_is_the_formula(shape):
+    matrix = make(len(shape)).detach()
+    result = affine_displacement_ref(matrix, shape, True)
+    grad = torch.randn_like(result)
+    expected = torch.zeros_like(matrix)
+    for n, p in itertools.product(range(2), itertools.product(*map(range, shape))):
+        point = torch.tensor([*p, 1.0], dtype=torch.float64)
+        assert torch.allclose(result[(n, slice(None), *p)], matrix[n] @ point - point[:-1], atol=1e-12)
+        expected[n] += torch.outer(grad[(n, slice(None), *p)], point)
+    assert_close(affine_displacement_bwd_ref(grad), expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_reference(shape, dtype):
+    matrix = make(len(shape), dtype)
+    result = fastreg.affine_displacement(matrix, shape)
+    assert result.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(result, affine_displacement_ref(matrix.double(), shape, True))
+    weight = torch.randn_like(result)
+    grad = torch.autograd.grad(result, matrix, weight)[0]
+    assert grad.dtype == dtype
+    assert_close(grad, affine_displacement_bwd_ref(weight.double()))
+
+
+def test_a_matrix_near_the_identity_keeps_its_digits():
+    matrix = torch.eye(3, 4)[None]
+    matrix[0, 2, 2] += 2.0**-22
+    result = fastreg.affine_displacement(matrix, (1, 1, 4000))
+    assert torch.equal(result[0, 2, 0, 0], torch.arange(4000) * 2.0**-22)
+    assert result[0, :2].eq(0).all()
+
+
+def test_is_what_warp_samples():
+    image, matrix = torch.rand(2, 1, 5, 6, 7).double(), make(3).detach()
+    displaced = fastreg.warp(image, fastreg.affine_displacement(matrix, (5, 6, 7)))
+    assert_close(fastreg.warp(image, None, affine=matrix), displaced, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (4, 3)])
+def test_gradcheck(shape):
+    function = lambda m: fastreg.affine_displacement(m, shape)  # noqa: E731
+    assert torch.autograd.gradcheck(function, make(len(shape)))
+    assert torch.autograd.gradgradcheck(function, make(len(shape)))
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (9, 67)])
+def test_layouts(shape):
+    matrix, nd = make(len(shape), torch.float32), len(shape)
+    grad = torch.randn(2, nd, *shape)
+    expected = torch.autograd.grad(fastreg.affine_displacement(matrix, shape), matrix, grad)[0]
+    for name, g in layouts(grad).items():
+        for m in (matrix, matrix.detach().mT.contiguous().mT.requires_grad_()):
+            ours = torch.autograd.grad(fastreg.affine_displacement(m, shape), m, g)[0]
+            assert torch.equal(ours, expected), name
+
+
+@pytest.mark.skipif(not COMPILED, reason="a property of the compiled sums")
+def test_gradient_does_not_depend_on_threads():
+    grad, results = torch.randn(2, 3, 9, 10, 70), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.ops.fastreg.affine_displacement_bwd(grad))
+    torch.set_num_threads(2)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("n", "shape"), [(0, (3, 4, 5)), (2, (3, 0, 5)), (2, (0, 4))])
+def test_empty(n, shape):
+    matrix = torch.rand(n, len(shape), len(shape) + 1, requires_grad=True)
+    result = fastreg.affine_displacement(matrix, shape)
+    assert result.shape == (n, len(shape), *shape)
+    assert torch.autograd.grad(result.sum(), matrix)[0].eq(0).all()
+
+
+def test_non_finite_stays_in_its_component():
+    matrix = torch.eye(3, 4)[None].clone()
+    matrix[0, 1, 3] = float("nan")
+    result = fastreg.affine_displacement(matrix, (2, 3, 4))
+    assert result[0, 1].isnan().all()
+    assert result[0, ::2].eq(0).all()
+
+
+def test_singular_matrix():
+    result = fastreg.affine_displacement(torch.zeros(1, 2, 3), (3, 4))
+    assert torch.equal(result[0], -torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    matrix = make(3, dtype)
+    torch.library.opcheck(torch.ops.fastreg.affine_displacement.default, (matrix, (2, 3, 4), True))
+    grad = torch.rand(2, 3, 2, 3, 4, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    torch.library.opcheck(torch.ops.fastreg.affine_displacement_bwd.default, (grad,))
+
+
+def test_compile():
+    def step(matrix, image):
+        return fastreg.affine_displacement(matrix * 2, image.shape[2:]).square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for shape in [(1, 1, 5, 6, 7), (1, 1, 8, 7, 6)]:
+        matrix, image = make(3, torch.float32), torch.zeros(shape)
+        expected = torch.autograd.grad(step(matrix, image), matrix)[0]
+        assert_close(torch.autograd.grad(compiled(matrix, image), matrix)[0], expected)
+
+
+def test_vmap():
+    matrix = torch.randn(4, 2, 3, 4)
+    expected = torch.stack([fastreg.affine_displacement(m, (3, 4, 5)) for m in matrix])
+    assert torch.equal(torch.vmap(lambda m: fastreg.affine_displacement(m, (3, 4, 5)))(matrix), expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "matrix", "shape"),
+    [
+        (TypeError, "matrix must be a tensor, got list", [1], (3, 4)),
+        (TypeError, "matrix must be fp64, fp32, fp16 or bf16, got torch.int64", torch.zeros(1, 2, 3).long(), (3, 4)),
+        (ValueError, r"matrix must have shape \(N, 3, 4\) or \(N, 2, 3\), got \(2, 3\)", torch.zeros(2, 3), (3, 4)),
+        (ValueError, r"matrix must have shape \(N, 3, 4\), got \(1, 3, 3\)", torch.zeros(1, 3, 3), (3, 4, 5)),
+        (ValueError, r"matrix must have shape \(N, 3, 4\) or \(N, 2, 3\), got \(1, 4, 5\)", torch.zeros(1, 4, 5), (3, 4)),
+        (ValueError, r"shape must be 3 integers >= 0, got \(3, 4\)", torch.zeros(1, 3, 4), (3, 4)),
+        (ValueError, r"shape must be 2 integers >= 0, got \(3, -1\)", torch.zeros(1, 2, 3), (3, -1)),
+        (TypeError, r"shape must be 2 integers, got \(3, 1.5\)", torch.zeros(1, 2, 3), (3, 1.5)),
+        (TypeError, "shape must be 2 integers, got 3", torch.zeros(1, 2, 3), 3),
+    ],
+)  # fmt: skip
+def test_errors(error, match, matrix, shape):
+    with pytest.raises(error, match=f"fastreg::affine_displacement: {match}"):
+        fastreg.affine_displacement(matrix, shape)
