@@ -1,6 +1,6 @@
 #pragma once
-// Displacement ops: sample positions of a resampled axis, the Gaussian's samples, differences for the
-// Jacobian.
+// Displacement ops: sample positions of a resampled axis, the Gaussian's samples, B-spline weights,
+// differences for the Jacobian.
 #include <cmath>
 #include <cstdint>
 
@@ -38,6 +38,23 @@ FASTREG_HD int64_t gaussian_radius(double sigma, double truncate) {
 FASTREG_HD double gaussian_sample(int64_t x, double sigma) {
   double t = double(x) / sigma;
   return std::exp(-0.5 * t * t);
+}
+
+FASTREG_HD int64_t bspline_control_points(int64_t n, int64_t spacing, int64_t order) {
+  return (n + spacing - 1) / spacing + order;
+}
+
+// Weights of control points i ... i + order at the fraction f in [0, 1) of piece i; the last is 0 at f = 0.
+FASTREG_HD void bspline_weights(double f, int64_t order, double weight[4]) {
+  const double g = 1 - f;
+  if (order == 1) {
+    weight[0] = g, weight[1] = f;
+  } else if (order == 2) {
+    weight[0] = g * g / 2, weight[1] = (1 + 2 * f * g) / 2, weight[2] = f * f / 2;
+  } else {
+    weight[0] = g * g * g / 6, weight[1] = (4 + f * f * (3 * f - 6)) / 6;
+    weight[2] = (1 + 3 * f * (1 + f * g)) / 6, weight[3] = f * f * f / 6;
+  }
 }
 
 // d/dx f at q = scale * (f(high) - f(low)): central, one-sided at the faces, 0 along an axis of one voxel.

@@ -1,5 +1,5 @@
-// resize_displacement and smooth: both, and their transposes, apply one sparse matrix per axis whose rows are
-// runs of consecutive columns.
+// resize_displacement, smooth and bspline_displacement: they and their transposes apply one sparse matrix per
+// axis whose rows are runs of consecutive columns.
 #include <cstdint>
 
 #include "common/scalar.h"
@@ -26,6 +26,7 @@ struct SeparableArgs {
   AxisMatrix axis[3];
   const double* factor;  // factor[volume % n_factors] multiplies a volume
   int64_t n_factors;
+  bool widened;  // the output is of the arithmetic type
 };
 
 // Work units are rows (volume, z, y) of the output.
@@ -133,17 +134,20 @@ class AlongX {
 };
 
 // One pass over memory: rows are combined along z into a ring of the rows that the filter along y needs,
-// those into a line, and the line along x into the output. The ring and the line stay in cache; nothing in
-// between is written out. Bytes: reads 1 volume (each plane again for its neighbours in z, from cache),
-// writes 1. Arithmetic: the weights of the three axes, one multiply-add each a voxel.
-template <class T>
+// those along y into the output, with the filter along x on whichever side of y has fewer rows. The ring and
+// the line stay in cache; nothing in between is written out. Bytes: reads 1 volume (each plane again for its
+// neighbours in z, from cache), writes 1. Arithmetic: the weights of the three axes, one multiply-add each a
+// voxel.
+template <class T, class O>
 void rows(const SeparableArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   const AxisMatrix &mz = a.axis[0], &my = a.axis[1], &mx = a.axis[2];
   const Weights<A> wz(mz), wy(my);
   AlongX<A> along_x(mx);
-  const int64_t line_in = mx.n_in, plane_in = my.n_in * line_in, n_ring = std::max<int64_t>(my.widest, 1);
-  std::vector<A> ring(n_ring * line_in), line(line_in), scaled(n_ring);
+  const bool x_before_y = my.n_out > my.n_in;
+  const int64_t line_in = mx.n_in, plane_in = my.n_in * line_in, n_ring = std::max<int64_t>(my.widest, 1),
+                line_ring = x_before_y ? mx.n_out : line_in;
+  std::vector<A> ring(n_ring * line_ring), line(line_in), scaled(n_ring);
   std::vector<const T*> planes(std::max<int64_t>(mz.widest, 1));
   std::vector<const A*> lines(n_ring);
   int64_t current = -1, filled = 0;
@@ -155,22 +159,29 @@ void rows(const SeparableArgs& a, int64_t begin, int64_t end) {
     filled = std::max(filled, wy.first(y));
     for (; filled < wy.first(y) + wy.count(y); ++filled) {
       for (int64_t k = 0; k < wz.count(z); ++k) planes[k] = input + k * plane_in + filled * line_in;
-      weighted_sum(planes.data(), wz.at(z), wz.count(z), line_in, ring.data() + filled % n_ring * line_in);
+      A* in_ring = ring.data() + filled % n_ring * line_ring;
+      weighted_sum(planes.data(), wz.at(z), wz.count(z), line_in, x_before_y ? line.data() : in_ring);
+      if (x_before_y) along_x.apply(line.data(), in_ring);
     }
     const A factor = A(a.factor[volume % a.n_factors]);
     for (int64_t k = 0; k < wy.count(y); ++k) {
-      lines[k] = ring.data() + (wy.first(y) + k) % n_ring * line_in;
+      lines[k] = ring.data() + (wy.first(y) + k) % n_ring * line_ring;
       scaled[k] = wy.at(y)[k] * factor;
     }
-    weighted_sum(lines.data(), scaled.data(), wy.count(y), line_in, line.data());
-    along_x.apply(line.data(), static_cast<T*>(a.output) + index * mx.n_out);
+    O* out = static_cast<O*>(a.output) + index * mx.n_out;
+    if (x_before_y) {
+      weighted_sum(lines.data(), scaled.data(), wy.count(y), line_ring, out);
+    } else {
+      weighted_sum(lines.data(), scaled.data(), wy.count(y), line_in, line.data());
+      along_x.apply(line.data(), out);
+    }
   }
 }
 
 }  // namespace
 
 void separable(Stored type, const SeparableArgs& a, int64_t b, int64_t e) {
-  with_type(type, [&]<class T>() { rows<T>(a, b, e); });
+  with_type(type, [&]<class T>() { a.widened ? rows<T, arithmetic_t<T> >(a, b, e) : rows<T, T>(a, b, e); });
 }
 
 }  // namespace fastreg::FASTREG_ISA
@@ -256,13 +267,50 @@ Matrix gaussian_matrix(int64_t n, double sigma, double truncate, Padding padding
   return m;
 }
 
+Matrix identity_matrix(int64_t n) {
+  Matrix m{n, n, 0, n};
+  for (int64_t i = 0; i < n; ++i) {
+    m.first.push_back(i);
+    m.offset.push_back(i + 1);
+  }
+  m.weight.assign(n, 1.0);
+  return m;
+}
+
+// Rows are voxels with the control points that reach them; transposed: control points with their voxels. A
+// weight of 0, where a piece begins, is left out: it must not read a NaN.
+Matrix bspline_matrix(int64_t n, int64_t spacing, int64_t order, bool transposed) {
+  const int64_t control = bspline_control_points(n, spacing, order);
+  Matrix m{transposed ? n : control, transposed ? control : n};
+  double weight[4];
+  for (int64_t row = 0; row < m.n_out; ++row) {
+    const int64_t first = transposed ? std::max<int64_t>(0, (row - order) * spacing + 1) : row / spacing;
+    const int64_t end = transposed ? std::min(n, (row + 1) * spacing)  //
+                                   : first + order + (row % spacing != 0);
+    m.first.push_back(std::min(first, m.n_in));
+    for (int64_t column = first; column < end; ++column) {
+      const int64_t voxel = transposed ? column : row, point = transposed ? row : column;
+      bspline_weights(double(voxel % spacing) / double(spacing), order, weight);
+      m.weight.push_back(weight[point - voxel / spacing]);
+    }
+    m.offset.push_back(int64_t(m.weight.size()));
+  }
+  return m;
+}
+
 Tensor apply(const Tensor& input, c10::IntArrayRef size, const std::vector<Matrix>& matrices,
-             const std::vector<double>& factor) {
-  Tensor in = input.contiguous(), out = at::empty(size, in.options());
+             const std::vector<double>& factor, bool widened = false) {
+  Tensor in = input.contiguous(),
+         out = at::empty(size, in.options().dtype(widened ? arithmetic_of(in) : in.scalar_type()));
   if (out.numel() == 0) return out;
   const Matrix single{1, 1, 0, 0, {0}, {0, 1}, {1.0}};
-  SeparableArgs a{in.const_data_ptr(), out.mutable_data_ptr(), in.size(0) * in.size(1), {},
-                  factor.data(),       int64_t(factor.size())};
+  SeparableArgs a{in.const_data_ptr(),
+                  out.mutable_data_ptr(),
+                  in.size(0) * in.size(1),
+                  {},
+                  factor.data(),
+                  int64_t(factor.size()),
+                  widened};
   const int64_t missing = 3 - int64_t(matrices.size());
   for (int64_t k = 0; k < 3; ++k) a.axis[k] = k < missing ? single.view() : matrices[k - missing].view();
   auto kernel = FASTREG_PICK(separable);
@@ -325,11 +373,62 @@ Tensor smooth_bwd_cpu(const Tensor& grad, at::ArrayRef<double> sigma, c10::strin
   return filter("smooth_bwd", grad, sigma, padding, truncate, true);
 }
 
+void check_bspline(const char* op, const Tensor& t, c10::IntArrayRef spacing, c10::IntArrayRef control,
+                   c10::IntArrayRef shape, int64_t order) {
+  const int64_t nd = int64_t(spacing.size());
+  FASTREG_CHECK((nd == 2 || nd == 3) && t.dim() == nd + 2 && int64_t(control.size()) == nd &&
+                    int64_t(shape.size()) == nd && order >= 1 && order <= 3,
+                op, "spacing and shape must have a number per axis, order must be 1, 2 or 3");
+  for (int64_t k = 0; k < nd; ++k) {
+    FASTREG_CHECK(shape[k] > 0 && shape[k] < (1 << 29) && spacing[k] > 0 && spacing[k] < (1 << 29), op,
+                  "shape and spacing must be from 1 to 2^29");
+    FASTREG_CHECK(control[k] == bspline_control_points(shape[k], spacing[k], order), op,
+                  "coefficients must have ceil(n / spacing) + order control points per axis");
+  }
+}
+
+Tensor bspline_displacement_cpu(const Tensor& coefficients, c10::IntArrayRef spacing, c10::IntArrayRef shape,
+                                int64_t order) {
+  check_bspline("bspline_displacement", coefficients, spacing, coefficients.sizes().slice(2), shape, order);
+  std::vector<int64_t> size = coefficients.sizes().slice(0, 2).vec();
+  std::vector<Matrix> matrices;
+  for (size_t k = 0; k < shape.size(); ++k) {
+    size.push_back(shape[k]);
+    matrices.push_back(bspline_matrix(shape[k], spacing[k], order, false));
+  }
+  return apply(coefficients, size, matrices, {1.0});
+}
+
+// A control point has (order + 1) spacing voxels along each axis. Planes are reduced along y and x first,
+// where their rows stay in cache, and only what is left of them along z.
+Tensor bspline_displacement_bwd_cpu(const Tensor& grad, c10::IntArrayRef spacing, c10::IntArrayRef control,
+                                    int64_t order) {
+  check_bspline("bspline_displacement_bwd", grad, spacing, control, grad.sizes().slice(2), order);
+  const size_t nd = control.size();
+  std::vector<int64_t> size = grad.sizes().vec();
+  std::vector<Matrix> matrices;
+  if (nd == 3) matrices.push_back(identity_matrix(grad.size(2)));
+  for (size_t k = nd - 2; k < nd; ++k) {
+    size[k + 2] = control[k];
+    matrices.push_back(bspline_matrix(grad.size(k + 2), spacing[k], order, true));
+  }
+  Tensor reduced = apply(grad, size, matrices, {1.0}, true);
+  if (nd == 3) {
+    size[2] = control[0];
+    matrices = {bspline_matrix(grad.size(2), spacing[0], order, true), identity_matrix(control[1]),
+                identity_matrix(control[2])};
+    reduced = apply(reduced, size, matrices, {1.0});
+  }
+  return reduced.to(grad.scalar_type());
+}
+
 TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
   m.impl("resize_displacement", resize_displacement_cpu);
   m.impl("resize_displacement_bwd", resize_displacement_bwd_cpu);
   m.impl("smooth", smooth_cpu);
   m.impl("smooth_bwd", smooth_bwd_cpu);
+  m.impl("bspline_displacement", bspline_displacement_cpu);
+  m.impl("bspline_displacement_bwd", bspline_displacement_bwd_cpu);
 }
 
 }  // namespace
