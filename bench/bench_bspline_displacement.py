@@ -29,7 +29,7 @@ CASES = [
 
 
 def make_inputs(case, device, dtype):
-    n, nd, *size = case.shape
+    n, _, *size = case.shape
     control = control_shape(size, case.params["spacing"], case.params["order"])
     return [common.displacement((n, 1, *control), 0, device, dtype)]
 
@@ -47,7 +47,7 @@ def stock(case, inputs):
     """A matrix of basis values per axis: the fastest of the stock forms that were tried (products with
     matrices; transposed convolution with the kernel, whole or per axis).
     """
-    u, (*_, nd), size = inputs[0], case.shape[:2], case.shape[2:]
+    u, size = inputs[0], case.shape[2:]
     spacing, order = case.params["spacing"], case.params["order"]
     matrices = []
     for n, control in zip(size, u.shape[2:], strict=True):
