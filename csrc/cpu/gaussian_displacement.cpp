@@ -50,9 +50,9 @@ Line<A> columns(int64_t w) {
 template <class A>
 struct Exponent {
   using V = Vector<A>;
-  explicit Exponent(const GaussianRow& row)
+  Exponent(const Gaussian& g, const GaussianRow& row)
       : column(fill<V>(A(row.column))),
-        quadratic(fill<V>(A(-row.quadratic))),
+        quadratic(fill<V>(A(-g.quadratic))),
         linear(fill<V>(A(-row.linear))),
         constant(fill<V>(A(-row.constant))) {}
   V operator()(V k) const { return fast_exp2((quadratic * k + linear) * k + constant); }
@@ -73,8 +73,8 @@ void fwd(const GaussianArgs& a, int64_t begin, int64_t end) {
     std::fill_n(along_x.data(), along_x.n, A(0));
     for (int64_t t = 0; t < a.t; ++t) {
       const Gaussian& g = a.gaussians[n * a.t + t];
-      const Exponent<A> weight(gaussian_row(g, grid_coordinate(double(row), a.h), a.w));
-      const V vy = fill<V>(A(g.vy * double(a.h - 1) / 2)), vx = fill<V>(A(g.vx * double(a.w - 1) / 2));
+      const Exponent<A> weight(g, gaussian_row(g, row, a.w));
+      const V vx = fill<V>(A(g.motion[0])), vy = fill<V>(A(g.motion[1]));
       for (int64_t x = 0; x < column.n; x += kLanes<A>) {
         const V value = weight(load_as<V>(column.data() + x) - weight.column);
         A *y_ = along_y.data() + x, *x_ = along_x.data() + x;
@@ -99,14 +99,13 @@ void bwd(const GaussianArgs& a, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / a.h, row = index % a.h;
     const T* grad = static_cast<const T*>(a.grad) + (n * 2 * a.h + row) * a.w;
-    const A scale_y = A(a.h - 1) / 2, scale_x = A(a.w - 1) / 2;
-    for (int64_t x = 0; x < a.w; ++x) along_y.data()[x] = scale_y * load(grad[x]);
-    for (int64_t x = 0; x < a.w; ++x) along_x.data()[x] = scale_x * load(grad[a.h * a.w + x]);
+    for (int64_t x = 0; x < a.w; ++x) along_y.data()[x] = load(grad[x]);
+    for (int64_t x = 0; x < a.w; ++x) along_x.data()[x] = load(grad[a.h * a.w + x]);
     for (int64_t t = 0; t < a.t; ++t) {
       const Gaussian& g = a.gaussians[n * a.t + t];
-      const GaussianRow on_row = gaussian_row(g, grid_coordinate(double(row), a.h), a.w);
-      const Exponent<A> weight(on_row);
-      const V vy = fill<V>(A(g.vy)), vx = fill<V>(A(g.vx));
+      const GaussianRow on_row = gaussian_row(g, row, a.w);
+      const Exponent<A> weight(g, on_row);
+      const V vx = fill<V>(A(g.motion[0])), vy = fill<V>(A(g.motion[1]));
       double weight_y = 0, weight_x = 0, pk = 0, pkk = 0;
       for (int64_t x0 = 0; x0 < column.n; x0 += kBlock) {
         V sum_y = {}, sum_x = {}, sum_pk = {}, sum_pkk = {};
@@ -119,9 +118,8 @@ void bwd(const GaussianArgs& a, int64_t begin, int64_t end) {
         weight_y += lane_sum<A>(sum_y), weight_x += lane_sum<A>(sum_x);
         pk += lane_sum<A>(sum_pk), pkk += lane_sum<A>(sum_pkk);
       }
-      GaussianSums sums = gaussian_row_sums(on_row, g.vy * weight_y + g.vx * weight_x, pk, pkk);
-      sums.weight_y = weight_y, sums.weight_x = weight_x;
-      static_cast<GaussianSums*>(a.result)[(n * a.t + t) * a.h + row] = sums;
+      static_cast<GaussianSums*>(a.result)[(n * a.t + t) * a.h + row] =
+          gaussian_row_sums(g, on_row, weight_x, weight_y, pk, pkk);
     }
   }
 }
@@ -148,20 +146,22 @@ namespace {
 
 using at::Tensor;
 
-std::vector<Gaussian> gaussians_of(const char* op, const Tensor& params, bool variance) {
+std::vector<Gaussian> gaussians_of(const char* op, const Tensor& params, bool variance, int64_t height,
+                                   int64_t width) {
   FASTREG_CHECK(params.dim() == 3 && params.size(2) == kGaussianParams, op,
                 "params must have shape (N, T, 7)");
   Tensor values = params.to(at::kDouble).contiguous();
   std::vector<Gaussian> gaussians;
   for (int64_t i = 0; i < params.size(0) * params.size(1); ++i)
-    gaussians.push_back(gaussian(values.const_data_ptr<double>() + i * kGaussianParams, variance));
+    gaussians.push_back(
+        gaussian(values.const_data_ptr<double>() + i * kGaussianParams, variance, width, height));
   return gaussians;
 }
 
 Tensor gaussian_displacement_cpu(const Tensor& params, c10::IntArrayRef shape, c10::string_view sigma_is) {
-  const auto gaussians = gaussians_of("gaussian_displacement", params, sigma_is == "var");
-  FASTREG_CHECK(shape.size() == 2 && shape[0] >= 0 && shape[1] >= 0, "gaussian_displacement",
+  FASTREG_CHECK(shape.size() == 2 && shape[0] > 0 && shape[1] > 0, "gaussian_displacement",
                 "shape must be 2 integers >= 1");
+  const auto gaussians = gaussians_of("gaussian_displacement", params, sigma_is == "var", shape[0], shape[1]);
   Tensor out = at::empty({params.size(0), 2, shape[0], shape[1]}, params.options());
   if (out.numel() == 0) return out;
   GaussianArgs a{gaussians.data(), nullptr, out.mutable_data_ptr(), params.size(1), shape[0], shape[1]};
@@ -171,10 +171,11 @@ Tensor gaussian_displacement_cpu(const Tensor& params, c10::IntArrayRef shape, c
 }
 
 Tensor gaussian_displacement_bwd_cpu(const Tensor& grad, const Tensor& params, c10::string_view sigma_is) {
-  const bool variance = sigma_is == "var";
-  const auto gaussians = gaussians_of("gaussian_displacement_bwd", params, variance);
   FASTREG_CHECK(grad.dim() == 4 && grad.size(0) == params.size(0) && grad.size(1) == 2,
                 "gaussian_displacement_bwd", "grad must have shape (N, 2, H, W)");
+  const bool variance = sigma_is == "var";
+  const auto gaussians =
+      gaussians_of("gaussian_displacement_bwd", params, variance, grad.size(2), grad.size(3));
   Tensor g = grad.contiguous(), result = at::zeros(params.sizes(), params.options().dtype(at::kDouble));
   if (result.numel() == 0 || g.numel() == 0) return result.to(params.scalar_type());
   const int64_t h = g.size(2);
