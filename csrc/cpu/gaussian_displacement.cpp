@@ -8,11 +8,14 @@ namespace fastreg {
 struct GaussianArgs {
   const Gaussian* gaussians;  // (n, t)
   const void* grad;           // (n, 2, h, w); backward only
-  void* result;               // forward: (n, 2, h, w); backward: GaussianSums (n, t, h)
+  void* result;               // forward: (n, 2, h, w); backward: GaussianSums (n, t, blocks)
   int64_t t, h, w;
 };
 
-// Work units are rows (n, y).
+constexpr int64_t kGaussianRows = 4;  // in a block
+inline int64_t gaussian_blocks(int64_t h) { return (h + kGaussianRows - 1) / kGaussianRows; }
+
+// Work units are rows (n, y); of the backward: blocks of rows (n, block).
 FASTREG_KERNEL(void, gaussian_fwd, Stored, const GaussianArgs&, int64_t, int64_t)
 FASTREG_KERNEL(void, gaussian_bwd, Stored, const GaussianArgs&, int64_t, int64_t)
 
@@ -31,20 +34,17 @@ namespace {
 
 constexpr int64_t kBlock = 512;  // columns of a row summed in arithmetic type before they go to fp64
 
-// The numbers of a row of columns, padded with zeros to whole vectors.
+// Lines of a row are padded to whole vectors: no loop has a rest.
 template <class A>
-struct Line {
-  explicit Line(int64_t w) : n((w + kLanes<A> - 1) / kLanes<A> * kLanes<A>), values(n) {}
-  A* data() { return values.data(); }
-  int64_t n;
-  std::vector<A> values;
-};
+int64_t whole_vectors(int64_t w) {
+  return (w + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
 
 template <class A>
-Line<A> columns(int64_t w) {
-  Line<A> line(w);
-  for (int64_t x = 0; x < line.n; ++x) line.data()[x] = A(x);
-  return line;
+std::vector<A> columns(int64_t w) {
+  std::vector<A> column(whole_vectors<A>(w));
+  for (size_t x = 0; x < column.size(); ++x) column[x] = A(x);
+  return column;
 }
 
 template <class A>
@@ -60,22 +60,24 @@ struct Exponent {
 };
 
 // All Gaussians are added to a row of the output in cache, then it is written.
-// Bytes: writes the field, 2 volumes. Arithmetic: some 28 operations a voxel and Gaussian, 18 of them 2^x; at
+// Bytes: writes the field, 2 volumes. Arithmetic: some 26 operations a voxel and Gaussian, 17 of them 2^x; at
 // T = 25, 256^2, AVX2 and two operations a cycle 3 Mcycles: arithmetic is the floor, not bytes (0.5 MB).
 template <class T>
 void fwd(const GaussianArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   using V = Vector<A>;
-  Line<A> column = columns<A>(a.w), along_y(a.w), along_x(a.w);
+  const int64_t line = whole_vectors<A>(a.w);
+  const std::vector<A> column = columns<A>(a.w);
+  std::vector<A> along_y(line), along_x(line);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / a.h, row = index % a.h;
-    std::fill_n(along_y.data(), along_y.n, A(0));
-    std::fill_n(along_x.data(), along_x.n, A(0));
+    std::fill(along_y.begin(), along_y.end(), A(0));
+    std::fill(along_x.begin(), along_x.end(), A(0));
     for (int64_t t = 0; t < a.t; ++t) {
       const Gaussian& g = a.gaussians[n * a.t + t];
       const Exponent<A> weight(g, gaussian_row(g, row, a.w));
       const V vx = fill<V>(A(g.motion[0])), vy = fill<V>(A(g.motion[1]));
-      for (int64_t x = 0; x < column.n; x += kLanes<A>) {
+      for (int64_t x = 0; x < line; x += kLanes<A>) {
         const V value = weight(load_as<V>(column.data() + x) - weight.column);
         A *y_ = along_y.data() + x, *x_ = along_x.data() + x;
         store_as<V>(y_, load_as<V>(y_) + vy * value);
@@ -83,43 +85,53 @@ void fwd(const GaussianArgs& a, int64_t begin, int64_t end) {
       }
     }
     T* out = static_cast<T*>(a.result) + (n * 2 * a.h + row) * a.w;
-    for (int64_t x = 0; x < a.w; ++x) store(out[x], along_y.data()[x]);
-    for (int64_t x = 0; x < a.w; ++x) store(out[a.h * a.w + x], along_x.data()[x]);
+    for (int64_t x = 0; x < a.w; ++x) store(out[x], along_y[x]);
+    for (int64_t x = 0; x < a.w; ++x) store(out[a.h * a.w + x], along_x[x]);
   }
 }
 
 // The Gaussians are computed again. e_i is linear along a row, so four sums a voxel give the gradients of all
-// seven parameters, row by row in fp64; the caller adds rows in order: the same bits whatever the thread
-// count. Bytes: reads the gradient, 2 volumes. Arithmetic: some 34 operations a voxel and Gaussian.
+// seven parameters, row by row in fp64; the caller adds blocks in order: the same bits whatever the thread
+// count. Bytes: reads the gradient, 2 volumes. Arithmetic: some 32 operations a voxel and Gaussian.
 template <class T>
 void bwd(const GaussianArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
   using V = Vector<A>;
-  Line<A> column = columns<A>(a.w), along_y(a.w), along_x(a.w);
+  const int64_t line = whole_vectors<A>(a.w), n_blocks = gaussian_blocks(a.h);
+  const std::vector<A> column = columns<A>(a.w);
+  std::vector<A> grads(2 * kGaussianRows * line);  // (y or x, row, column)
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t n = index / a.h, row = index % a.h;
-    const T* grad = static_cast<const T*>(a.grad) + (n * 2 * a.h + row) * a.w;
-    for (int64_t x = 0; x < a.w; ++x) along_y.data()[x] = load(grad[x]);
-    for (int64_t x = 0; x < a.w; ++x) along_x.data()[x] = load(grad[a.h * a.w + x]);
+    const int64_t n = index / n_blocks, first = index % n_blocks * kGaussianRows,
+                  n_rows = std::min(kGaussianRows, a.h - first);
+    for (int64_t c = 0; c < 2; ++c)
+      for (int64_t row = 0; row < n_rows; ++row) {
+        const T* in = static_cast<const T*>(a.grad) + ((n * 2 + c) * a.h + first + row) * a.w;
+        A* out = grads.data() + (c * kGaussianRows + row) * line;
+        for (int64_t x = 0; x < a.w; ++x) out[x] = load(in[x]);
+      }
     for (int64_t t = 0; t < a.t; ++t) {
       const Gaussian& g = a.gaussians[n * a.t + t];
-      const GaussianRow on_row = gaussian_row(g, row, a.w);
-      const Exponent<A> weight(g, on_row);
       const V vx = fill<V>(A(g.motion[0])), vy = fill<V>(A(g.motion[1]));
-      double weight_y = 0, weight_x = 0, pk = 0, pkk = 0;
-      for (int64_t x0 = 0; x0 < column.n; x0 += kBlock) {
-        V sum_y = {}, sum_x = {}, sum_pk = {}, sum_pkk = {};
-        for (int64_t x = x0; x < std::min(column.n, x0 + kBlock); x += kLanes<A>) {
-          const V k = load_as<V>(column.data() + x) - weight.column, value = weight(k);
-          const V y_ = value * load_as<V>(along_y.data() + x), x_ = value * load_as<V>(along_x.data() + x);
-          const V p = (vy * y_ + vx * x_) * k;
-          sum_y += y_, sum_x += x_, sum_pk += p, sum_pkk += p * k;
+      GaussianSums sums{};
+      for (int64_t row = 0; row < n_rows; ++row) {
+        const A *along_y = grads.data() + row * line, *along_x = along_y + kGaussianRows * line;
+        const GaussianRow on_row = gaussian_row(g, first + row, a.w);
+        const Exponent<A> weight(g, on_row);
+        double weight_y = 0, weight_x = 0, pk = 0, pkk = 0;
+        for (int64_t x0 = 0; x0 < line; x0 += kBlock) {
+          V sum_y = {}, sum_x = {}, sum_pk = {}, sum_pkk = {};
+          for (int64_t x = x0; x < std::min(line, x0 + kBlock); x += kLanes<A>) {
+            const V k = load_as<V>(column.data() + x) - weight.column, value = weight(k);
+            const V y_ = value * load_as<V>(along_y + x), x_ = value * load_as<V>(along_x + x);
+            const V p = (vy * y_ + vx * x_) * k;
+            sum_y += y_, sum_x += x_, sum_pk += p, sum_pkk += p * k;
+          }
+          weight_y += lane_sum<A>(sum_y), weight_x += lane_sum<A>(sum_x);
+          pk += lane_sum<A>(sum_pk), pkk += lane_sum<A>(sum_pkk);
         }
-        weight_y += lane_sum<A>(sum_y), weight_x += lane_sum<A>(sum_x);
-        pk += lane_sum<A>(sum_pk), pkk += lane_sum<A>(sum_pkk);
+        sums.add(gaussian_row_sums(g, on_row, weight_x, weight_y, pk, pkk));
       }
-      static_cast<GaussianSums*>(a.result)[(n * a.t + t) * a.h + row] =
-          gaussian_row_sums(g, on_row, weight_x, weight_y, pk, pkk);
+      static_cast<GaussianSums*>(a.result)[(n * a.t + t) * n_blocks + index % n_blocks] = sums;
     }
   }
 }
@@ -178,14 +190,14 @@ Tensor gaussian_displacement_bwd_cpu(const Tensor& grad, const Tensor& params, c
       gaussians_of("gaussian_displacement_bwd", params, variance, grad.size(2), grad.size(3));
   Tensor g = grad.contiguous(), result = at::zeros(params.sizes(), params.options().dtype(at::kDouble));
   if (result.numel() == 0 || g.numel() == 0) return result.to(params.scalar_type());
-  const int64_t h = g.size(2);
-  std::vector<GaussianSums> partial(gaussians.size() * h);  // one per row
-  GaussianArgs a{gaussians.data(), g.const_data_ptr(), partial.data(), params.size(1), h, g.size(3)};
+  const int64_t n_blocks = gaussian_blocks(g.size(2));
+  std::vector<GaussianSums> partial(gaussians.size() * n_blocks);
+  GaussianArgs a{gaussians.data(), g.const_data_ptr(), partial.data(), params.size(1), g.size(2), g.size(3)};
   auto kernel = FASTREG_PICK(gaussian_bwd);
-  at::parallel_for(0, g.size(0) * h, 1, [&](int64_t b, int64_t e) { kernel(stored(g), a, b, e); });
+  at::parallel_for(0, g.size(0) * n_blocks, 1, [&](int64_t b, int64_t e) { kernel(stored(g), a, b, e); });
   for (size_t i = 0; i < gaussians.size(); ++i) {
-    GaussianSums sums = partial[i * h];
-    for (int64_t row = 1; row < h; ++row) sums.add(partial[i * h + row]);
+    GaussianSums sums{};
+    for (int64_t block = 0; block < n_blocks; ++block) sums.add(partial[i * n_blocks + block]);
     gaussian_gradient(gaussians[i], variance, sums, result.mutable_data_ptr<double>() + i * kGaussianParams);
   }
   return result.to(params.scalar_type());
