@@ -399,8 +399,9 @@ Tensor bspline_displacement_cpu(const Tensor& coefficients, c10::IntArrayRef spa
   return apply(coefficients, size, matrices, {1.0});
 }
 
-// A control point has (order + 1) spacing voxels along each axis. Planes are reduced along y and x first,
-// where their rows stay in cache, and only what is left of them along z.
+// Each control point sums (order + 1) spacing voxels along each axis, each voxel reaches order + 1 points.
+// Planes are reduced along y and x first, where their rows stay in cache, and only what is left of them along
+// z.
 Tensor bspline_displacement_bwd_cpu(const Tensor& grad, c10::IntArrayRef spacing, c10::IntArrayRef control,
                                     int64_t order) {
   check_bspline("bspline_displacement_bwd", grad, spacing, control, grad.sizes().slice(2), order);
