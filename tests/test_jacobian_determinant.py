@@ -87,6 +87,25 @@ def test_nan_reaches_its_differences_only():
     assert_close(grad, truth_grad, floor=0.1)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 5, 30), (1, 3, 4, 1, 30), (1, 3, 4, 30, 1), (1, 2, 1, 30)])
+def test_no_difference_along_an_axis_of_one_voxel(shape, value):
+    """Not even of what is not finite."""
+    u = make(shape, torch.float32)
+    with torch.no_grad():
+        u[0, 0][tuple(s // 2 for s in shape[2:])] = value
+    wide = u.detach().double().requires_grad_()
+    out, truth = fastreg.jacobian_determinant(u), jacobian_determinant_ref(wide)
+    assert torch.equal(out.isfinite(), truth.isfinite())
+    assert out.isfinite().any()
+    grad, truth_grad = (torch.autograd.grad(o.sum(), t)[0] for o, t in ((out, u), (truth, wide)))
+    assert torch.equal(grad.isfinite(), truth_grad.isfinite())
+    alone = torch.full((1, 3, 1, 1, 1), value, requires_grad=True)
+    out = fastreg.jacobian_determinant(alone)
+    assert out.item() == 1
+    assert torch.autograd.grad(out.sum(), alone)[0].eq(0).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 3, 4, 3), (1, 2, 3, 5), (1, 3, 2, 1, 4)])
 def test_gradcheck(shape):
     assert torch.autograd.gradcheck(fastreg.jacobian_determinant, make(shape, amplitude=1.0))

@@ -121,6 +121,25 @@ def test_nan():
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss.sum(), (fixed, moved)))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_nan_weight_is_not_ignored(reduction):
+    fixed, moved = make((2, 2, 4, 30), torch.float32)
+    mask = torch.ones(2, 1, 4, 30)
+    mask[1, 0, 2, 13] = float("nan")
+    loss = fastreg.mse_loss(fixed, moved, mask=mask, reduction=reduction)
+    grads = torch.autograd.grad(loss.sum(), (fixed, moved))
+    if reduction == "none":
+        assert loss.isnan().nonzero().tolist() == [[1, 0, 2, 13]]
+    else:
+        assert loss.isnan()
+    if reduction != "mean":
+        expected = [[1, 0, 2, 13], [1, 1, 2, 13]]
+        assert all(g.isnan().nonzero().tolist() == expected for g in grads)
+        truth = [t.detach().double().requires_grad_() for t in (fixed, moved)]
+        truth_grads = torch.autograd.grad(mse_map_ref(*truth, mask.double()).sum(), truth)
+        assert all(torch.equal(g.isnan(), t.isnan()) for g, t in zip(grads, truth_grads, strict=True))
+
+
 def test_half_differences_do_not_overflow():
     fixed, moved = torch.full((1, 1, 8, 40), 60000.0).half(), torch.full((1, 1, 8, 40), -60000.0).half()
     assert_close(fastreg.mse_loss(fixed, moved), torch.tensor(120000.0**2))

@@ -60,9 +60,14 @@ struct FieldRow {
   template <int k, class V>
   FASTREG_HD void column(int64_t x, const Step& step_x, V out[ND]) const {
     const Step& s = k == ND - 1 ? step_x : step[k];
+    // Along an axis of one voxel nothing is read: what is not finite minus itself is not 0.
+    const bool flat = s.low == s.high;
     for (int c = 0; c < ND; ++c) {
       const T* p = u + c * n_voxels + x;
-      out[c] = A(s.scale) * (load_as<V>(p + s.high) - load_as<V>(p + s.low));
+      if (flat)
+        out[c] = V{};
+      else
+        out[c] = A(s.scale) * (load_as<V>(p + s.high) - load_as<V>(p + s.low));
     }
     out[k] += A(1);
   }

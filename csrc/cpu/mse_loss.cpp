@@ -39,10 +39,10 @@ Block block_at(const MseArgs& a, int64_t index) {
   return {index / a.n_blocks, begin, std::min(kMseBlock, a.voxels - begin)};
 }
 
-// What is masked out counts as 0 even where it is not finite.
+// What is masked out counts as 0 even where it is not finite; a NaN weight is NaN.
 template <class V>
 FASTREG_HD V masked(V mask, V value) {
-  return mask > 0 ? mask * value : V{};
+  return mask <= 0 ? V{} : mask * value;
 }
 
 // Squared differences summed over channels, weighted, then written (map: mean over channels) or summed: one

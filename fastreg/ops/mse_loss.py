@@ -2,7 +2,7 @@
 mask.
 
 Gradient: ``2 m (w - f) / sum(m)`` for w, its negative for f. What is masked out (m <= 0) counts as 0 even
-where it is not finite. The ops return one sum per sample, or the map; the mean is taken outside.
+where it is not finite; a NaN weight makes the loss NaN. The ops return one sum per sample, or the map; the mean is taken outside.
 """
 
 import torch
@@ -57,7 +57,7 @@ def _squares(fixed, moved, mask):
     difference = fixed.to(dtype) - moved.to(dtype)
     if mask is None:
         return difference.square()
-    return mask.to(dtype).clamp_min(0) * torch.where(mask > 0, difference, 0).square()
+    return mask.to(dtype).clamp_min(0) * torch.where(mask <= 0, 0, difference).square()
 
 
 def mse_loss_ref(fixed, moved, mask):
