@@ -37,6 +37,8 @@ y = fastreg.warp(x, u)
 loss = fastreg.lcc_loss(x.detach(), y, 5) + fastreg.diffusion(u) + fastreg.mse_loss(x.detach(), y)
 loss = loss + fastreg.jacobian_determinant(fastreg.smooth(u, 1.0)).square().mean()
 loss = loss + fastreg.resize_displacement(u, (5, 12, 30)).square().mean()
+loss = loss + fastreg.total_variation(u, isotropic=True) + fastreg.bending_energy(u)
+loss = loss + fastreg.integrate_gradients(u).square().mean()
 g = torch.autograd.grad(loss, (x, u))
 print(loss.item(), *(t.double().sum().item() for t in g), *(t.double().square().sum().item() for t in g))
 """

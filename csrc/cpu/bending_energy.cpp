@@ -57,6 +57,18 @@ void fwd(const RegularizerArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+template <class V, class T, class A>
+FASTREG_HD V second_at(const T* p, const Reach<A>& reach) {
+  return second_transposed(load_as<V>(p + reach.offset[0]), load_as<V>(p + reach.offset[1]), load_as<V>(p),
+                           load_as<V>(p + reach.offset[3]), load_as<V>(p + reach.offset[4]), reach);
+}
+
+template <class V, class T, class A>
+FASTREG_HD V central_at(const T* p, const Reach<A>& reach) {
+  return central_transposed(load_as<V>(p + reach.offset[0]), load_as<V>(p), load_as<V>(p + reach.offset[4]),
+                            reach);
+}
+
 // A gather without storing a derivative. The set of voxels with a derivative is a box, so the transposed
 // difference of each pair is a product of what the two axes give (Reach), on the rows or voxels that are not
 // on a face of the third. Mixed derivatives with x: a row of the z and y parts first, then along x.
@@ -77,34 +89,26 @@ void bwd(const RegularizerArgs& a, int64_t begin, int64_t end) {
     A w[6];
     for (int k = 0; k < 6; ++k) w[k] = 2 * grad_at<A>(a, index) * A(a.weight[r.component][k]);
 
-    const auto second = [&](auto v, int64_t x, const Reach<A>& reach) {
-      using V = decltype(v);
-      const auto u = [&](int k) { return load_as<V>(row + x + reach.offset[k]); };
-      return second_transposed(u(0), u(1), u(2), u(3), u(4), reach);
-    };
-    const auto central = [&](auto v, const auto* p, const Reach<A>& reach) {
-      using V = decltype(v);
-      const auto u = [&](int k) { return load_as<V>(p + reach.offset[k]); };
-      return central_transposed(u(0), u(2), u(4), reach);
-    };
     cover_x<A>(0, line, [&](auto v, int64_t x) {
       using V = decltype(v);
       V sum = {};
       if constexpr (ND == 3)
-        if (in_y) sum += w[zx] * central(v, row + x, z);
-      if (in_z) sum += w[yx] * central(v, row + x, y);
+        if (in_y) sum += w[zx] * central_at<V>(row + x, z);
+      if (in_z) sum += w[yx] * central_at<V>(row + x, y);
       store_as<V>(across.data() + x, sum);
     });
-    const auto voxel = [&](auto v, int64_t x, const Reach<A>& reach, bool in_x) {
+    const auto voxel = [&](auto v, int64_t x, const Reach<A>& reach,
+                           bool in_x) __attribute__((always_inline)) {
       using V = decltype(v);
-      V sum = central(v, across.data() + x, reach);
-      if (in_z && in_y) sum += w[xx] * second(v, x, reach);
+      V sum = central_at<V>(across.data() + x, reach);
+      if (in_z && in_y) sum += w[xx] * second_at<V>(row + x, reach);
       if (in_x) {
-        if (in_z) sum += w[yy] * second(v, x, y);
+        if (in_z) sum += w[yy] * second_at<V>(row + x, y);
         if constexpr (ND == 3) {
-          if (in_y) sum += w[zz] * second(v, x, z);
-          const auto along_z = [&](int k) { return central(v, row + x + y.offset[k], z); };
-          sum += w[zy] * central_transposed(along_z(0), along_z(2), along_z(4), y);
+          if (in_y) sum += w[zz] * second_at<V>(row + x, z);
+          const T* p = row + x;
+          sum += w[zy] * central_transposed(central_at<V>(p + y.offset[0], z), central_at<V>(p, z),
+                                            central_at<V>(p + y.offset[4], z), y);
         }
       }
       store_as<V>(out + x, sum);
