@@ -19,9 +19,8 @@ namespace {
 enum Pair { zz, yy, xx, zy, zx, yx };
 
 // One partial sum per row, added up in order by the caller: the same bits whatever the thread count.
-// Work per row: the 19 samples around each voxel lie in nine rows, read from cache.
-// Bytes: reads 1 displacement (160^3: 49 MB, some 5 ms at 10 GB/s). Arithmetic: 35 operations and 19 loads a
-// voxel and component (2D: 16 and 9): some 20 cycles for 16 voxels, as long as the bytes on two cores.
+// Bytes: reads 1 displacement (nine rows around each voxel, from cache). Arithmetic: 35 operations and 19
+// loads a voxel and component (2D: 16 and 9), most across two cache lines: these it waits for.
 template <class T, int ND>
 void fwd(const RegularizerArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -72,9 +71,8 @@ FASTREG_HD V central_at(const T* p, const Reach<A>& reach) {
 // A gather without storing a derivative. The set of voxels with a derivative is a box, so the transposed
 // difference of each pair is a product of what the two axes give (Reach), on the rows or voxels that are not
 // on a face of the third. Mixed derivatives with x: a row of the z and y parts first, then along x.
-// Bytes: reads 1 displacement (five slices of a component from cache), writes 1 (160^3: 98 MB, some 10 ms at
-// 10 GB/s). Arithmetic: 75 operations and 23 loads a voxel and component (2D: 40 and 13): some 40 cycles for
-// 16 voxels, as long as the bytes on two cores.
+// Bytes: reads 1 displacement (five slices of a component from cache), writes 1. Arithmetic: 75 operations
+// and 25 loads a voxel and component (2D: 40 and 13), most across two cache lines: these it waits for.
 template <class T, int ND>
 void bwd(const RegularizerArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;

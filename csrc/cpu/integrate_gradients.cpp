@@ -3,13 +3,12 @@
 
 namespace fastreg {
 
-// One component (or more, with a component stride): sums along an axis of n voxels, `inner` values apart.
+// Sums along one axis, of the one component that goes with it.
 struct SumsArgs {
-  const void* in;
+  const void* in;  // of the first sample's component
   void* out;
-  int64_t n, inner;       // voxels of the axis, and the stride between them
-  int64_t outer;          // lines of a component start at [sample][outer][inner]
-  int64_t sample_stride;  // between samples of the component
+  int64_t outer, n, inner;  // the component's shape: before the axis, along it, after it
+  int64_t sample_stride;
   bool minus_one, reverse;
 };
 
@@ -32,8 +31,8 @@ namespace fastreg::FASTREG_ISA {
 namespace {
 
 // Lines along z or y, side by side in x: a block of fp64 sums stays in cache while its rows stream past.
-// Bytes: reads and writes the component once (160^3: 33 MB each, some 4 ms at 10 GB/s). Arithmetic: an
-// addition and two conversions a voxel, below the bytes.
+// Bytes: reads and writes the component once, which is what it waits for. Arithmetic: an addition and two
+// conversions a voxel.
 template <class T>
 void across(const SumsArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -126,9 +125,9 @@ Tensor sums(const char* op, const Tensor& values, bool minus_one, bool reverse) 
     const int64_t n = in.size(k + 2), inner = c10::multiply_integers(in.sizes().slice(k + 3));
     const SumsArgs a{static_cast<const char*>(in.const_data_ptr()) + k * voxels * bytes,
                      static_cast<char*>(out.mutable_data_ptr()) + k * voxels * bytes,
+                     voxels / (n * inner),
                      n,
                      inner,
-                     voxels / (n * inner),
                      nd * voxels,
                      minus_one,
                      reverse};
