@@ -40,16 +40,17 @@ FASTREG_KERNEL(void, mind_tiles, Stored, MindTask, const MindArgs&, const MindWa
 #include "cpu/exp.h"
 #include "cpu/mind_tile.h"
 
-// Distances are made tile by tile: a tile of some 8 x 8 x 64 voxels of all channels, with the image around
-// it, stays in the second-level cache, whatever the size of the volume, and nothing of them is kept. Along z
-// and y a tile repeats the squared differences of `radius` rows on both sides; windows are sums over their
-// samples, never subtractive. The loss reads each image twice: once for the mean of V, which bounds V, and
-// once for the descriptors; the gradient follows at once, while the tile is there. Bytes: reads each image
-// twice, writes a gradient: 3 volumes, some 5 ms for 160^3. Arithmetic: 12 channels of some 15 operations a
-// voxel, pass and image; 12 exponentials a voxel and image; the way back some 20 operations a channel: 1,600
-// operations a voxel, which at 160^3 take two cores of 2 x 8 lanes at 3 GHz 70 ms at best. Gradients of tiles
-// overlap by radius + dilation voxels. Tiles run in waves whose tiles do not overlap, so that each voxel gets
-// its terms in one order, whatever the threads.
+// Distances are made tile by tile: all channels of some 12 x 12 x 96 voxels and the image around them stay in
+// cache, whatever the size of the volume, and nothing of them is kept. Along z and y a tile repeats the
+// squared differences of `radius` rows on both sides; windows are sums over their samples, never subtractive.
+// The loss reads each image twice: once for the mean of V, which bounds V, and once for the descriptors;
+// errors, adjoints and the gradient follow while the tile is there. Bytes: reads each image twice, writes a
+// gradient: 3 volumes or more, some 5 ms at 160^3. Arithmetic a voxel (ssc, radius 2, gradient to moved):
+// distances 12 channels x some 15 operations x 4 (two images, two passes); 24 exponentials of 15; minima,
+// means, error and adjoints 400; way back 12 channels x some 20: 1,700 in all, at 160^3 on two cores of two
+// 8-lane units at 3 GHz 75 ms. Measured: three times that, loads and stores between the steps of a window
+// being as many as its additions. Gradients of tiles overlap by radius + dilation voxels. Tiles run in waves
+// whose tiles do not overlap, so that each voxel gets its terms in one order, whatever the threads.
 namespace fastreg::FASTREG_ISA {
 namespace {
 
@@ -283,8 +284,10 @@ class Mind {
       for (double& w : weights) w /= total;
       a.weights = weights.data();
     }
-    const int64_t edge = d.radius <= 2 ? 8 : 16;
-    a.tile[0] = nd == 3 ? edge : 1, a.tile[1] = nd == 3 ? edge : 64, a.tile[2] = 64;
+    // Large enough for what tiles repeat at their faces, small enough for the cache; rows in equal parts.
+    const int64_t edge = d.radius <= 2 ? 12 : 16, parts = (a.size[2] + 95) / 96;
+    a.tile[0] = nd == 3 ? edge : 1, a.tile[1] = nd == 3 ? edge : 64;
+    a.tile[2] = ((a.size[2] + parts - 1) / std::max<int64_t>(parts, 1) + 7) / 8 * 8;
     for (int i = 0; i < 2; ++i) a.n_tiles[i] = (a.size[i] + a.tile[i] - 1) / a.tile[i];
     partial.resize(a.n * a.n_tiles[0] * a.n_tiles[1]);
   }

@@ -10,6 +10,39 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
+// Two vectors side by side: the scalar work of a loop serves both.
+template <class A>
+struct Two {
+  Vector<A> v[2];
+  FASTREG_HD Two operator+(const Two& o) const { return {v[0] + o.v[0], v[1] + o.v[1]}; }
+  FASTREG_HD Two operator-(const Two& o) const { return {v[0] - o.v[0], v[1] - o.v[1]}; }
+  FASTREG_HD Two operator*(const Two& o) const { return {v[0] * o.v[0], v[1] * o.v[1]}; }
+  FASTREG_HD friend Two operator*(A a, const Two& o) { return {a * o.v[0], a * o.v[1]}; }
+};
+
+template <class V, class A>
+FASTREG_HD V get(const A* p) {
+  if constexpr (std::is_same_v<V, Two<A>>)
+    return {load_as<Vector<A>>(p), load_as<Vector<A>>(p + kLanes<A>)};
+  else
+    return load_as<V>(p);
+}
+template <class V, class A>
+FASTREG_HD void put(A* p, const V& v) {
+  if constexpr (std::is_same_v<V, Two<A>>)
+    store_as<Vector<A>>(p, v.v[0]), store_as<Vector<A>>(p + kLanes<A>, v.v[1]);
+  else
+    store_as<V>(p, v);
+}
+
+// body(Two<A>() or Vector<A>(), j) for the columns j of a row of n, a multiple of the lanes.
+template <class A, class Body>
+FASTREG_HD void each_column(int64_t n, Body body) {
+  int64_t j = 0;
+  for (; j + 2 * kLanes<A> <= n; j += 2 * kLanes<A>) body(Two<A>(), j);
+  if (j < n) body(Vector<A>(), j);
+}
+
 // Sums of `taps` consecutive samples, weighted where there are weights: put(i, sample(i) + ... + sample(i +
 // taps - 1)) for i of [0, count). Short boxes keep what neighbouring sums share in registers.
 template <class V, class A, class Sample, class Put>
@@ -34,7 +67,7 @@ FASTREG_HD void windows(int64_t count, int64_t taps, const A* weights, Sample sa
   } else {
     for (int64_t i = 0; i < count; ++i) {
       V sum = {};
-      for (int64_t t = 0; t < taps; ++t) sum += weights ? weights[t] * sample(i + t) : sample(i + t);
+      for (int64_t t = 0; t < taps; ++t) sum = sum + (weights ? weights[t] * sample(i + t) : sample(i + t));
       put(i, sum);
     }
   }
@@ -130,14 +163,26 @@ class MindTile {
     return (((n * a.c + c) * a.size[0] + iz) * a.size[1] + iy) * a.size[2];
   }
 
-  // Offset in the local copy of sample (jz, jy, 0) of the squares, moved by `offset`.
-  int64_t at(int64_t jz, int64_t jy, const int* offset) const {
-    const int64_t j[2] = {jz, jy};
-    int64_t p[2];
-    for (int i = 0; i < 2; ++i)
-      p[i] = std::clamp<int64_t>(t.begin[i] - r[i] + j[i], 0, a.size[i] - 1) - (t.begin[i] - h[i]) +
-             s[i] * offset[i];
-    return (p[0] * l[1] + p[1]) * ix + s[2] * (1 + offset[2]);
+  // Offsets in the local copy, from one of its channels, of the two samples of a square.
+  struct Place {
+    int64_t a, b;
+  };
+
+  // places[jz]: of the squares (jz, jy, 0).
+  void find_places(const MindPair& pair, int64_t jy) {
+    const int64_t y = inside(1, jy);
+    for (int64_t jz = 0; jz < q[0]; ++jz) {
+      const int64_t z = inside(0, jz);
+      const auto at = [&](const int* o) {
+        return ((z + s[0] * o[0]) * l[1] + y + s[1] * o[1]) * ix + s[2] * (1 + o[2]);
+      };
+      places[jz] = {at(pair.a), at(pair.b)};
+    }
+  }
+
+  // Row of the local copy where row j of the squares lies: outside the image they are those of the border.
+  int64_t inside(int i, int64_t j) const {
+    return std::clamp<int64_t>(t.begin[i] - r[i] + j, 0, a.size[i] - 1) - (t.begin[i] - h[i]);
   }
 
   template <class T>
@@ -164,46 +209,47 @@ class MindTile {
 
   // Squares and their windows along z, for a row of planes; then along y, then along x.
   void distances() {
-    using V = Vector<A>;
     distance.resize(a.n_channels * t.size[0] * t.size[1] * nx);
-    column.resize(t.size[0] * q[1] * qx), lines.resize(t.size[1] * qx), from.resize(2 * q[0]);
-    const A* w = box ? nullptr : weights.data();
-    const int64_t per_channel = l[0] * l[1] * ix;
+    column.resize(t.size[0] * q[1] * qx), lines.resize(t.size[1] * qx), places.resize(q[0]);
+    // Copies: a store of a vector might change any member.
+    const A *w = box ? nullptr : weights.data(), *image = local.data();
+    const Place* rows = places.data();
+    A *sums = column.data(), *sums_y = lines.data();
+    const int64_t width = qx, plane = q[1] * qx, n_images = a.c, image_size = l[0] * l[1] * ix;
     for (int64_t k = 0; k < a.n_channels; ++k) {
       for (int64_t jy = 0; jy < q[1]; ++jy) {
-        for (int64_t jz = 0; jz < q[0]; ++jz) {
-          from[2 * jz] = local.data() + at(jz, jy, a.pairs[k].a);
-          from[2 * jz + 1] = local.data() + at(jz, jy, a.pairs[k].b);
-        }
-        A* const* rows = from.data();
-        for (int64_t j = 0; j < qx; j += kLanes<A>) {
-          A* out = column.data() + jy * qx + j;
-          windows<V>(
-              t.size[0], 2 * r[0] + 1, w,
-              [&](int64_t jz) {
-                const A *pa = rows[2 * jz] + j, *pb = rows[2 * jz + 1] + j;
-                V d = load_as<V>(pa) - load_as<V>(pb), sum = d * d;
-                for (int64_t c = 1; c < a.c; ++c) {
-                  d = load_as<V>(pa + c * per_channel) - load_as<V>(pb + c * per_channel);
-                  sum += d * d;
-                }
-                return sum;
-              },
-              [&](int64_t z, V sum) { store_as<V>(out + z * q[1] * qx, sum); });
-        }
+        find_places(a.pairs[k], jy);
+        each_column<A>(width, [&](auto v, int64_t j) {
+          using V = decltype(v);
+          const auto square = [=](int64_t jz) {
+            const A *pa = image + rows[jz].a + j, *pb = image + rows[jz].b + j;
+            V d = get<V>(pa) - get<V>(pb), sum = d * d;
+            for (int64_t c = 1; c < n_images; ++c) {
+              d = get<V>(pa + c * image_size) - get<V>(pb + c * image_size);
+              sum = sum + d * d;
+            }
+            return sum;
+          };
+          A* out = sums + jy * width + j;
+          windows<V>(t.size[0], 2 * r[0] + 1, w, square,
+                     [=](int64_t z, V sum) { put<V>(out + z * plane, sum); });
+        });
       }
       for (int64_t z = 0; z < t.size[0]; ++z) {
-        const A* in = column.data() + z * q[1] * qx;
-        for (int64_t j = 0; j < qx; j += kLanes<A>)
+        each_column<A>(width, [&](auto v, int64_t j) {
+          using V = decltype(v);
+          const A* in = sums + z * plane + j;
+          A* out = sums_y + j;
           windows<V>(
-              t.size[1], 2 * r[1] + 1, w, [&](int64_t jy) { return load_as<V>(in + jy * qx + j); },
-              [&](int64_t y, V sum) { store_as<V>(lines.data() + y * qx + j, sum); });
+              t.size[1], 2 * r[1] + 1, w, [=](int64_t jy) { return get<V>(in + jy * width); },
+              [=](int64_t y, V sum) { put<V>(out + y * width, sum); });
+        });
         for (int64_t y = 0; y < t.size[1]; ++y) {
-          A* line = lines.data() + y * qx;
+          A* in = sums_y + y * width;
           // Columns outside the image repeat the border's.
-          std::fill_n(line, left(), line[left()]);
-          std::fill_n(line + right(), qx - right(), line[right() - 1]);
-          row_windows(row(k, z, y), line, 2 * r[2] + 1, w, scale, nx);
+          std::fill_n(in, left(), in[left()]);
+          std::fill_n(in + right(), width - right(), in[right() - 1]);
+          row_windows(row(k, z, y), in, 2 * r[2] + 1, w, scale, nx);
         }
       }
     }
@@ -212,47 +258,46 @@ class MindTile {
   // The transpose of distances(), in reverse order. Rows are extended by zeros: a window then gathers what a
   // sample of the squares was part of; samples outside the image stand for the border's.
   void adjoints() {
-    using V = Vector<A>;
-    const int64_t ez = t.size[0] + 4 * r[0], ey = t.size[1] + 4 * r[1], ex = qx + 2 * r[2];
-    const int64_t per_channel = l[0] * l[1] * ix;
-    const A* w = box ? nullptr : weights.data();
-    line.assign(ex, A(0)), lines.assign(ey * qx, A(0)), column.assign(ez * q[1] * qx, A(0)),
-        places.resize(2 * q[0]);
+    const int64_t extended_y = t.size[1] + 4 * r[1], extended_z = t.size[0] + 4 * r[0];
+    line.assign(qx + 2 * r[2], A(0)), lines.assign(extended_y * qx, A(0));
+    column.assign(extended_z * q[1] * qx, A(0)), places.resize(q[0]);
+    const A *w = box ? nullptr : weights.data(), *image = local.data();
+    const Place* rows = places.data();
+    A *sums = column.data(), *sums_x = lines.data(), *grad = local_grad.data();
+    const int64_t width = qx, plane = q[1] * qx, n_images = a.c, image_size = l[0] * l[1] * ix;
     for (int64_t k = 0; k < a.n_channels; ++k) {
       for (int64_t z = 0; z < t.size[0]; ++z) {
         for (int64_t y = 0; y < t.size[1]; ++y) {
           std::copy_n(row(k, z, y), nx, line.data() + 2 * r[2]);
-          A* out = lines.data() + (2 * r[1] + y) * qx;
-          row_windows(out, line.data(), 2 * r[2] + 1, w, 2 * scale, qx);
+          A* out = sums_x + (2 * r[1] + y) * width;
+          row_windows(out, line.data(), 2 * r[2] + 1, w, 2 * scale, width);
           for (int64_t j = 0; j < left(); ++j) out[left()] += out[j], out[j] = A(0);
-          for (int64_t j = right(); j < qx; ++j) out[right() - 1] += out[j], out[j] = A(0);
+          for (int64_t j = right(); j < width; ++j) out[right() - 1] += out[j], out[j] = A(0);
         }
-        A* out = column.data() + (2 * r[0] + z) * q[1] * qx;
-        for (int64_t j = 0; j < qx; j += kLanes<A>)
+        each_column<A>(width, [&](auto v, int64_t j) {
+          using V = decltype(v);
+          const A* in = sums_x + j;
+          A* out = sums + (2 * r[0] + z) * plane + j;
           windows<V>(
-              q[1], 2 * r[1] + 1, w, [&](int64_t y) { return load_as<V>(lines.data() + y * qx + j); },
-              [&](int64_t jy, V sum) { store_as<V>(out + jy * qx + j, sum); });
+              q[1], 2 * r[1] + 1, w, [=](int64_t y) { return get<V>(in + y * width); },
+              [=](int64_t jy, V sum) { put<V>(out + jy * width, sum); });
+        });
       }
       for (int64_t jy = 0; jy < q[1]; ++jy) {
-        for (int64_t jz = 0; jz < q[0]; ++jz) {
-          places[2 * jz] = at(jz, jy, a.pairs[k].a);
-          places[2 * jz + 1] = at(jz, jy, a.pairs[k].b);
-        }
-        for (int64_t j = 0; j < qx; j += kLanes<A>) {
-          const A* in = column.data() + jy * qx + j;
-          windows<V>(
-              q[0], 2 * r[0] + 1, w, [&](int64_t z) { return load_as<V>(in + z * q[1] * qx); },
-              [&](int64_t jz, V sum) {
-                for (int64_t c = 0; c < a.c; ++c) {
-                  const int64_t ia = places[2 * jz] + c * per_channel + j,
-                                ib = places[2 * jz + 1] + c * per_channel + j;
-                  const V d = sum * (load_as<V>(local.data() + ia) - load_as<V>(local.data() + ib));
-                  A *ga = local_grad.data() + ia, *gb = local_grad.data() + ib;
-                  store_as<V>(ga, load_as<V>(ga) + d);
-                  store_as<V>(gb, load_as<V>(gb) - d);
-                }
-              });
-        }
+        find_places(a.pairs[k], jy);
+        each_column<A>(width, [&](auto v, int64_t j) {
+          using V = decltype(v);
+          const A* in = sums + jy * width + j;
+          const auto add = [=](int64_t jz, V sum) {
+            for (int64_t c = 0; c < n_images; ++c) {
+              const int64_t ia = rows[jz].a + c * image_size + j, ib = rows[jz].b + c * image_size + j;
+              const V d = sum * (get<V>(image + ia) - get<V>(image + ib));
+              put<V>(grad + ia, get<V>(grad + ia) + d);
+              put<V>(grad + ib, get<V>(grad + ib) - d);
+            }
+          };
+          windows<V>(q[0], 2 * r[0] + 1, w, [=](int64_t z) { return get<V>(in + z * plane); }, add);
+        });
       }
     }
   }
@@ -265,8 +310,7 @@ class MindTile {
   int64_t r[3], s[3], h[3], q[2], l[2], nx, qx, ix;
   Extent t;
   std::vector<A> weights, local, local_grad, distance, lines, column, line;
-  std::vector<A*> from;
-  std::vector<int64_t> places;
+  std::vector<Place> places;
 };
 
 }  // namespace

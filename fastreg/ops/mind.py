@@ -176,7 +176,7 @@ def _shift(x, axis, step):
 def _distances(image, radius, dilation, neighbourhood, patch, sigma):
     """D, (N, channels, *spatial)."""
     nd = image.dim() - 2
-    image = image.to(_arithmetic(image))
+    image = image.to(_arithmetic(image)).contiguous()
 
     def at(offset):
         x = image
@@ -210,6 +210,9 @@ def _descriptors(image, mean_variance, radius, dilation, neighbourhood, patch, s
     mean = _mean_variance(v) if mean_variance is None else mean_variance
     mean, tiny = mean.view(-1, *[1] * (v.dim() - 1)), torch.finfo(v.dtype).tiny
     v = v.clamp(*((factor * mean).clamp_min(tiny).to(v.dtype) for factor in (1e-3, 1e3)))
+    # Of an image that is constant to the last bit, V is at its floor: its reciprocal must not meet a zero on the way back.
+    flat = v <= tiny
+    x, v = torch.where(flat, x.detach(), x), torch.where(flat, v.detach(), v)
     return torch.exp(-x / v)
 
 
