@@ -107,7 +107,9 @@ def test_non_finite_stays_in_its_component():
 
 def test_singular_matrix():
     result = fastreg.affine_displacement(torch.zeros(1, 2, 3), (3, 4))
-    assert torch.equal(result[0], -torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")))
+    assert torch.equal(
+        result[0], -torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij"))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -132,6 +132,158 @@ def test_non_finite_and_far_displacements(padding):
     ]
 
 
+def make_affine(shape, dtype=torch.float64, amount=0.2):
+    nd = len(shape) - 2
+    return (torch.eye(nd, nd + 1) + amount * torch.randn(shape[0], nd, nd + 1)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_affine_against_reference(shape, dtype, padding):
+    image, u = make(shape, dtype)
+    u = (u.detach().float() if dtype in (torch.float16, torch.bfloat16) else u.detach()).requires_grad_()
+    # Halves of a matrix are exact in fp32 and fp64.
+    affine = make_affine(shape, torch.float16).detach().to(u.dtype).requires_grad_()
+    check_against_reference(
+        lambda i, d, a: fastreg.warp(i, d, affine=a, padding=padding),
+        lambda i, d, a: warp_ref(i, d, a, "linear", padding),
+        (image, u, affine),
+    )
+    check_against_reference(
+        lambda i, a: fastreg.warp(i, None, affine=a, padding=padding),
+        lambda i, a: warp_ref(i, None, a, "linear", padding),
+        (image, affine),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 2, 9, 67)])
+def test_affine_is_its_displacement(shape):
+    image, u = (t.detach() for t in make(shape))
+    affine = make_affine(shape).detach()
+    moved = fastreg.affine_displacement(affine, shape[2:])
+    assert_close(fastreg.warp(image, u, affine=affine), fastreg.warp(image, u + moved), 1e-9)
+    assert_close(fastreg.warp(image, None, affine=affine), fastreg.warp(image, moved), 1e-9)
+    # The raw op takes an image of another grid.
+    for mode in MODES:
+        ours = torch.ops.fastreg.warp(image[..., 1:], u, affine, mode, "border")
+        assert_close(ours, torch.ops.fastreg.warp(image[..., 1:], u + moved, None, mode, "border"), 1e-9)
+
+
+def test_affine_is_affine_grid():
+    image, affine = make((2, 3, 5, 6, 7))[0].detach(), make_affine((2, 3, 5, 6, 7)).detach()
+    # From [-1, 1] coordinates (x, y, z) to voxels (z, y, x) and back.
+    half = torch.tensor([(n - 1) / 2 for n in (5, 6, 7)], dtype=torch.float64)
+    to_voxels = torch.eye(4, dtype=torch.float64)
+    to_voxels[:3, :3], to_voxels[:3, 3] = torch.diag(half).flip(1), half
+    bottom = torch.tensor([[[0.0, 0, 0, 1]]], dtype=torch.float64).expand(2, 1, 4)
+    theta = (torch.linalg.inv(to_voxels) @ torch.cat([affine, bottom], 1) @ to_voxels)[:, :3]
+    grid = F.affine_grid(theta, image.shape, align_corners=True)
+    expected = F.grid_sample(image, grid, align_corners=True)
+    assert_close(fastreg.warp(image, None, affine=affine), expected, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4, 3), (1, 2, 4, 3)])
+def test_affine_gradcheck(shape):
+    image, u = make(shape)
+    affine = make_affine(shape, amount=0.01)
+    for padding in PADDINGS:
+        function = lambda i, d, a, p=padding: fastreg.warp(i, d, affine=a, padding=p)  # noqa: E731
+        assert torch.autograd.gradcheck(function, (image, u, affine), fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, (image, u, affine), fast_mode=True)
+    only = lambda i, a: fastreg.warp(i, u.detach(), affine=a)  # noqa: E731
+    assert torch.autograd.gradcheck(only, (image, affine), fast_mode=True)
+
+
+def test_affine_accuracy_does_not_depend_on_the_size():
+    n = 3000
+    image = torch.rand(1, 1, 4, n)
+    affine = torch.eye(2, 3)[None].clone()
+    affine[0, 1, 2] = 1 / 512
+    out = fastreg.warp(image, None, affine=affine, padding="border")
+    expected = image[..., :-1] + image.diff(dim=-1) / 512
+    assert torch.equal(out[:, :, :-1, :-1], expected[:, :, :-1])
+    affine = affine + torch.tensor([[0, 0, 0], [0, 2.0**-22, 0]])
+    assert_close(
+        fastreg.warp(image, None, affine=affine), warp_ref(image.double(), None, affine, "linear", "zeros")
+    )
+
+
+def test_identity_matrix_is_the_identity():
+    image = torch.randn(2, 2, 4, 5, 66)
+    image[0, 0, 2, 3, 4] = float("nan")
+    out = fastreg.warp(image, None, affine=torch.eye(3, 4).expand(2, 3, 4))
+    assert torch.equal(out.nan_to_num(7), image.nan_to_num(7))
+
+
+def test_singular_affine():
+    image, affine = torch.rand(1, 2, 4, 5, 6).double().requires_grad_(), torch.zeros(1, 3, 4).double()
+    affine[0, :, 3] = torch.tensor([1.0, 2.5, 3.0])
+    affine.requires_grad_()
+    out = fastreg.warp(image, None, affine=affine)
+    expected = (image[0, :, 1, 2, 3] + image[0, :, 1, 3, 3]) / 2
+    assert_close(out, expected.view(1, 2, 1, 1, 1).expand_as(image), 1e-12)
+    grads = torch.autograd.grad(out.sum(), (image, affine))
+    truth = torch.autograd.grad(warp_ref(image, None, affine, "linear", "zeros").sum(), (image, affine))
+    for ours, theirs in zip(grads, truth, strict=True):
+        assert_close(ours, theirs, 1e-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_affine_is_a_nan_sample(value):
+    image, u = make((2, 2, 4, 5, 6))
+    affine = make_affine((2, 2, 4, 5, 6)).detach()
+    affine[1, 0, 2] = value
+    affine.requires_grad_()
+    for function in (fastreg.warp, lambda i, d, affine: warp_ref(i, d, affine, "linear", "zeros")):
+        out = function(image, u, affine=affine)
+        assert out[1].isnan().all()
+        assert out[0].isfinite().all()
+        for grad in torch.autograd.grad(out.nan_to_num().sum(), (image, u, affine)):
+            assert grad[1].eq(0).all()
+            assert grad[0].isfinite().all()
+
+
+def test_far_affine():
+    image, affine = torch.rand(1, 1, 4, 5), 1e30 * torch.eye(2, 3)[None]
+    out = fastreg.warp(image, None, affine=affine, padding="border")
+    expected = image[:, :, [0, 3, 3, 3]][..., [0, 4, 4, 4, 4]]
+    assert torch.equal(out, expected)
+    assert torch.equal(fastreg.warp(image, None, affine=affine)[0, 0, 1:], torch.zeros(3, 5))
+
+
+@pytest.mark.skipif(not COMPILED, reason="a property of the compiled sums")
+def test_affine_gradients_do_not_depend_on_threads():
+    shape = (2, 1, 13, 9, 70)
+    image, affine = torch.rand(shape, requires_grad=True), make_affine(shape, torch.float32)
+    grad, results = torch.randn(shape), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = fastreg.warp(image, None, affine=affine, padding="border")
+        results.append(torch.autograd.grad(out, (image, affine), grad))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_affine_opcheck(given):
+    image, u = make((2, 2, 4, 5), torch.bfloat16)
+    u, affine = u if given else None, make_affine(image.shape, torch.bfloat16)
+    torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, affine, "linear", "zeros"))
+    # Without requires_grad: test_affine_gradcheck has the double backward, which takes long to trace.
+    tensors = [t if t is None else t.detach() for t in (torch.rand_like(image), image, u, affine)]
+    args = (*tensors, "linear", "zeros", True, given, True)
+    torch.library.opcheck(torch.ops.fastreg.warp_bwd.default, args)
+
+
+def test_affine_vmap_and_compile():
+    image, affine = make((2, 2, 4, 5, 6))[0], make_affine((2, 2, 4, 5, 6))
+    step = lambda i, a: fastreg.warp(i, None, affine=a)  # noqa: E731
+    assert torch.equal(torch.vmap(step)(image[:, None], affine[:, None])[:, 0], step(image, affine))
+    assert torch.equal(torch.compile(step, fullgraph=True)(image, affine), step(image, affine))
+
+
 def test_composition():
     grid = torch.stack(torch.meshgrid(*[torch.linspace(0, 3, 24)] * 3, indexing="ij"))
     image = torch.sin(grid.sum(0))[None, None].double()
@@ -251,6 +403,10 @@ def test_transforms_without_a_derivative_raise():
         (ValueError, "with N = 2, got", {"displacement": torch.zeros(1, 3, 3, 4, 5)}),
         (ValueError, "must be on cpu as the other tensors, got meta", {"displacement": torch.zeros(2, 3, 3, 4, 5, device="meta")}),
         (ValueError, "displacement must be a dense tensor", {"displacement": torch.zeros(2, 3, 3, 4, 5).to_sparse()}),
+        (TypeError, "displacement must be a tensor, got NoneType", {"displacement": None}),
+        (TypeError, "affine must be a tensor, got list", {"affine": [1]}),
+        (ValueError, r"affine must have shape \(N, 3, 4\), got \(2, 3, 3\)", {"affine": torch.zeros(2, 3, 3)}),
+        (ValueError, r"affine must have shape \(N, 3, 4\) with N = 2, got \(1, 3, 4\)", {"affine": torch.zeros(1, 3, 4)}),
         (ValueError, "mode must be 'linear' or 'nearest', got 'cubic'", {"mode": "cubic"}),
         (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
     ],
