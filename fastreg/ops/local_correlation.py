@@ -91,15 +91,22 @@ def _factor(scale, channels):
     return {"mean": 1 / channels, "sum": 1.0, "sqrt": 1 / math.sqrt(channels)}[scale]
 
 
+def _arithmetic(image, displacement):
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    return dtype if displacement is None else torch.promote_types(dtype, displacement.dtype)
+
+
+def _warped(moving, displacement):
+    return warp_ref(moving.to(_arithmetic(moving, displacement)), displacement, "linear", "zeros")
+
+
 def local_correlation_ref(fixed, moving, radius, displacement, normalize, scale, padding):
     """The map and, with ``normalize``, the statistics: (N, 4) of mean and deviation of fixed, then of moving, fp64."""
-    dtype = torch.promote_types(fixed.dtype, torch.float32)
-    if displacement is not None:
-        dtype = torch.promote_types(dtype, displacement.dtype)
+    dtype = torch.promote_types(_arithmetic(fixed, displacement), moving.dtype)
     f, m = fixed.contiguous().to(dtype), moving.contiguous().to(dtype)
     statistics = fixed.new_zeros(0, dtype=torch.float64)
     if displacement is not None:
-        m = warp_ref(m, displacement, None, "linear", "zeros")
+        m = _warped(m, displacement)
     if normalize and fixed.numel() == 0:
         statistics = fixed.new_zeros((fixed.shape[0], 4), dtype=torch.float64)
     elif normalize:
@@ -126,21 +133,22 @@ def _fake(fixed, moving, radius, displacement, normalize, scale, padding):
 def local_correlation_bwd_ref(
     grad, fixed, moving, statistics, radius, displacement, normalize, scale, padding, *needs
 ):
-    inputs = [fixed, moving] if displacement is None else [fixed, moving, displacement]
+    """Gradients to fixed and to the moving map as it is correlated: warped, in arithmetic dtype, where displaced."""
+    if displacement is not None:
+        moving = _warped(moving, displacement)
 
-    def correlate(f, m, u=None):
-        return local_correlation_ref(f, m, radius, u, normalize, scale, padding)[0]
+    def correlate(f, m):
+        return local_correlation_ref(f, m, radius, None, normalize, scale, padding)[0].to(grad.dtype)
 
-    grads = [*_ext.grad_of(correlate, inputs, grad), fixed.new_zeros(0)][:3]
+    grads = _ext.grad_of(correlate, (fixed, moving), grad)
     return tuple(g if need else g.new_zeros(0) for g, need in zip(grads, needs, strict=True))
 
 
 def _bwd_fake(grad, fixed, moving, statistics, radius, displacement, normalize, scale, padding, *needs):
+    dtypes = (fixed.dtype, moving.dtype if displacement is None else _arithmetic(moving, displacement))
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        if need
-        else (fixed if t is None else t).new_empty(0)
-        for t, need in zip((fixed, moving, displacement), needs, strict=True)
+        fixed.new_empty(fixed.shape if need else 0, dtype=dtype)
+        for need, dtype in zip(needs, dtypes, strict=True)
     )
 
 
@@ -152,7 +160,7 @@ _ext.define(
 )
 _ext.define(
     f"local_correlation_bwd(Tensor grad, Tensor fixed, Tensor moving, Tensor statistics, {_OPTIONS},"
-    " bool need_fixed, bool need_moving, bool need_displacement) -> (Tensor, Tensor, Tensor)",
+    " bool need_fixed, bool need_moved) -> (Tensor, Tensor)",
     local_correlation_bwd_ref,
     _bwd_fake,
 )
@@ -166,12 +174,40 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     fixed, moving, displacement, statistics = ctx.saved_tensors
-    need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = torch.ops.fastreg.local_correlation_bwd(
-        grad, fixed, moving, statistics, ctx.radius, displacement, *ctx.options, *need
+    need_fixed, need_moving, _, need_u = ctx.needs_input_grad[:4]
+    grad_fixed, grad_moving = torch.ops.fastreg.local_correlation_bwd(
+        grad,
+        fixed,
+        moving,
+        statistics,
+        ctx.radius,
+        displacement,
+        *ctx.options,
+        need_fixed,
+        need_moving or need_u,
     )
-    grad_fixed, grad_moving, grad_u = (g if n else None for g, n in zip(grads, need, strict=True))
-    return grad_fixed, grad_moving, None, grad_u, None, None, None
+    grad_u = None
+    if need_moving or need_u:
+        if displacement is not None:
+            grad_moving, grad_u = torch.ops.fastreg.warp_bwd(
+                grad_moving,
+                moving.to(grad_moving.dtype),
+                displacement,
+                "linear",
+                "zeros",
+                need_moving,
+                need_u,
+            )
+        grad_moving = grad_moving.to(moving.dtype)
+    return (
+        grad_fixed if need_fixed else None,
+        grad_moving if need_moving else None,
+        None,
+        grad_u if need_u else None,
+        None,
+        None,
+        None,
+    )
 
 
 _ext.autograd("local_correlation", _setup, _backward)

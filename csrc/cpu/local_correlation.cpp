@@ -1,0 +1,684 @@
+#include "common/local_correlation.h"
+
+#include "cpu/warp_rows.h"
+
+namespace fastreg {
+
+// 2D is a volume of one slice with radius 0 along z.
+struct CorrelationArgs {
+  const void* fixed;         // (n, c, *size)
+  WarpArgs moving;           // its image (n, c, *size) and displacement, null where moving is not warped
+  const double* statistics;  // (n, 4): mean and deviation of fixed, of moving; null: maps are not normalised
+  const void* grad;          // (n, offsets, *size)
+  void* result;              // forward: (n, offsets, *size)
+  void* grad_fixed;          // (n, c, *size); or null
+  void* grad_moved;          // (n, c, *size), arithmetic type where moving is warped; or null
+  // Normalised only. Sums: forward statistics: (n, z, y, 4); bwd_fixed: (n, z, y, 3).
+  double* sums;
+  void* grad_normalized;             // dL/d normalised fixed, arithmetic type; may be grad_fixed
+  const ThroughStatistics* through;  // (n, 2), for fixed and for moving
+  int64_t n, c, nd, size[3], radius[3];
+  int64_t tile;  // rows of y that share a ring of planes
+  double factor;
+  bool border;
+};
+
+// Work units are planes (n, tile of y, z), except for the statistics: rows (n, z, y).
+#define FASTREG_CORRELATION_KERNEL(name) \
+  FASTREG_KERNEL(void, name, Stored, const CorrelationArgs&, int64_t, int64_t)
+FASTREG_CORRELATION_KERNEL(local_correlation_statistics)
+FASTREG_CORRELATION_KERNEL(local_correlation_fwd)
+FASTREG_CORRELATION_KERNEL(local_correlation_bwd_fixed)
+FASTREG_CORRELATION_KERNEL(local_correlation_bwd_moving)
+
+}  // namespace fastreg
+
+#ifdef FASTREG_ISA
+
+#include <vector>
+
+#include "cpu/vector.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// How a row of a map lies in a buffer: `n` voxels from `origin` on, what surrounds it on both sides, and as
+// many zeros as whole vectors at any offset may read. Vectors therefore need no tails.
+struct Line {
+  int64_t n, origin, vectors, length;
+
+  // Products are formed at n + 2 extend positions, each reading `radius` to either side.
+  template <class A>
+  static Line of(int64_t n, int64_t radius, int64_t extend) {
+    const int64_t lanes = kLanes<A>, vectors = (n + 2 * extend + lanes - 1) / lanes * lanes;
+    return {n, radius + extend, vectors, vectors + 2 * radius};
+  }
+};
+
+template <class T>
+void load_row(const T* in, int64_t n, arithmetic_t<T>* out) {
+  using A = arithmetic_t<T>;
+  cover_x<A>(0, n, [&](auto v, int64_t x) { store_as(out + x, load_as<decltype(v)>(in + x)); });
+}
+
+template <class T>
+void store_row(const arithmetic_t<T>* in, int64_t n, T* out) {
+  using A = arithmetic_t<T>;
+  cover_x<A>(0, n, [&](auto v, int64_t x) { store_as(out + x, load_as<decltype(v)>(in + x)); });
+}
+
+// All channels of a row of the warped image, `length` apart. Positions are computed once for them all.
+template <class T, int ND>
+void warp_row(const WarpArgs& a, const Row& row, arithmetic_t<T>* out, int64_t length) {
+  using A = arithmetic_t<T>;
+  Positions<A, ND> p;
+  Corners<T, ND> corners;
+  const int64_t n_in = a.in[0] * a.in[1] * a.in[2];
+  for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
+    const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
+    locate<A, ND>(a, row, x0, count, 0, a.in[3 - ND], p);
+    for (int64_t c = 0; c < a.c; ++c) {
+      const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * n_in;
+      A* __restrict value = out + c * length + x0;
+      int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+      if (all)
+        for (int i = 0; i < count; ++i) {
+          const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+          auto& q = corners.pair;
+          const A near = lerp(lerp(load(q[0][i][0]), load(q[0][i][1]), fx),
+                              lerp(load(q[1][i][0]), load(q[1][i][1]), fx), fy);
+          A all_axes = near;
+          if constexpr (ND == 3) {
+            const A far = lerp(lerp(load(q[2][i][0]), load(q[2][i][1]), fx),
+                               lerp(load(q[3][i][0]), load(q[3][i][1]), fx), fy);
+            all_axes = lerp(near, far, p.fraction[0][i]);
+          }
+          value[i] = all_axes;
+          all &= p.inside[i] & -int32_t(all_axes - all_axes == A(0));
+        }
+      for (int i = 0; i < count && !all; ++i)
+        if (!p.inside[i] || !(value[i] - value[i] == A(0)))
+          value[i] = interpolate_anywhere<ND>(a, image, p, i);
+    }
+  }
+}
+
+// Rows of a map as they are correlated: in arithmetic type, warped, normalised.
+template <class T>
+class Map {
+  using A = arithmetic_t<T>;
+
+ public:
+  Map(const CorrelationArgs& a, bool moving)
+      : args_(a),
+        image_(static_cast<const T*>(moving ? a.moving.image : a.fixed)),
+        warped_(moving && a.moving.displacement) {}
+
+  // A value of the map (before warping) to shift sums by.
+  double shift(int64_t n) const {
+    return load(image_[n * args_.c * args_.size[0] * args_.size[1] * args_.size[2]]);
+  }
+
+  // All channels of row (z, y) of sample n, `length` apart.
+  void read(int64_t n, int64_t z, int64_t y, A* out, int64_t length) const {
+    const CorrelationArgs& a = args_;
+    const int64_t line = a.size[2], volume = a.size[0] * a.size[1] * line;
+    if (warped_)
+      a.nd == 3 ? warp_row<T, 3>(a.moving, {n, z, y}, out, length)
+                : warp_row<T, 2>(a.moving, {n, z, y}, out, length);
+    else
+      for (int64_t c = 0; c < a.c; ++c)
+        load_row(image_ + (n * a.c + c) * volume + (z * a.size[1] + y) * line, line, out + c * length);
+    if (!a.statistics) return;
+    const auto s = normalization<A>(a.statistics + 4 * n);
+    for (int64_t c = 0; c < a.c; ++c)
+      each_x<A>(0, line, [&](auto v, int64_t x) {
+        A* at = out + c * length + x;
+        store_as(at, normalized(s, load_as<decltype(v)>(at)));
+      });
+  }
+
+ private:
+  const CorrelationArgs& args_;
+  const T* image_;
+  bool warped_;
+};
+
+// The rows of a map around the plane at hand: 2 radius + 1 planes, moved along z as work proceeds, so that a
+// thread reads (warps, normalises) each row of its planes once. Rows lie channel by channel in one piece:
+// those of a map are a power of two apart often enough to meet in one set of the cache.
+template <class T>
+class Ring {
+  using A = arithmetic_t<T>;
+
+ public:
+  // With `ones`, a channel of ones follows the others.
+  Ring(const CorrelationArgs& a, bool moving, int64_t extend, bool ones)
+      : map(a, moving),
+        line(Line::of<A>(a.size[2], a.radius[2], extend)),
+        args_(a),
+        ones_(ones),
+        row_length_((a.c + ones) * line.length),
+        slots_(std::min(2 * a.radius[0] + 1, a.size[0])),
+        rows_(std::min(a.tile + 2 * a.radius[1], a.size[1])),
+        values_(slots_ * rows_ * row_length_),
+        zeros_(line.length) {}
+
+  // Makes the planes around z of the rows around [y0, y1) available.
+  void move_to(int64_t n, int64_t z, int64_t y0, int64_t y1) {
+    const CorrelationArgs& a = args_;
+    const int64_t first = std::max<int64_t>(z - a.radius[0], 0);
+    const int64_t end = std::min(z + a.radius[0] + 1, a.size[0]);
+    if (n != n_ || y0 != y0_ || first < first_ || first > end_) end_ = first;
+    n_ = n, y0_ = y0, first_ = first, low_ = std::max<int64_t>(y0 - a.radius[1], 0);
+    for (; end_ < end; ++end_)
+      for (int64_t y = low_; y < std::min(y1 + a.radius[1], a.size[1]); ++y) load(end_, y);
+  }
+
+  // All channels of a row inside the image.
+  const A* row(int64_t z, int64_t y) const {
+    return values_.data() + (z % slots_ * rows_ + y - low_) * row_length_;
+  }
+
+  // The row that an offset beyond the image reads, and the distance of its channels.
+  const A* row_or_padding(int64_t z, int64_t y, int64_t& length) const {
+    const int64_t zi = std::clamp<int64_t>(z, 0, args_.size[0] - 1);
+    const int64_t yi = std::clamp<int64_t>(y, 0, args_.size[1] - 1);
+    const bool inside = (zi == z && yi == y) || args_.border;
+    length = inside ? line.length : 0;
+    return inside ? row(zi, yi) : zeros_.data();
+  }
+
+  const Map<T> map;
+  const Line line;
+
+ private:
+  void load(int64_t z, int64_t y) {
+    A* to = values_.data() + (z % slots_ * rows_ + y - low_) * row_length_;
+    map.read(n_, z, y, to + line.origin, line.length);
+    if (ones_) std::fill_n(to + args_.c * line.length + line.origin, line.n, A(1));
+    if (args_.border && line.origin == args_.radius[2])
+      for (int64_t c = 0; c < args_.c + ones_; ++c) {
+        A* at = to + c * line.length;
+        std::fill_n(at, line.origin, at[line.origin]);
+        std::fill_n(at + line.origin + line.n, line.origin, at[line.origin + line.n - 1]);
+      }
+  }
+
+  const CorrelationArgs& args_;
+  int64_t ones_, row_length_, slots_, rows_;
+  int64_t n_ = -1, y0_ = -1, low_ = 0, first_ = 0, end_ = 0;
+  std::vector<A> values_, zeros_;
+};
+
+// Calls f.template operator()<K>(k) for offsets along x in groups of K from k on: that many sums or values
+// fit the registers.
+template <class F>
+void each_group(int64_t n_offsets, F f) {
+  int64_t k = 0;
+  for (; n_offsets - k >= 5; k += 5) f.template operator()<5>(k);
+  switch (n_offsets - k) {
+    case 4:
+      return f.template operator()<4>(k);
+    case 3:
+      return f.template operator()<3>(k);
+    case 2:
+      return f.template operator()<2>(k);
+    case 1:
+      return f.template operator()<1>(k);
+  }
+}
+
+// out[k][x] = factor * sum over c of f[c][x] m[c][x + k]
+template <int K, class A>
+void correlate(const A* f, int64_t f_length, const A* m, int64_t m_length, int64_t channels, int64_t n,
+               A factor, A* out) {
+  using V = Vector<A>;
+  for (int64_t x = 0; x < n; x += kLanes<A>) {
+    V sum[K] = {};
+    for (int64_t c = 0; c < channels; ++c) {
+      const V fx = load_as<V>(f + c * f_length + x);
+      const A* mx = m + c * m_length + x;
+      for (int k = 0; k < K; ++k) sum[k] += fx * load_as<V>(mx + k);
+    }
+    for (int k = 0; k < K; ++k) store_as<V>(out + k * n + x, sum[k] * factor);
+  }
+}
+
+// sum[c][x] += sum over k of g[k][x] m[c][x + step k]
+template <int K, int step, class A>
+void gather(const A* g, int64_t g_length, const A* m, int64_t m_length, int64_t channels, int64_t n, A* sum) {
+  using V = Vector<A>;
+  for (int64_t x = 0; x < n; x += kLanes<A>) {
+    V gx[K];
+    for (int k = 0; k < K; ++k) gx[k] = load_as<V>(g + k * g_length + x);
+    for (int64_t c = 0; c < channels; ++c) {
+      const A* mx = m + c * m_length + x;
+      V s = load_as<V>(sum + c * n + x);
+      for (int k = 0; k < K; ++k) s += gx[k] * load_as<V>(mx + step * k);
+      store_as<V>(sum + c * n + x, s);
+    }
+  }
+}
+
+struct Plane {
+  int64_t n, z, y0, y1;
+};
+
+Plane plane_at(const CorrelationArgs& a, int64_t unit) {
+  const int64_t tiles = (a.size[1] + a.tile - 1) / a.tile, column = unit / a.size[0];
+  const int64_t y0 = column % tiles * a.tile;
+  return {column / tiles, unit % a.size[0], y0, std::min(y0 + a.tile, a.size[1])};
+}
+
+// Calls body(dz, dy, k) for the offsets of radius along z and y; k is the channel of the first one along x.
+template <class Body>
+void each_offset(const CorrelationArgs& a, Body body) {
+  int64_t k = 0;
+  for (int64_t dz = -a.radius[0]; dz <= a.radius[0]; ++dz)
+    for (int64_t dy = -a.radius[1]; dy <= a.radius[1]; ++dy, k += 2 * a.radius[2] + 1) body(dz, dy, k);
+}
+
+int64_t offsets(const CorrelationArgs& a) {
+  return (2 * a.radius[0] + 1) * (2 * a.radius[1] + 1) * (2 * a.radius[2] + 1);
+}
+
+// Sums of x - shift and its square, in fp64: of the fixed row and of the (warped) moving row.
+template <class T>
+void statistics(const CorrelationArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  constexpr int kSums = 8;
+  const int64_t line = a.size[2], rows = a.size[0] * a.size[1];
+  std::vector<A> values(a.c * line);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t n = index / rows, z = index % rows / a.size[1], y = index % a.size[1];
+    for (const bool moving : {false, true}) {
+      const Map<T> map(a, moving);
+      const double shift = map.shift(n);
+      map.read(n, z, y, values.data(), line);
+      double sum[kSums] = {}, squares[kSums] = {};
+      const A* x = values.data();
+      const int64_t count = a.c * line;
+      int64_t i = 0;
+      for (; i + kSums <= count; i += kSums)
+        for (int j = 0; j < kSums; ++j) {
+          const double d = double(x[i + j]) - shift;
+          sum[j] += d;
+          squares[j] += d * d;
+        }
+      for (; i < count; ++i) {
+        const double d = double(x[i]) - shift;
+        sum[0] += d;
+        squares[0] += d * d;
+      }
+      double* out = a.sums + 4 * index + 2 * moving;
+      out[0] = out[1] = 0;
+      for (int j = 0; j < kSums; ++j) out[0] += sum[j], out[1] += squares[j];
+    }
+  }
+}
+
+// Row by row: for each offset along z and y the sums of all offsets along x, over the channels, in registers.
+// Bytes: reads 2C volumes, writes the offsets. Arithmetic: C products and sums an offset and voxel.
+template <class T>
+void fwd(const CorrelationArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const int64_t line = a.size[2], area = a.size[1] * line, volume = a.size[0] * area;
+  const int64_t n_offsets = offsets(a), along_x = 2 * a.radius[2] + 1;
+  Ring<T> moving(a, true, 0, false);
+  const Map<T> fixed(a, false);
+  const int64_t vectors = moving.line.vectors;
+  std::vector<A> f(a.c * vectors), sums(along_x * vectors);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Plane p = plane_at(a, unit);
+    moving.move_to(p.n, p.z, p.y0, p.y1);
+    for (int64_t y = p.y0; y < p.y1; ++y) {
+      fixed.read(p.n, p.z, y, f.data(), vectors);
+      T* out = static_cast<T*>(a.result) + p.n * n_offsets * volume + p.z * area + y * line;
+      each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
+        int64_t length;
+        const A* m = moving.row_or_padding(p.z + dz, y + dy, length);
+        each_group(along_x, [&]<int K>(int64_t k) {
+          correlate<K>(f.data(), vectors, m + k, length, a.c, vectors, A(a.factor),
+                       sums.data() + k * vectors);
+        });
+        for (int64_t k = 0; k < along_x; ++k)
+          store_row(sums.data() + k * vectors, line, out + (k0 + k) * volume);
+      });
+    }
+  }
+}
+
+// d fixed(x, c) = factor * sum over o of g(x, o) M(x + o, c): a gather. Normalised maps: what is stored is
+// the gradient to the normalised map, and three sums a row: of it, of it times the normalised fixed, and of
+// the gradient to the normalised moving, which is that of a channel of ones times the sum of fixed. Bytes:
+// reads the offsets and C volumes, writes C. Arithmetic: C products and sums an offset and voxel.
+template <class T>
+void bwd_fixed(const CorrelationArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const bool normalize = a.statistics != nullptr;
+  const int64_t line = a.size[2], area = a.size[1] * line, volume = a.size[0] * area;
+  const int64_t n_offsets = offsets(a), along_x = 2 * a.radius[2] + 1, channels = a.c + normalize;
+  Ring<T> moving(a, true, 0, normalize);
+  const Map<T> fixed(a, false);
+  const int64_t vectors = moving.line.vectors;
+  std::vector<A> g(along_x * vectors), sums(channels * vectors), f(a.c * vectors);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Plane p = plane_at(a, unit);
+    moving.move_to(p.n, p.z, p.y0, p.y1);
+    for (int64_t y = p.y0; y < p.y1; ++y) {
+      const int64_t at = p.z * area + y * line;
+      const T* grad = static_cast<const T*>(a.grad) + p.n * n_offsets * volume + at;
+      std::fill(sums.begin(), sums.end(), A(0));
+      each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
+        for (int64_t k = 0; k < along_x; ++k)
+          load_row(grad + (k0 + k) * volume, line, g.data() + k * vectors);
+        int64_t length;
+        const A* m = moving.row_or_padding(p.z + dz, y + dy, length);
+        each_group(along_x, [&]<int K>(int64_t k) {
+          gather<K, 1>(g.data() + k * vectors, vectors, m + k, length, channels, vectors, sums.data());
+        });
+      });
+      for (A& s : sums) s *= A(a.factor);
+      for (int64_t c = 0; c < a.c; ++c) {
+        const int64_t to = (p.n * a.c + c) * volume + at;
+        if (normalize)
+          store_row(sums.data() + c * vectors, line, static_cast<A*>(a.grad_normalized) + to);
+        else
+          store_row(sums.data() + c * vectors, line, static_cast<T*>(a.grad_fixed) + to);
+      }
+      if (!normalize) continue;
+      fixed.read(p.n, p.z, y, f.data(), vectors);
+      double* out = a.sums + 3 * ((p.n * a.size[0] + p.z) * a.size[1] + y);
+      std::fill_n(out, 3, 0.0);
+      for (int64_t c = 0; c < a.c; ++c)
+        for (int64_t x = 0; x < line; ++x) {
+          const double s = sums[c * vectors + x], v = f[c * vectors + x];
+          out[0] += s;
+          out[1] += s * v;
+          out[2] += v * double(sums[a.c * vectors + x]);
+        }
+    }
+  }
+}
+
+// dx of a row from the gradient to the normalised x^ and x^ itself. `out` may be `gradient`.
+template <class Out, class A>
+void store_through(const ThroughStatistics& t, const A* gradient, const A* value, int64_t n, Out* out) {
+  each_x<A>(0, n, [&](auto v, int64_t x) {
+    using V = decltype(v);
+    store_as<V>(out + x, load_as<V>(gradient + x) * A(t.gradient) + A(t.constant) +
+                             load_as<V>(value + x) * A(t.value));
+  });
+}
+
+// d M(q, c) = factor * sum over o of g(q - o, o) fixed(q - o, c): a gather too. With padding "border" a voxel
+// at a face also collects what the voxels beyond it would, each from the same rows. Normalised maps: both
+// gradients go through the statistics here, that of fixed from grad_normalized.
+// Bytes: reads the offsets and C volumes, writes C. Arithmetic: C products and sums an offset and voxel.
+template <class T>
+void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  const int64_t line = a.size[2], area = a.size[1] * line, volume = a.size[0] * area;
+  const int64_t n_offsets = offsets(a), along_x = 2 * a.radius[2] + 1;
+  const int64_t extend = a.border ? a.radius[2] : 0;
+  Ring<T> fixed(a, false, extend, false);
+  const Map<T> moving(a, true);
+  const int64_t vectors = fixed.line.vectors, length = fixed.line.length, origin = fixed.line.origin;
+  std::vector<A> g(along_x * length), sums(a.c * vectors), values(a.c * vectors);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Plane p = plane_at(a, unit);
+    fixed.move_to(p.n, p.z, p.y0, p.y1);
+    const T* grad = static_cast<const T*>(a.grad) + p.n * n_offsets * volume;
+    // What voxels (z, y), perhaps beyond the image, receive.
+    const auto collect = [&](int64_t z, int64_t y) {
+      each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
+        const int64_t pz = z - dz, py = y - dy;
+        if (pz < 0 || pz >= a.size[0] || py < 0 || py >= a.size[1]) return;
+        for (int64_t k = 0; k < along_x; ++k)
+          load_row(grad + (k0 + k) * volume + pz * area + py * line, line, g.data() + k * length + origin);
+        const int64_t last = 2 * a.radius[2];
+        const A* f = fixed.row(pz, py) + last;
+        each_group(along_x, [&]<int K>(int64_t k) {
+          gather<K, -1>(g.data() + k * (length - 1) + last, length - 1, f - k, length, a.c, vectors,
+                        sums.data());
+        });
+      });
+    };
+    for (int64_t y = p.y0; y < p.y1; ++y) {
+      const int64_t at = p.z * area + y * line;
+      if (a.grad_moved) {
+        std::fill(sums.begin(), sums.end(), A(0));
+        const auto beyond = [&](int64_t i, int axis, bool upper) {
+          return a.border && i == (upper ? a.size[axis] - 1 : 0) ? a.radius[axis] : 0;
+        };
+        for (int64_t z = p.z - beyond(p.z, 0, false); z <= p.z + beyond(p.z, 0, true); ++z)
+          for (int64_t q = y - beyond(y, 1, false); q <= y + beyond(y, 1, true); ++q) collect(z, q);
+        if (a.statistics) moving.read(p.n, p.z, y, values.data(), vectors);
+      }
+      for (int64_t c = 0; c < a.c; ++c) {
+        const int64_t to = (p.n * a.c + c) * volume + at;
+        if (a.grad_moved) {
+          A* sum = sums.data() + c * vectors;
+          for (int64_t x = 0; x < extend; ++x) {
+            sum[extend] += sum[x];
+            sum[extend + line - 1] += sum[extend + line + x];
+          }
+          sum += extend;
+          for (int64_t x = 0; x < line; ++x) sum[x] *= A(a.factor);
+          if (a.statistics)
+            store_through(a.through[2 * p.n + 1], sum, values.data() + c * vectors, line, sum);
+          if (a.moving.displacement)
+            store_row(sum, line, static_cast<A*>(a.grad_moved) + to);
+          else
+            store_row(sum, line, static_cast<T*>(a.grad_moved) + to);
+        }
+        if (a.statistics && a.grad_fixed)
+          store_through(a.through[2 * p.n], static_cast<const A*>(a.grad_normalized) + to,
+                        fixed.row(p.z, y) + c * length + origin, line, static_cast<T*>(a.grad_fixed) + to);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void local_correlation_statistics(Stored type, const CorrelationArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() { statistics<T>(a, b, e); });
+}
+void local_correlation_fwd(Stored type, const CorrelationArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() { fwd<T>(a, b, e); });
+}
+void local_correlation_bwd_fixed(Stored type, const CorrelationArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() { bwd_fixed<T>(a, b, e); });
+}
+void local_correlation_bwd_moving(Stored type, const CorrelationArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() { bwd_moving<T>(a, b, e); });
+}
+
+}  // namespace fastreg::FASTREG_ISA
+
+#else
+
+#include "cpu/binding.h"
+
+namespace fastreg {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kRingBytes = 4 << 20;
+
+// The tensors of a call as the kernels read them.
+struct Call {
+  Tensor fixed, moving, displacement, statistics;  // displacement stays undefined where there is none
+  CorrelationArgs args{};
+  Stored type;
+  int64_t offsets = 1, units = 0, rows = 0;
+
+  Call(const char* op, const Tensor& given_fixed, const Tensor& given_moving, at::IntArrayRef radius,
+       const OptionalTensor& given_displacement, c10::string_view scale, c10::string_view padding) {
+    const int64_t nd = given_fixed.dim() - 2, missing = 3 - nd;
+    FASTREG_CHECK(nd == 2 || nd == 3, op, "fixed must have 2 or 3 spatial axes");
+    FASTREG_CHECK(given_fixed.sizes() == given_moving.sizes() &&
+                      given_fixed.scalar_type() == given_moving.scalar_type(),
+                  op, "fixed and moving must have one shape and dtype");
+    FASTREG_CHECK(int64_t(radius.size()) == nd, op, "radius must have a number per axis");
+    // A displacement never loses precision: fp64 displacements lift the maps to fp64.
+    const bool lift = given_displacement && given_displacement->scalar_type() == at::kDouble;
+    fixed = (lift ? given_fixed.to(at::kDouble) : given_fixed).contiguous();
+    moving = (lift ? given_moving.to(at::kDouble) : given_moving).contiguous();
+    type = stored(fixed);
+    args.nd = nd;
+    args.n = args.moving.n = fixed.size(0), args.c = args.moving.c = fixed.size(1);
+    for (int k = 0; k < 3; ++k) {
+      args.size[k] = k < missing ? 1 : fixed.size(k + nd - 1);
+      args.radius[k] = k < missing ? 0 : radius[k - missing];
+      args.moving.in[k] = args.moving.out[k] = args.size[k];
+      FASTREG_CHECK(args.radius[k] >= 0 && args.radius[k] < (1 << 15), op, "radius must be in [0, 2^15)");
+      FASTREG_CHECK(args.size[k] < (1 << 29), op, "an axis must be shorter than 2^29");
+      offsets *= 2 * args.radius[k] + 1;
+    }
+    FASTREG_CHECK(args.size[1] * args.size[2] < (int64_t(1) << 32), op,
+                  "a plane must be smaller than 2^32 voxels");
+    if (given_displacement) {
+      displacement = given_displacement->to(arithmetic_of(fixed)).contiguous();
+      FASTREG_CHECK(displacement.dim() == nd + 2 && displacement.size(0) == args.n &&
+                        displacement.size(1) == nd && displacement.sizes().slice(2) == fixed.sizes().slice(2),
+                    op, "displacement must have shape (N, nd, *spatial)");
+      args.moving.displacement = displacement.const_data_ptr();
+    }
+    args.fixed = fixed.const_data_ptr(), args.moving.image = moving.const_data_ptr();
+    const double channels = double(std::max<int64_t>(args.c, 1));
+    args.factor = scale == "mean" ? 1 / channels : scale == "sqrt" ? 1 / std::sqrt(channels) : 1.0;
+    args.border = padding == "border";
+    rows = args.n * args.size[0] * args.size[1];
+    if (empty()) return;
+    // A ring of planes that the cache holds, in enough pieces for the threads.
+    const int64_t planes = std::min(2 * args.radius[0] + 1, args.size[0]);
+    const int64_t bytes = (args.c + 1) * (args.size[2] + 4 * args.radius[2]) * 8;
+    const int64_t pieces =
+        std::max<int64_t>(1, 4 * at::get_num_threads() / std::max<int64_t>(args.n * args.size[0], 1));
+    args.tile = std::max<int64_t>(kRingBytes / (planes * bytes) - 2 * args.radius[1], 8 * args.radius[1] + 1);
+    args.tile =
+        std::clamp<int64_t>(std::min(args.tile, (args.size[1] + pieces - 1) / pieces), 1, args.size[1]);
+    units = args.n * args.size[0] * ((args.size[1] + args.tile - 1) / args.tile);
+  }
+
+  bool empty() const { return rows * args.size[2] * args.c == 0; }
+
+  template <class Kernel>
+  void run(Kernel kernel, int64_t n_units) const {
+    at::parallel_for(0, n_units, 1, [&](int64_t b, int64_t e) { kernel(type, args, b, e); });
+  }
+
+  Tensor new_map(at::ScalarType dtype) const {
+    return at::empty(fixed.sizes(), fixed.options().dtype(dtype));
+  }
+};
+
+// (N, 4): mean and deviation of fixed, of moving.
+Tensor statistics_of(Call& call) {
+  CorrelationArgs& a = call.args;
+  Tensor result = at::zeros({a.n, 4}, call.fixed.options().dtype(at::kDouble));
+  if (call.empty()) return result;
+  std::vector<double> sums(4 * call.rows);
+  a.sums = sums.data();
+  call.run(FASTREG_PICK(local_correlation_statistics), call.rows);
+  const int64_t rows = call.rows / a.n;
+  const double count = double(a.c * a.size[0] * a.size[1] * a.size[2]);
+  for (int64_t n = 0; n < a.n; ++n) {
+    double total[4] = {};
+    for (int64_t r = n * rows; r < (n + 1) * rows; ++r)
+      for (int i = 0; i < 4; ++i) total[i] += sums[4 * r + i];
+    double* out = result.mutable_data_ptr<double>() + 4 * n;
+    for (int map = 0; map < 2; ++map) {
+      const double shift = (map ? call.moving : call.fixed)[n].flatten()[0].item<double>();
+      mean_and_deviation(shift, total[2 * map], total[2 * map + 1], count, out + 2 * map);
+    }
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> local_correlation_cpu(const Tensor& fixed, const Tensor& moving,
+                                                 at::IntArrayRef radius, const OptionalTensor& displacement,
+                                                 bool normalize, c10::string_view scale,
+                                                 c10::string_view padding) {
+  Call call("local_correlation", fixed, moving, radius, displacement, scale, padding);
+  Tensor statistics = normalize ? statistics_of(call) : at::zeros({0}, fixed.options().dtype(at::kDouble));
+  if (normalize) call.args.statistics = statistics.const_data_ptr<double>();
+  auto size = call.fixed.sizes().vec();
+  size[1] = call.offsets;
+  if (call.empty()) return {at::zeros(size, fixed.options()), statistics};
+  Tensor out = at::empty(size, call.fixed.options());
+  call.args.result = out.mutable_data_ptr();
+  call.run(FASTREG_PICK(local_correlation_fwd), call.units);
+  return {out.to(fixed.scalar_type()), statistics};
+}
+
+std::tuple<Tensor, Tensor> local_correlation_bwd_cpu(const Tensor& grad, const Tensor& fixed,
+                                                     const Tensor& moving, const Tensor& statistics,
+                                                     at::IntArrayRef radius,
+                                                     const OptionalTensor& displacement, bool normalize,
+                                                     c10::string_view scale, c10::string_view padding,
+                                                     bool need_fixed, bool need_moved) {
+  const char* op = "local_correlation_bwd";
+  Call call(op, fixed, moving, radius, displacement, scale, padding);
+  CorrelationArgs& a = call.args;
+  const at::ScalarType dtype = call.fixed.scalar_type(), arithmetic = arithmetic_of(call.fixed);
+  const at::ScalarType moved_dtype = displacement ? arithmetic : dtype;
+  Tensor none = at::empty({0}, fixed.options());
+  Tensor grad_fixed = need_fixed ? call.new_map(dtype) : none;
+  Tensor grad_moved = need_moved ? call.new_map(moved_dtype) : none.to(moved_dtype);
+  if (call.empty() || !(need_fixed || need_moved))
+    return {grad_fixed.zero_().to(fixed.scalar_type()), grad_moved.zero_()};
+  Tensor g = grad.to(dtype).contiguous();
+  auto size = call.fixed.sizes().vec();
+  size[1] = call.offsets;
+  FASTREG_CHECK(g.sizes() == size, op, "grad must have the shape of the output");
+  a.grad = g.const_data_ptr();
+  a.grad_fixed = need_fixed ? grad_fixed.mutable_data_ptr() : nullptr;
+  a.grad_moved = need_moved ? grad_moved.mutable_data_ptr() : nullptr;
+
+  Tensor stats, normalized;
+  std::vector<double> sums;
+  std::vector<ThroughStatistics> through;
+  if (normalize) {
+    FASTREG_CHECK(statistics.dim() == 2 && statistics.size(0) == a.n && statistics.size(1) == 4, op,
+                  "statistics must have shape (N, 4)");
+    stats = statistics.to(at::kDouble).contiguous();
+    a.statistics = stats.const_data_ptr<double>();
+    normalized = need_fixed && dtype == arithmetic ? grad_fixed : call.new_map(arithmetic);
+    a.grad_normalized = normalized.mutable_data_ptr();
+    sums.resize(3 * call.rows);
+    a.sums = sums.data();
+  }
+  if (need_fixed || normalize) call.run(FASTREG_PICK(local_correlation_bwd_fixed), call.units);
+  if (normalize) {
+    const int64_t rows = call.rows / a.n;
+    const double count = double(a.c * a.size[0] * a.size[1] * a.size[2]);
+    for (int64_t n = 0; n < a.n; ++n) {
+      double total[3] = {};
+      for (int64_t r = n * rows; r < (n + 1) * rows; ++r)
+        for (int i = 0; i < 3; ++i) total[i] += sums[3 * r + i];
+      // Both maps meet in the same products: their sums of x^ dL/dx^ are equal.
+      for (int map = 0; map < 2; ++map)
+        through.push_back(
+            through_statistics(a.statistics + 4 * n, total[0] + total[2], 2 * total[1], count, map));
+    }
+    a.through = through.data();
+  }
+  if (need_moved || normalize) call.run(FASTREG_PICK(local_correlation_bwd_moving), call.units);
+  return {grad_fixed.to(fixed.scalar_type()), grad_moved};
+}
+
+TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("local_correlation", local_correlation_cpu);
+  m.impl("local_correlation_bwd", local_correlation_bwd_cpu);
+}
+
+}  // namespace
+}  // namespace fastreg
+
+#endif
