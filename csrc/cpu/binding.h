@@ -8,6 +8,9 @@
 #include <vector>
 
 #include "common/scalar.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define FASTREG_CHECK(condition, op, rule) TORCH_CHECK_VALUE(condition, "fastreg::", op, ": ", rule)
 
@@ -30,6 +33,19 @@ inline Stored stored(const at::Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "fastreg: tensors must be fp64, fp32, fp16 or bf16, got ", t.scalar_type());
   }
+}
+
+// Uninitialised, in pages of 2 MiB where the system grants them: in small ones, a result of several hundred
+// MB takes longer to map than to compute.
+inline at::Tensor empty_large(at::IntArrayRef size, at::TensorOptions options) {
+  at::Tensor t = at::empty(size, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
 }
 
 // (N,) from partial sums that lie sample by sample, added in order: the same bits whatever the thread count.

@@ -67,38 +67,82 @@ void store_row(const arithmetic_t<T>* in, int64_t n, T* out) {
   cover_x<A>(0, n, [&](auto v, int64_t x) { store_as(out + x, load_as<decltype(v)>(in + x)); });
 }
 
-// All channels of a row of the warped image, `length` apart. Positions are computed once for them all.
+// Positions of a block of a warp with padding "zeros", and its voxels with corners on both sides of a face
+// (or at NaN). A voxel is 0 where all its corners are outside, which many are: they cost nothing.
+template <class A, int ND>
+struct Block : Positions<A, ND> {
+  int32_t n_faces, faces[kBlock];
+
+  void locate_all(const WarpArgs& a, const Row& row, int64_t x0, int count) {
+    locate<A, ND>(a, row, x0, count, 0, a.in[3 - ND], *this);
+    n_faces = 0;
+    for (int i = 0; i < count; ++i) {
+      if (this->inside[i]) continue;
+      bool reaches = true;
+      for (int k = 0; k < ND; ++k) reaches &= this->whole[k][i] >= -1 && this->whole[k][i] < a.in[k + 3 - ND];
+      if (reaches || is_nan(*this, i)) faces[n_faces++] = i;
+    }
+  }
+};
+
+// The voxels of a block.
+template <class T, int ND, class A>
+void interpolate(const WarpArgs& a, const T* image, const Block<A, ND>& p, int count, Corners<T, ND>& corners,
+                 A* __restrict value) {
+  if (!corners.fetch(a, image, p, count)) {
+    std::fill_n(value, count, A(0));
+  } else {
+    int32_t finite = -1;
+    for (int i = 0; i < count; ++i) {
+      const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+      auto& q = corners.pair;
+      A v = lerp(lerp(load(q[0][i][0]), load(q[0][i][1]), fx), lerp(load(q[1][i][0]), load(q[1][i][1]), fx),
+                 fy);
+      if constexpr (ND == 3) {
+        const A far = lerp(lerp(load(q[2][i][0]), load(q[2][i][1]), fx),
+                           lerp(load(q[3][i][0]), load(q[3][i][1]), fx), fy);
+        v = lerp(v, far, p.fraction[0][i]);
+      }
+      v = p.inside[i] ? v : A(0);
+      value[i] = v;
+      finite &= -int32_t(v - v == A(0));
+    }
+    // Again where a corner, perhaps one of weight 0, was not finite.
+    for (int i = 0; i < count && !finite; ++i)
+      if (!(value[i] - value[i] == A(0))) value[i] = interpolate_anywhere<ND>(a, image, p, i);
+  }
+  for (int j = 0; j < p.n_faces; ++j) value[p.faces[j]] = interpolate_anywhere<ND>(a, image, p, p.faces[j]);
+}
+
+constexpr int kBlocksAtOnce = 32;  // blocks of a warp whose positions are kept
+
+// All channels of rows [y0, y1) of plane z of the warped image; rows `pitch` and channels `length` apart.
+// Positions are computed once for all channels; channel by channel the rows of the image that a few rows of
+// the result read stay in the nearest cache.
 template <class T, int ND>
-void warp_row(const WarpArgs& a, const Row& row, arithmetic_t<T>* out, int64_t length) {
+void warp_rows(const WarpArgs& a, int64_t n, int64_t z, int64_t y0, int64_t y1, arithmetic_t<T>* out,
+               int64_t pitch, int64_t length) {
   using A = arithmetic_t<T>;
-  Positions<A, ND> p;
+  std::vector<Block<A, ND>> positions(kBlocksAtOnce);
   Corners<T, ND> corners;
-  const int64_t n_in = a.in[0] * a.in[1] * a.in[2];
-  for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
-    const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
-    locate<A, ND>(a, row, x0, count, 0, a.in[3 - ND], p);
+  const int64_t n_in = a.in[0] * a.in[1] * a.in[2], line = a.out[2];
+  const int64_t per_row = (line + kBlock - 1) / kBlock, blocks = (y1 - y0) * per_row;
+  for (int64_t first = 0; first < blocks; first += kBlocksAtOnce) {
+    const int64_t end = std::min(first + kBlocksAtOnce, blocks);
+    const auto each_block = [&](auto body) {
+      for (int64_t b = first; b < end; ++b) {
+        const int64_t x0 = b % per_row * kBlock;
+        body(b / per_row, x0, int(std::min<int64_t>(kBlock, line - x0)), positions[b - first]);
+      }
+    };
+    each_block([&](int64_t row, int64_t x0, int count, Block<A, ND>& p) {
+      p.locate_all(a, {n, z, y0 + row}, x0, count);
+    });
     for (int64_t c = 0; c < a.c; ++c) {
-      const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * n_in;
-      A* __restrict value = out + c * length + x0;
-      int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
-      if (all)
-        for (int i = 0; i < count; ++i) {
-          const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-          auto& q = corners.pair;
-          const A near = lerp(lerp(load(q[0][i][0]), load(q[0][i][1]), fx),
-                              lerp(load(q[1][i][0]), load(q[1][i][1]), fx), fy);
-          A all_axes = near;
-          if constexpr (ND == 3) {
-            const A far = lerp(lerp(load(q[2][i][0]), load(q[2][i][1]), fx),
-                               lerp(load(q[3][i][0]), load(q[3][i][1]), fx), fy);
-            all_axes = lerp(near, far, p.fraction[0][i]);
-          }
-          value[i] = all_axes;
-          all &= p.inside[i] & -int32_t(all_axes - all_axes == A(0));
-        }
-      for (int i = 0; i < count && !all; ++i)
-        if (!p.inside[i] || !(value[i] - value[i] == A(0)))
-          value[i] = interpolate_anywhere<ND>(a, image, p, i);
+      const T* image = static_cast<const T*>(a.image) + (n * a.c + c) * n_in;
+      each_block([&](int64_t row, int64_t x0, int count, const Block<A, ND>& p) {
+        interpolate(a, image, p, count, corners, out + row * pitch + c * length + x0);
+      });
     }
   }
 }
@@ -119,23 +163,27 @@ class Map {
     return load(image_[n * args_.c * args_.size[0] * args_.size[1] * args_.size[2]]);
   }
 
-  // All channels of row (z, y) of sample n, `length` apart.
-  void read(int64_t n, int64_t z, int64_t y, A* out, int64_t length) const {
+  // All channels of rows [y0, y1) of plane z of sample n; rows `pitch` and channels `length` apart.
+  void read(int64_t n, int64_t z, int64_t y0, int64_t y1, A* out, int64_t pitch, int64_t length) const {
     const CorrelationArgs& a = args_;
     const int64_t line = a.size[2], volume = a.size[0] * a.size[1] * line;
     if (warped_)
-      a.nd == 3 ? warp_row<T, 3>(a.moving, {n, z, y}, out, length)
-                : warp_row<T, 2>(a.moving, {n, z, y}, out, length);
-    else
-      for (int64_t c = 0; c < a.c; ++c)
-        load_row(image_ + (n * a.c + c) * volume + (z * a.size[1] + y) * line, line, out + c * length);
-    if (!a.statistics) return;
-    const auto s = normalization<A>(a.statistics + 4 * n);
-    for (int64_t c = 0; c < a.c; ++c)
-      each_x<A>(0, line, [&](auto v, int64_t x) {
-        A* at = out + c * length + x;
-        store_as(at, normalized(s, load_as<decltype(v)>(at)));
-      });
+      a.nd == 3 ? warp_rows<T, 3>(a.moving, n, z, y0, y1, out, pitch, length)
+                : warp_rows<T, 2>(a.moving, n, z, y0, y1, out, pitch, length);
+    const auto s = a.statistics ? normalization<A>(a.statistics + 4 * n) : Normalization<A>{};
+    for (int64_t y = y0; y < y1; ++y)
+      for (int64_t c = 0; c < a.c; ++c) {
+        A* to = out + (y - y0) * pitch + c * length;
+        if (!warped_) load_row(image_ + (n * a.c + c) * volume + (z * a.size[1] + y) * line, line, to);
+        if (a.statistics)
+          each_x<A>(0, line, [&](auto v, int64_t x) {
+            store_as(to + x, normalized(s, load_as<decltype(v)>(to + x)));
+          });
+      }
+  }
+
+  void read_row(int64_t n, int64_t z, int64_t y, A* out, int64_t length) const {
+    read(n, z, y, y + 1, out, 0, length);
   }
 
  private:
@@ -171,8 +219,7 @@ class Ring {
     const int64_t end = std::min(z + a.radius[0] + 1, a.size[0]);
     if (n != n_ || y0 != y0_ || first < first_ || first > end_) end_ = first;
     n_ = n, y0_ = y0, first_ = first, low_ = std::max<int64_t>(y0 - a.radius[1], 0);
-    for (; end_ < end; ++end_)
-      for (int64_t y = low_; y < std::min(y1 + a.radius[1], a.size[1]); ++y) load(end_, y);
+    for (; end_ < end; ++end_) load(end_, std::min(y1 + a.radius[1], a.size[1]));
   }
 
   // All channels of a row inside the image.
@@ -193,16 +240,19 @@ class Ring {
   const Line line;
 
  private:
-  void load(int64_t z, int64_t y) {
-    A* to = values_.data() + (z % slots_ * rows_ + y - low_) * row_length_;
-    map.read(n_, z, y, to + line.origin, line.length);
-    if (ones_) std::fill_n(to + args_.c * line.length + line.origin, line.n, A(1));
-    if (args_.border && line.origin == args_.radius[2])
-      for (int64_t c = 0; c < args_.c + ones_; ++c) {
-        A* at = to + c * line.length;
+  // Rows [low, high) of plane z.
+  void load(int64_t z, int64_t high) {
+    const CorrelationArgs& a = args_;
+    A* plane = values_.data() + z % slots_ * rows_ * row_length_;
+    map.read(n_, z, low_, high, plane + line.origin, row_length_, line.length);
+    for (A* row = plane; row < plane + (high - low_) * row_length_; row += row_length_) {
+      if (ones_) std::fill_n(row + a.c * line.length + line.origin, line.n, A(1));
+      if (!a.border || line.origin != a.radius[2]) continue;
+      for (A* at = row; at < row + row_length_; at += line.length) {
         std::fill_n(at, line.origin, at[line.origin]);
         std::fill_n(at + line.origin + line.n, line.origin, at[line.origin + line.n - 1]);
       }
+    }
   }
 
   const CorrelationArgs& args_;
@@ -295,7 +345,7 @@ void statistics(const CorrelationArgs& a, int64_t begin, int64_t end) {
     for (const bool moving : {false, true}) {
       const Map<T> map(a, moving);
       const double shift = map.shift(n);
-      map.read(n, z, y, values.data(), line);
+      map.read_row(n, z, y, values.data(), line);
       double sum[kSums] = {}, squares[kSums] = {};
       const A* x = values.data();
       const int64_t count = a.c * line;
@@ -333,7 +383,7 @@ void fwd(const CorrelationArgs& a, int64_t begin, int64_t end) {
     const Plane p = plane_at(a, unit);
     moving.move_to(p.n, p.z, p.y0, p.y1);
     for (int64_t y = p.y0; y < p.y1; ++y) {
-      fixed.read(p.n, p.z, y, f.data(), vectors);
+      fixed.read_row(p.n, p.z, y, f.data(), vectors);
       T* out = static_cast<T*>(a.result) + p.n * n_offsets * volume + p.z * area + y * line;
       each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
         int64_t length;
@@ -388,7 +438,7 @@ void bwd_fixed(const CorrelationArgs& a, int64_t begin, int64_t end) {
           store_row(sums.data() + c * vectors, line, static_cast<T*>(a.grad_fixed) + to);
       }
       if (!normalize) continue;
-      fixed.read(p.n, p.z, y, f.data(), vectors);
+      fixed.read_row(p.n, p.z, y, f.data(), vectors);
       double* out = a.sums + 3 * ((p.n * a.size[0] + p.z) * a.size[1] + y);
       std::fill_n(out, 3, 0.0);
       for (int64_t c = 0; c < a.c; ++c)
@@ -454,7 +504,7 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
         };
         for (int64_t z = p.z - beyond(p.z, 0, false); z <= p.z + beyond(p.z, 0, true); ++z)
           for (int64_t q = y - beyond(y, 1, false); q <= y + beyond(y, 1, true); ++q) collect(z, q);
-        if (a.statistics) moving.read(p.n, p.z, y, values.data(), vectors);
+        if (a.statistics) moving.read_row(p.n, p.z, y, values.data(), vectors);
       }
       for (int64_t c = 0; c < a.c; ++c) {
         const int64_t to = (p.n * a.c + c) * volume + at;
@@ -574,7 +624,7 @@ struct Call {
   }
 
   Tensor new_map(at::ScalarType dtype) const {
-    return at::empty(fixed.sizes(), fixed.options().dtype(dtype));
+    return empty_large(fixed.sizes(), fixed.options().dtype(dtype));
   }
 };
 
@@ -611,7 +661,7 @@ std::tuple<Tensor, Tensor> local_correlation_cpu(const Tensor& fixed, const Tens
   auto size = call.fixed.sizes().vec();
   size[1] = call.offsets;
   if (call.empty()) return {at::zeros(size, fixed.options()), statistics};
-  Tensor out = at::empty(size, call.fixed.options());
+  Tensor out = empty_large(size, call.fixed.options());
   call.args.result = out.mutable_data_ptr();
   call.run(FASTREG_PICK(local_correlation_fwd), call.units);
   return {out.to(fixed.scalar_type()), statistics};
