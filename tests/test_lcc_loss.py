@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from common import DTYPES, assert_close, check_against_reference, double, layouts
 
 import fastreg
-from fastreg.ops.lcc_loss import DENOMINATORS, PADDINGS, lcc_loss_ref, lcc_map_ref
+from fastreg.ops.lcc_loss import DENOMINATORS, KERNELS, PADDINGS, lcc_loss_ref, lcc_map_ref
 
 OPTIONS = {
     "window": 5,
+    "kernel": "box",
+    "sigma": None,
     "squared": True,
     "padding": "zeros",
     "smooth_nr": 0.0,
@@ -28,13 +30,30 @@ def windows(x, window):
     return x.flatten(-nd)
 
 
+def window_weights(window, kernel, sigma, nd):
+    """(samples of the window,) in the order of `windows`."""
+    along = np.ones(window)
+    if kernel == "gaussian":
+        along = np.exp(-((np.arange(window) - window // 2) ** 2) / (2 * (sigma or window / 3) ** 2))
+    if kernel == "triangular":
+        f = max(n for n in range(1, (window + 1) // 2 + 1) if n % 2)
+        box = np.pad(np.full(f, 1 / f), (window - f) // 2)
+        along = np.convolve(box, np.full(f, 1 / f), "same")
+    product = along
+    for _ in range(nd - 1):
+        product = np.multiply.outer(product, along)
+    return torch.from_numpy(product.reshape(-1))
+
+
 def two_pass(fixed, moved, mask=None, **options):
     """-LCC averaged over channels, straight from the definition: means first, then deviations from them."""
     o = OPTIONS | options
     ones = torch.ones_like(fixed)
+    weights = window_weights(o["window"], o["kernel"], o["sigma"], fixed.dim() - 2)
     inside, k = windows(ones, o["window"]), windows(ones if mask is None else mask * ones, o["window"])
     if o["padding"] == "zeros":
         k = k + 1 - inside
+    k = k * weights
     f, m, n = windows(fixed, o["window"]), windows(moved, o["window"]), k.sum(-1, keepdim=True)
 
     def deviation(x):
@@ -42,19 +61,27 @@ def two_pass(fixed, moved, mask=None, **options):
         return x - (k * x).sum(-1, keepdim=True) / n.clamp_min(1e-300), flat
 
     (f, flat_f), (m, flat_m) = deviation(f), deviation(m)
-    skip = flat_f | flat_m | (n[..., 0] < 2)
+    few = n[..., 0] < 2 * weights.max()
+    skip = flat_f | flat_m | few
     v, w, c = (torch.where(skip, 0, (k * x).sum(-1)) for x in (f * f, m * m, f * m))
     dr = o["smooth_dr"]
     d = {"product": v * w + dr, "clamp": v.clamp_min(dr) * w.clamp_min(dr), "each": (v + dr) * (w + dr)}[
         o["denominator"]
     ]
     lcc = (c**2 + o["smooth_nr"]) / d if o["squared"] else c / d.sqrt()
-    return -torch.where(n[..., 0] < 2, 0, lcc.clamp_max(1)).mean(1, keepdim=True)
+    return -torch.where(few, 0, lcc.clamp_max(1)).mean(1, keepdim=True)
+
+
+def op_options(**options):
+    """Options in the order of the ops, the default sigma filled in."""
+    o = OPTIONS | options
+    return tuple(
+        (o | {"sigma": (o["sigma"] or o["window"] / 3) if o["kernel"] == "gaussian" else None}).values()
+    )
 
 
 def reference(**options):
-    o = OPTIONS | options
-    return lambda f, m, mask=None: lcc_map_ref(f, m, mask, *o.values())
+    return lambda f, m, mask=None: lcc_map_ref(f, m, mask, *op_options(**options))
 
 
 def ours(**options):
@@ -67,6 +94,12 @@ def pair(shape, dtype=torch.float64, noise=0.3):
     return fixed.to(dtype).requires_grad_(), moved.to(dtype).requires_grad_()
 
 
+# Kernels beside the box: the default sigma, a given one, and windows whose triangle is and is not as wide as they are.
+WEIGHTED = [
+    {"kernel": "gaussian"},
+    {"kernel": "gaussian", "sigma": 1.3},
+    {"kernel": "triangular"},
+]
 SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9), (1, 1, 9, 8, 1), (1, 1, 9, 1)]
 
 
@@ -76,10 +109,11 @@ SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9), (1
 def test_reference_is_the_definition(shape, padding, masked):
     fixed, moved = pair(shape)
     mask = (torch.rand(shape[0], 1, *shape[2:]).double() - 0.3).clamp_min(0) if masked else None
-    for denominator, squared, window in zip(
-        DENOMINATORS * 2, (True, False) * 3, (3, 5, 3, 5, 3, 5), strict=True
+    kernels = [{"kernel": "box"}] * 6 + WEIGHTED
+    for denominator, squared, window, kernel in zip(
+        DENOMINATORS * 3, (True, False, False) * 3, (3, 5, 3, 5, 3, 5, 5, 3, 7), kernels, strict=True
     ):
-        o = {
+        o = kernel | {
             "denominator": denominator,
             "squared": squared,
             "window": window,
@@ -115,7 +149,7 @@ def test_against_reference(shape, padding, masked):
             lambda f, m, o=o: ours(**o)(f, m, mask), lambda f, m, o=o: reference(**o)(f, m, mask), (f, m)
         )
         needs = (f.requires_grad, m.requires_grad)
-        truth = lcc_loss_ref(f.detach(), m.detach(), mask, *(OPTIONS | o).values(), *needs)
+        truth = lcc_loss_ref(f.detach(), m.detach(), mask, *op_options(**o), *needs)
         loss = fastreg.lcc_loss(f, m, mask=mask, reduction="sum", **(OPTIONS | o))
         assert_close(loss, truth[0].sum())
         grads = torch.autograd.grad(loss, [x for x in (f, m) if x.requires_grad])

@@ -1,9 +1,12 @@
-"""Local cross-correlation (LCC, also LNCC) over a box window: ``LCC = c^2 / (v w)`` per voxel, minimised as ``-mean``.
+"""Local cross-correlation (LCC, also LNCC) over a window: ``LCC = c^2 / (v w)`` per voxel, minimised as ``-mean``.
 
-``v``, ``w`` and ``c`` are the variance sums of fixed and moved and their covariance sum over the window, from sums shifted by
-a local reference, never ``E[x^2] - E[x]^2`` of raw values. A window whose variance is not resolved is flat and contributes 0,
-with no gradient. Gradient of a sample q: ``sum over windows p holding q of 2 dLCC/dv (f_q - f_mean_p) + dLCC/dc (m_q - m_mean_p)``.
-Avants et al. 2008; same numbers as VoxelMorph's NCC ("product", "zeros") and MONAI's LNCC ("clamp", "zeros").
+``v``, ``w`` and ``c`` are the weighted variance sums of fixed and moved and their covariance sum over the window, from sums
+shifted by a local reference, never ``E[x^2] - E[x]^2`` of raw values. A window whose variance is not resolved is flat and
+contributes 0, with no gradient. Gradient of a sample q:
+``sum over windows p holding q of k_pq (2 dLCC/dv (f_q - f_mean_p) + dLCC/dc (m_q - m_mean_p))``.
+Avants et al. 2008; same numbers as VoxelMorph's NCC ("box", "product", "zeros"), MONAI's LNCC (every kernel, "clamp", "zeros")
+and, as 1 + loss, ICON's LNCC(s) ("gaussian", sigma s, window 4 s + 1, unsquared, "each", smooth_dr 1e-5 times the weight of a
+window).
 
 The forward kernel computes the unit gradient in the same pass when an input requires one; the backward only scales it.
 """
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from fastreg import _ext
 from fastreg.ops import _check, _reduce
 
+KERNELS = ("box", "gaussian", "triangular")
 PADDINGS = ("zeros", "valid")
 DENOMINATORS = ("product", "clamp", "each")
 REDUCTIONS = ("mean", "sum", "none")
@@ -22,16 +26,20 @@ TAU = 2.0**-42
 
 
 def lcc_loss(
-    fixed, moved, window=9, *, mask=None, squared=True, padding="zeros", smooth_nr=0.0, smooth_dr=1e-5,
-    denominator="product", reduction="mean",
+    fixed, moved, window=9, *, kernel="box", sigma=None, mask=None, squared=True, padding="zeros", smooth_nr=0.0,
+    smooth_dr=1e-5, denominator="product", reduction="mean",
 ):  # fmt: skip
-    """Negative local cross-correlation of two images over a box of ``window`` voxels an axis.
+    """Negative local cross-correlation of two images over windows of ``window`` voxels an axis.
 
     Args:
         fixed, moved (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
         window (int): odd number of samples per axis; may exceed the image.
+        kernel (str): weight of the sample x voxels from the centre, multiplied over the axes. "box": 1. "gaussian":
+            ``exp(-x^2 / 2 sigma^2)``. "triangular": two boxes of f samples convolved, each of weight 1 / f, f the largest odd
+            number <= (window + 1) / 2; a window of 3 is a single sample, whose LCC is 0.
+        sigma (float, optional): of the Gaussian, in voxels; window / 3 by default.
         mask (Tensor, optional): (N, 1, *spatial), >= 0: weights samples in every sum and voxels in the mean. No gradient.
-            In units of samples: a window whose weights sum to less than 2 counts as empty.
+            A window whose weights sum to less than 2 samples at its centre counts as empty.
         squared (bool): ``c^2 / D`` in [0, 1], else ``c / sqrt(D)`` in [-1, 1].
         padding (str): "zeros": samples outside the image are 0 and count (VoxelMorph, MONAI). "valid": only samples inside the
             image count; it alone is exactly invariant to an intensity offset.
@@ -44,28 +52,36 @@ def lcc_loss(
         Differentiable once in fixed and moved; both gradients come from one pass.
 
     Raises:
-        TypeError: not floating. ValueError: shapes, devices, an even window, a mask that requires a gradient, a bad option.
+        TypeError: not floating. ValueError: shapes, devices, an even window, a sigma that is not positive or not of a Gaussian,
+            a mask that requires a gradient, a bad option.
 
     Notes:
         A window that holds a NaN or infinity is NaN, no other. With "valid", constant images give 0
         with gradient 0 (with "zeros" their faces are edges); so does an all-zero mask.
-        CPU: one pass, fp64 sums, cost independent of the window. Extra memory per thread: some 3 (both gradients: 5) times
-        ``window`` planes of fp64. A region whose offset from the rest is beyond 1e6 times its contrast counts as flat.
+        CPU: fp64 sums. "box": one pass, cost independent of the window; extra memory per thread: some 3 (both gradients: 5)
+        times ``window`` planes of fp64. Other kernels: cost proportional to the window; extra memory for gradients: 3 (both: 5)
+        volumes. A region whose offset from the rest is beyond 1e6 times its contrast counts as flat.
     """
     _check.floating("lcc_loss", fixed=fixed, moved=moved, mask=mask)
     _check.image("lcc_loss", "fixed", fixed)
     _check.same_shape("lcc_loss", "moved", moved, "fixed", fixed)
+    _check.choice("lcc_loss", "kernel", kernel, KERNELS)
     _check.choice("lcc_loss", "padding", padding, PADDINGS)
     _check.choice("lcc_loss", "denominator", denominator, DENOMINATORS)
     _check.choice("lcc_loss", "reduction", reduction, REDUCTIONS)
     window = _check.odd_window("lcc_loss", window)
+    if kernel == "gaussian":
+        sigma = window / 3 if sigma is None else sigma
+        (sigma,) = _check.per_axis("lcc_loss", "sigma", sigma, 1, strict=True)
+    elif sigma is not None:
+        _check.fail("lcc_loss", "sigma", f"be None for kernel {kernel!r}", sigma)
     (smooth_nr,) = _check.per_axis("lcc_loss", "smooth_nr", smooth_nr, 1)
     (smooth_dr,) = _check.per_axis("lcc_loss", "smooth_dr", smooth_dr, 1)
     _check.mask("lcc_loss", mask, fixed)
     if fixed.dtype != moved.dtype:
         dtype = torch.promote_types(fixed.dtype, moved.dtype)
         fixed, moved = fixed.to(dtype), moved.to(dtype)
-    options = (window, bool(squared), padding, smooth_nr, smooth_dr, denominator)
+    options = (window, kernel, sigma, bool(squared), padding, smooth_nr, smooth_dr, denominator)
     if reduction == "none":
         return torch.ops.fastreg.lcc_map(fixed, moved, mask, *options)
     need = (_check.needs_grad(fixed), _check.needs_grad(moved))
@@ -73,15 +89,42 @@ def lcc_loss(
     return total if reduction == "sum" else _reduce.mean_of(total, fixed, mask)
 
 
-def _box(x, radius):
-    """Sum over a window, axis by axis, zeros outside. Never subtractive."""
-    nd, pool = x.dim() - 2, (F.avg_pool2d, F.avg_pool3d)[x.dim() - 4]
+def _taps(window, kernel, sigma):
+    """Weights of a window along one axis, fp64, without those that are 0 at its ends."""
+    if kernel == "box":
+        return torch.ones(window, dtype=torch.float64)
+    if kernel == "gaussian":
+        x = torch.arange(window, dtype=torch.float64) - window // 2
+        taps = torch.exp(-0.5 * (x / sigma) ** 2)
+        return taps[taps > 0]
+    f = (window + 1) // 2
+    f -= f % 2 == 0
+    return (f - (torch.arange(2 * f - 1, dtype=torch.float64) - (f - 1)).abs()) / f**2
+
+
+def _sum(x, taps):
+    """Weighted sums over the windows, axis by axis, zeros outside. Never subtractive."""
+    nd, convolve = x.dim() - 2, (F.conv2d, F.conv3d)[x.dim() - 4]
+    shape, x = x.shape, x.flatten(0, 1).unsqueeze(1)
     for axis in range(nd):
-        kernel, pad = [1] * nd, [0] * 2 * nd
-        kernel[axis] = 2 * radius + 1
-        pad[2 * (nd - 1 - axis)] = pad[2 * (nd - 1 - axis) + 1] = radius
-        x = pool(F.pad(x, pad), kernel, 1, divisor_override=1)
-    return x
+        along = [len(taps) if k == axis else 1 for k in range(nd)]
+        x = convolve(x, taps.to(x).view(1, 1, *along), padding=[k // 2 for k in along])
+    return x.view(shape)
+
+
+def _outside(spatial, taps):
+    """(*spatial): weight of the padded samples of each window. A sum of positive terms: exactly 0 where there are none."""
+    radius, total = len(taps) // 2, float(taps.sum())
+    outside = torch.zeros((), dtype=torch.float64)
+    inside = torch.ones((), dtype=torch.float64)
+    for n in spatial:
+        # Offsets of a window's samples against the axis: (n, samples of the window).
+        at = torch.arange(n).view(-1, 1) + torch.arange(-radius, radius + 1)
+        beyond = ((at < 0) | (at >= n)) * taps
+        within = ((at >= 0) & (at < n)) * taps
+        outside = outside[..., None] * total + inside[..., None] * beyond.sum(1)
+        inside = inside[..., None] * within.sum(1)
+    return outside
 
 
 def _tiles(spatial):
@@ -90,8 +133,8 @@ def _tiles(spatial):
         yield [(s, min(s + TILE, n)) for s, n in zip(start, spatial, strict=True)]
 
 
-def _lcc_tile(fixed, moved, mask, outside, radius, squared, smooth_nr, smooth_dr, denominator):
-    """LCC of every window of a tile with its halo; `outside` counts the padded samples of each window."""
+def _lcc_tile(fixed, moved, mask, outside, taps, squared, smooth_nr, smooth_dr, denominator):
+    """LCC of every window of a tile with its halo; `outside` is the weight of the padded samples of each window."""
     dims = tuple(range(2, fixed.dim()))
     bad = ~(fixed.detach().isfinite() & moved.detach().isfinite()) & (mask > 0)
     keep = (mask > 0) & ~bad
@@ -103,13 +146,13 @@ def _lcc_tile(fixed, moved, mask, outside, radius, squared, smooth_nr, smooth_dr
         return torch.where(keep, x - c, 0), c
 
     (f, cf), (m, cm) = shifted(fixed), shifted(moved)
-    n = _box(weight.expand_as(f), radius) + outside
-    s1, t1 = _box(weight * f, radius) - outside * cf, _box(weight * m, radius) - outside * cm
-    s2, t2 = _box(weight * f * f, radius) + outside * cf**2, _box(weight * m * m, radius) + outside * cm**2
-    st = _box(weight * f * m, radius) + outside * cf * cm
+    n = _sum(weight.expand_as(f), taps) + outside
+    s1, t1 = _sum(weight * f, taps) - outside * cf, _sum(weight * m, taps) - outside * cm
+    s2, t2 = _sum(weight * f * f, taps) + outside * cf**2, _sum(weight * m * m, taps) + outside * cm**2
+    st = _sum(weight * f * m, taps) + outside * cf * cm
     per_n = torch.where(n > 0, 1 / n.clamp_min(torch.finfo(n.dtype).tiny), 0)
     v, w, c = s2 - s1**2 * per_n, t2 - t1**2 * per_n, st - s1 * t1 * per_n
-    counted = n >= 2
+    counted = n >= 2 * float(taps.max()) ** len(dims)
     resolved = (v.detach() > TAU * s2.detach()) & (w.detach() > TAU * t2.detach()) & counted
     v, w, c = (torch.where(resolved, x, 0) for x in (v, w, c))
     if denominator == "product":
@@ -122,26 +165,23 @@ def _lcc_tile(fixed, moved, mask, outside, radius, squared, smooth_nr, smooth_dr
     d = torch.where(positive, d, 1)
     lcc = (c**2 + smooth_nr) / d if squared else c / d.sqrt()
     lcc = torch.where(positive & counted, lcc.clamp_max(1), 0)
-    return torch.where(_box(bad.to(f.dtype), radius) > 0, float("nan"), lcc)
+    return torch.where(_sum(bad.to(f.dtype), (taps > 0).double()) > 0, float("nan"), lcc)
 
 
-def _lcc(fixed, moved, mask, window, squared, padding, smooth_nr, smooth_dr, denominator):
+def _lcc(fixed, moved, mask, window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator):
     """LCC per channel, (N, C, *spatial), in fp64 tile by tile."""
-    spatial, radius = fixed.shape[2:], window // 2
+    taps = _taps(window, kernel, sigma).to(fixed.device)
+    spatial, radius = fixed.shape[2:], len(taps) // 2
     f, m = fixed.double(), moved.double()
     mask = torch.ones_like(f[:, :1]) if mask is None else mask.double()
-    whole = (
-        float(window ** len(spatial)) - _box(torch.ones_like(f[:1, :1]), radius)
-        if padding == "zeros"
-        else None
-    )
+    whole = _outside(spatial, taps.cpu()).to(fixed.device) if padding == "zeros" else None
     out = torch.zeros_like(f)
     for tile in _tiles(spatial):
         near = [(max(lo - radius, 0), min(hi + radius, n)) for (lo, hi), n in zip(tile, spatial, strict=True)]
         region = (..., *[slice(*s) for s in near])
-        outside = whole[region] if padding == "zeros" else torch.zeros_like(f[:1, :1][region])
+        outside = whole[region] if padding == "zeros" else torch.zeros_like(f[0, 0][region])
         lcc = _lcc_tile(
-            f[region], m[region], mask[region], outside, radius, squared, smooth_nr, smooth_dr, denominator
+            f[region], m[region], mask[region], outside, taps, squared, smooth_nr, smooth_dr, denominator
         )
         inner = (..., *[slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(tile, near, strict=True)])
         out[(..., *[slice(*s) for s in tile])] = lcc[inner]
@@ -202,7 +242,7 @@ def _loss_fake(fixed, moved, mask, *options_and_needs):
     )
 
 
-_OPTIONS = "int window, bool squared, str padding, float smooth_nr, float smooth_dr, str denominator"
+_OPTIONS = "int window, str kernel, float? sigma, bool squared, str padding, float smooth_nr, float smooth_dr, str denominator"
 _IMAGES = f"Tensor fixed, Tensor moved, Tensor? mask, {_OPTIONS}"
 _NEEDS = "bool need_fixed, bool need_moved"
 _ext.define(f"lcc_loss({_IMAGES}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", lcc_loss_ref, _loss_fake)
@@ -229,7 +269,7 @@ def _loss_backward(ctx, grad, grad_unit_fixed, grad_unit_moved):
                     "fastreg::lcc_loss: call it with need_fixed / need_moved set for what requires a gradient"
                 )
             grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 11)
 
 
 def _map_setup(ctx, inputs, output):
@@ -240,7 +280,7 @@ def _map_setup(ctx, inputs, output):
 def _map_backward(ctx, grad):
     need = ctx.needs_input_grad[:2]
     grads = torch.ops.fastreg.lcc_map_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
-    return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 7)
+    return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 9)
 
 
 _ext.autograd("lcc_loss", _loss_setup, _loss_backward)
