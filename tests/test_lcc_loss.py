@@ -94,12 +94,7 @@ def pair(shape, dtype=torch.float64, noise=0.3):
     return fixed.to(dtype).requires_grad_(), moved.to(dtype).requires_grad_()
 
 
-# Kernels beside the box: the default sigma, a given one, and windows whose triangle is and is not as wide as they are.
-WEIGHTED = [
-    {"kernel": "gaussian"},
-    {"kernel": "gaussian", "sigma": 1.3},
-    {"kernel": "triangular"},
-]
+WEIGHTED = [{"kernel": "gaussian"}, {"kernel": "gaussian", "sigma": 1.3}, {"kernel": "triangular"}]
 SHAPES = [(2, 2, 7, 9, 8), (1, 1, 3, 5, 21), (2, 1, 11, 13), (1, 1, 1, 1, 9), (1, 1, 9, 8, 1), (1, 1, 9, 1)]
 
 
@@ -135,16 +130,23 @@ def test_against_reference(shape, padding, masked):
     """Every option, each gradient alone and both, maps and sums; shapes beyond one chunk of planes and one reseed of rows."""
     fixed, moved = pair(shape)
     mask = (torch.rand(shape[0], 1, *shape[2:]).double() - 0.3).clamp_min(0) if masked else None
-    options = zip(DENOMINATORS * 2, (True, False, False, True, False, True), (3, 9, 21, 9, 3, 5), strict=True)
-    for i, (denominator, squared, window) in enumerate(options):
-        o = {
+    kernels = [{"kernel": "box"}] * 6 + WEIGHTED * 2
+    options = zip(
+        DENOMINATORS * 4,
+        (True, False, False, True, False, True) * 2,
+        (3, 9, 21, 9, 3, 5) * 2,
+        kernels,
+        strict=True,
+    )
+    for i, (denominator, squared, window, kernel) in enumerate(options):
+        o = kernel | {
             "denominator": denominator,
             "squared": squared,
             "window": window,
             "padding": padding,
             "smooth_nr": 1e-4,
         }
-        f, m = ((fixed, moved), (fixed.detach(), moved), (fixed, moved.detach()))[i % 3]
+        f, m = ((fixed, moved), (fixed.detach(), moved), (fixed, moved.detach()))[(i + i // 6) % 3]
         check_against_reference(
             lambda f, m, o=o: ours(**o)(f, m, mask), lambda f, m, o=o: reference(**o)(f, m, mask), (f, m)
         )
@@ -161,17 +163,19 @@ def test_against_reference(shape, padding, masked):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_dtypes(dtype, padding):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dtypes(dtype, padding, kernel):
     fixed, moved = pair((2, 2, 9, 11, 20), dtype)
-    out = ours(padding=padding)(fixed, moved)
+    o = {"padding": padding, "kernel": kernel}
+    out = ours(**o)(fixed, moved)
     assert out.dtype == torch.float32
-    assert_close(out, two_pass(double(fixed), double(moved), padding=padding))
+    assert_close(out, two_pass(double(fixed), double(moved), **o))
     truth = [double(fixed), double(moved)]
     for reduction, expected in (
-        ("mean", two_pass(*truth, padding=padding).mean()),
-        ("sum", 2 * two_pass(*truth, padding=padding).sum()),
+        ("mean", two_pass(*truth, **o).mean()),
+        ("sum", 2 * two_pass(*truth, **o).sum()),
     ):
-        loss = fastreg.lcc_loss(fixed, moved, 5, padding=padding, reduction=reduction)
+        loss = fastreg.lcc_loss(fixed, moved, 5, reduction=reduction, **o)
         assert loss.dtype == torch.float32
         assert_close(loss, expected)
         grads = torch.autograd.grad(loss * 1024, (fixed, moved))
@@ -193,10 +197,11 @@ SCALES = {
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("axis", "flat_last"), HALVES)
-def test_half_flat_volumes(axis, flat_last, scale):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_half_flat_volumes(axis, flat_last, scale, kernel):
     """fp32 against the two-pass truth where half the volume is exactly flat, before or after the texture along each axis."""
     factor, offset = SCALES[scale]
-    n = 20
+    n = 16
     position = torch.arange(n).view([-1 if k == axis else 1 for k in range(3)])
     textured = (position < n // 2 if flat_last else position >= n // 2).expand(1, 1, n, n, n)
     texture = torch.rand(1, 1, n, n, n)
@@ -206,15 +211,16 @@ def test_half_flat_volumes(axis, flat_last, scale):
     truth_inputs = double(fixed), double(moved)
     window = 7
     for padding in PADDINGS:
-        truth = two_pass(*truth_inputs, window=window, padding=padding)
-        out = ours(window=window, padding=padding)(fixed, moved)
+        o = {"window": window, "kernel": kernel, "padding": padding}
+        truth = two_pass(*truth_inputs, **o)
+        out = ours(**o)(fixed, moved)
         assert (out - truth).abs().max() < 1e-5
         box = windows(textured.double(), window).sum(-1)
         whole = windows(torch.ones_like(texture), window).sum(-1) == window**3
         flat = (box == 0) & (whole | (padding == "valid"))
         assert flat.any()
         assert out[flat].abs().max() < 1e-6
-        loss = fastreg.lcc_loss(fixed, moved, window, padding=padding)
+        loss = fastreg.lcc_loss(fixed, moved, **o)
         assert abs(loss.item() - truth.mean().item()) < 1e-5
         for grad, expected in zip(
             torch.autograd.grad(loss, (fixed, moved)),
@@ -227,32 +233,34 @@ def test_half_flat_volumes(axis, flat_last, scale):
             assert grad[untouched].abs().max() <= 1e-9 * grad.abs().max() if untouched.any() else True
 
 
-def test_offset_does_not_change_valid():
-    fixed, moved = (x.detach().float() for x in pair((1, 1, 20, 18, 40)))
-    plain = fastreg.lcc_loss(fixed.double(), moved.double(), padding="valid")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_offset_does_not_change_valid(kernel):
+    fixed, moved = (x.detach().float() for x in pair((1, 1, 14, 12, 40)))
+    o = {"window": 7, "kernel": kernel, "padding": "valid"}
+    plain = fastreg.lcc_loss(fixed.double(), moved.double(), **o)
     for offset in (1.0, 2.0**10, 2.0**20):
         # Offsets by powers of two: rounding the images is then the only change, and the truth sees it too.
         f, m = fixed + offset, moved + offset
         assert_close(
-            fastreg.lcc_loss(f, m, padding="valid", reduction="none"),
-            two_pass(f.double(), m.double(), window=9, padding="valid"),
-            floor=1,
+            fastreg.lcc_loss(f, m, reduction="none", **o), two_pass(f.double(), m.double(), **o), floor=1
         )
         if offset <= 2.0**10:
-            assert abs(fastreg.lcc_loss(f, m, padding="valid") - plain) < 1e-4
+            assert abs(fastreg.lcc_loss(f, m, **o) - plain) < 1e-4
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_non_finite_stays_in_its_windows(padding, bad, masked):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_non_finite_stays_in_its_windows(padding, bad, masked, kernel):
+    o = {"window": 5, "padding": padding, "kernel": kernel}
     fixed, moved = (x.detach().float() for x in pair((2, 1, 40, 20, 30)))
     mask = torch.rand(2, 1, 40, 20, 30) + 0.1 if masked else None
     f = fixed.clone()
     f[0, 0, 17, 9, 20] = bad
     f.requires_grad_()
     clean_f = fixed.clone().requires_grad_()
-    out, clean = ours(padding=padding)(f, moved, mask), ours(padding=padding)(clean_f, moved, mask)
+    out, clean = ours(**o)(f, moved, mask), ours(**o)(clean_f, moved, mask)
     expected = torch.zeros_like(out, dtype=torch.bool)
     expected[0, 0, 15:20, 7:12, 18:23] = True
     assert torch.equal(out.isnan(), expected)
@@ -264,31 +272,34 @@ def test_non_finite_stays_in_its_windows(padding, bad, masked):
     assert not grad[~touched].isnan().any()
     (clean_grad,) = torch.autograd.grad(clean.sum(), clean_f)
     assert_close(grad[~touched], clean_grad[~touched].double(), floor=0.1)
-    assert fastreg.lcc_loss(f, moved, 5, mask=mask, padding=padding).isnan()
+    assert fastreg.lcc_loss(f, moved, mask=mask, **o).isnan()
 
 
-def test_mask_excludes():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_mask_excludes(kernel):
     fixed, moved = pair((1, 2, 12, 10, 14))
     ones = torch.ones(1, 1, 12, 10, 14)
     for padding in PADDINGS:
-        plain = fastreg.lcc_loss(fixed, moved, 5, padding=padding)
-        assert_close(fastreg.lcc_loss(fixed, moved, 5, mask=ones, padding=padding), plain)
+        plain = fastreg.lcc_loss(fixed, moved, 5, kernel=kernel, padding=padding)
+        assert_close(fastreg.lcc_loss(fixed, moved, 5, kernel=kernel, mask=ones, padding=padding), plain)
     # With valid padding a mask that cuts is a crop, and what it hides is not looked at.
     mask = ones.clone()
     mask[..., 8:] = 0
     spoiled = moved.detach().clone()
     spoiled[..., 8:] = float("nan")
     spoiled.requires_grad_()
-    loss = fastreg.lcc_loss(fixed, spoiled, 5, mask=mask, padding="valid")
-    assert_close(loss, fastreg.lcc_loss(fixed[..., :8], moved[..., :8], 5, padding="valid"))
+    loss = fastreg.lcc_loss(fixed, spoiled, 5, kernel=kernel, mask=mask, padding="valid")
+    assert_close(loss, fastreg.lcc_loss(fixed[..., :8], moved[..., :8], 5, kernel=kernel, padding="valid"))
     (grad,) = torch.autograd.grad(loss, spoiled)
     assert grad[..., 8:].abs().max() == 0
     crop = moved.detach()[..., :8].requires_grad_()
     assert_close(
         grad[..., :8],
-        torch.autograd.grad(fastreg.lcc_loss(fixed[..., :8], crop, 5, padding="valid"), crop)[0],
+        torch.autograd.grad(fastreg.lcc_loss(fixed[..., :8], crop, 5, kernel=kernel, padding="valid"), crop)[
+            0
+        ],
     )
-    zero = fastreg.lcc_loss(fixed, moved, 5, mask=torch.zeros_like(ones))
+    zero = fastreg.lcc_loss(fixed, moved, 5, kernel=kernel, mask=torch.zeros_like(ones))
     assert zero == 0
     assert all(g.eq(0).all() for g in torch.autograd.grad(zero, (fixed, moved)))
 
@@ -298,9 +309,9 @@ def test_mask_excludes():
 def test_constant_images(dtype, value):
     texture = torch.rand(1, 1, 9, 10, 11).to(dtype).requires_grad_()
     constant = torch.full((1, 1, 9, 10, 11), value, dtype=dtype, requires_grad=True)
-    for denominator in DENOMINATORS:
+    for denominator, kernel in itertools.product(DENOMINATORS, KERNELS):
         for f, m in ((constant, texture), (texture, constant), (constant, constant)):
-            loss = fastreg.lcc_loss(f, m, padding="valid", denominator=denominator)
+            loss = fastreg.lcc_loss(f, m, kernel=kernel, padding="valid", denominator=denominator)
             assert abs(loss) < 1e-6
             for grad in torch.autograd.grad(loss, {f, m}):
                 assert grad.eq(0).all()
@@ -308,8 +319,9 @@ def test_constant_images(dtype, value):
 
 def test_identical_images_reach_one():
     image = torch.rand(1, 1, 12, 12, 12)
-    for denominator, squared in itertools.product(DENOMINATORS, (True, False)):
-        out = fastreg.lcc_loss(image, image, denominator=denominator, squared=squared, reduction="none")
+    for denominator, squared, kernel in itertools.product(DENOMINATORS, (True, False), KERNELS):
+        o = {"kernel": kernel, "denominator": denominator, "squared": squared, "smooth_dr": 1e-8}
+        out = fastreg.lcc_loss(image, image, reduction="none", **o)
         assert (out >= -1).all()
         assert out.mean() < -0.999
 
@@ -323,11 +335,30 @@ def test_smooth_nr_in_flat_windows():
 
 def test_window_one_and_windows_beyond_the_image():
     fixed, moved = pair((1, 1, 4, 5, 6))
-    for padding in PADDINGS:
-        assert fastreg.lcc_loss(fixed, moved, 1, padding=padding) == 0
-    for window in (11, 31):
+    for padding, kernel in itertools.product(PADDINGS, KERNELS):
+        assert fastreg.lcc_loss(fixed, moved, 1, kernel=kernel, padding=padding) == 0
+        for window in (11, 31) if kernel == "box" else (13,):
+            o = {"window": window, "padding": padding, "kernel": kernel}
+            check_against_reference(ours(**o), lambda f, m, o=o: two_pass(f, m, **o), (fixed, moved), 1e-8)
+
+
+def test_a_single_sample_has_no_correlation():
+    """A triangle of window 3 and a Gaussian that has left its neighbours; its weights underflow to 0."""
+    fixed, moved = pair((1, 1, 4, 5, 6))
+    for o in (
+        {"kernel": "triangular"},
+        {"kernel": "gaussian", "sigma": 0.3},
+        {"kernel": "gaussian", "sigma": 1e-3},
+    ):
         for padding in PADDINGS:
-            check_against_reference(ours(window=window, padding=padding), lambda f, m, w=window, p=padding: two_pass(f, m, window=w, padding=p), (fixed, moved), 1e-8)  # fmt: skip
+            loss = fastreg.lcc_loss(fixed, moved, 3, padding=padding, **o)
+            assert loss == 0
+            assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (fixed, moved)))
+    # The sample of weight 0 is not in the window.
+    spoiled = fixed.detach().clone()
+    spoiled[0, 0, 1, 1, 1] = float("nan")
+    out = fastreg.lcc_loss(spoiled, moved, 3, kernel="gaussian", sigma=1e-3, reduction="none")
+    assert out.isnan().sum() == 1
 
 
 def test_same_numbers_as_the_dense_convolution():
@@ -343,13 +374,45 @@ def test_same_numbers_as_the_dense_convolution():
     assert_close(fastreg.lcc_loss(fixed, moved), expected)
 
 
-def test_same_numbers_as_monai():
+@pytest.mark.parametrize(
+    ("kernel", "theirs"), [("box", "rectangular"), ("gaussian", "gaussian"), ("triangular", "triangular")]
+)
+def test_same_numbers_as_monai(kernel, theirs):
     losses = pytest.importorskip("monai.losses")
-    fixed, moved = (x.detach() for x in pair((2, 3, 12, 13, 14)))
-    theirs = losses.LocalNormalizedCrossCorrelationLoss(spatial_dims=3, kernel_size=7, smooth_dr=1e-5)(
-        moved, fixed
-    )
-    assert_close(fastreg.lcc_loss(fixed, moved, 7, denominator="clamp"), theirs, 1e-6)
+    for shape, window in (((2, 3, 12, 13, 14), 7), ((2, 1, 24, 25), 9)):
+        fixed, moved = (x.detach() for x in pair(shape))
+        loss = losses.LocalNormalizedCrossCorrelationLoss(
+            len(shape) - 2, kernel_size=window, kernel_type=theirs, smooth_dr=1e-5
+        )
+        ours = fastreg.lcc_loss(fixed, moved, window, kernel=kernel, denominator="clamp")
+        assert_close(ours, loss(moved, fixed), 1e-6)
+
+
+def test_same_numbers_as_icon():
+    """ICON's LNCC(sigma): local means by a normalised Gaussian of 4 sigma + 1 samples, zeros outside, unsquared."""
+    sigma, window = 2, 9
+    fixed, moved = pair((1, 1, 14, 15, 16))
+    x = torch.arange(window, dtype=torch.float64) - window // 2
+    taps = torch.exp(-(x**2) / (2 * sigma**2))
+
+    def blur(image):
+        for axis in range(3):
+            shape = [window if k == axis else 1 for k in range(3)]
+            image = F.conv3d(image, (taps / taps.sum()).view(1, 1, *shape), padding=[k // 2 for k in shape])
+        return image
+
+    def variance(a):
+        return (blur(a * a) - blur(a) ** 2).relu() + 1e-5
+
+    covariance = blur(fixed * moved) - blur(fixed) * blur(moved)
+    theirs = 1 - (covariance / (variance(fixed) * variance(moved)).sqrt()).mean()
+    o = {"kernel": "gaussian", "sigma": sigma, "squared": False, "denominator": "each"}
+    ours = 1 + fastreg.lcc_loss(fixed, moved, window, smooth_dr=1e-5 * taps.sum().item() ** 3, **o)
+    assert_close(ours, theirs)
+    for grad, expected in zip(
+        torch.autograd.grad(ours, (fixed, moved)), torch.autograd.grad(theirs, (fixed, moved)), strict=True
+    ):
+        assert_close(grad, expected, 1e-7)
 
 
 def test_gradcheck():
@@ -357,23 +420,41 @@ def test_gradcheck():
         ((1, 2, 3, 4, 3), "zeros", None),
         ((2, 1, 4, 3), "valid", torch.rand(2, 1, 4, 3).double()),
     ):
-        for squared, denominator in itertools.product((True, False), DENOMINATORS):
+        for squared, denominator, kernel in itertools.product((True, False), DENOMINATORS, KERNELS):
             for reduction in ("mean", "none"):
+                o = {"squared": squared, "denominator": denominator, "reduction": reduction, "kernel": kernel}
                 assert torch.autograd.gradcheck(
-                    lambda f, m, o=(squared, denominator, reduction), p=padding, k=mask: fastreg.lcc_loss(
-                        f, m, 3, padding=p, mask=k, squared=o[0], denominator=o[1], reduction=o[2], smooth_dr=1e-2
+                    lambda f, m, o=o, p=padding, k=mask: fastreg.lcc_loss(
+                        f, m, 5, padding=p, mask=k, smooth_dr=1e-2, **o
                     ),
                     pair(shape), fast_mode=True,
                 )  # fmt: skip
 
 
-def test_layouts_and_repeats():
+@pytest.mark.parametrize("kernel", ["gaussian", "triangular"])
+def test_threads_do_not_change_weighted_windows(kernel):
+    fixed, moved = pair((1, 2, 70, 9, 23), torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = fastreg.lcc_loss(fixed, moved, 7, kernel=kernel)
+            results.append((loss, *torch.autograd.grad(loss, (fixed, moved))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layouts_and_repeats(kernel):
     fixed, moved = (x.detach().float() for x in pair((2, 2, 6, 7, 9)))
     mask = torch.rand(2, 1, 6, 7, 9)
-    expected = fastreg.lcc_loss(fixed, moved, 5, mask=mask)
+    expected = fastreg.lcc_loss(fixed, moved, 5, kernel=kernel, mask=mask)
     for name in layouts(fixed):
         f, m = layouts(fixed)[name].requires_grad_(), layouts(moved)[name].requires_grad_()
-        loss = fastreg.lcc_loss(f, m, 5, mask=layouts(mask)[name])
+        loss = fastreg.lcc_loss(f, m, 5, kernel=kernel, mask=layouts(mask)[name])
         assert_close(loss, expected.double(), 1e-6)
         first = torch.autograd.grad(loss, (f, m), retain_graph=True)
         again = torch.autograd.grad(2 * loss, (f, m))
@@ -394,8 +475,8 @@ def test_mixed_dtypes_are_promoted():
 def test_opcheck():
     fixed, moved = pair((2, 1, 4, 5, 6), torch.float32)
     mask = torch.rand(2, 1, 4, 5, 6)
-    options = tuple(OPTIONS.values())
-    for m in (None, mask):
+    for m, kernel in ((None, "box"), (mask, "gaussian"), (None, "triangular")):
+        options = op_options(kernel=kernel)
         torch.library.opcheck(torch.ops.fastreg.lcc_map.default, (fixed, moved, m, *options))
         torch.library.opcheck(torch.ops.fastreg.lcc_map_bwd.default, (torch.rand_like(mask), fixed.detach(), moved.detach(), m, *options, True, False))  # fmt: skip
         torch.library.opcheck(
@@ -408,7 +489,9 @@ def test_opcheck():
 def test_compile():
     def step(fixed, moved):
         return (
-            fastreg.lcc_loss(fixed, moved * 2, 5) + fastreg.lcc_loss(fixed, moved, 3, reduction="none").mean()
+            fastreg.lcc_loss(fixed, moved * 2, 5)
+            + fastreg.lcc_loss(fixed, moved, 3, reduction="none").mean()
+            + fastreg.lcc_loss(fixed, moved, 5, kernel="gaussian", sigma=1.5)
         )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
@@ -424,10 +507,10 @@ def test_compile():
 
 def test_vmap():
     fixed, moved = (x.detach() for x in pair((3, 2, 1, 6, 7)))
-    for reduction in ("mean", "none"):
+    for reduction, kernel in (("mean", "box"), ("none", "box"), ("mean", "gaussian"), ("none", "triangular")):
 
-        def loss(f, m, r=reduction):
-            return fastreg.lcc_loss(f, m, 5, reduction=r)
+        def loss(f, m, r=reduction, k=kernel):
+            return fastreg.lcc_loss(f, m, 5, reduction=r, kernel=k)
 
         expected = torch.stack([loss(f, m) for f, m in zip(fixed, moved, strict=True)])
         assert_close(torch.vmap(loss)(fixed, moved), expected, 1e-12)
@@ -437,10 +520,10 @@ def test_vmap():
 
 def test_vmap_passes_gradients():
     fixed, moved = pair((3, 1, 1, 6, 7))
-    for reduction in ("mean", "none"):
+    for reduction, kernel in (("mean", "box"), ("none", "box"), ("mean", "gaussian"), ("none", "triangular")):
 
-        def loss(f, m, r=reduction):
-            return fastreg.lcc_loss(f, m, 5, reduction=r)
+        def loss(f, m, r=reduction, k=kernel):
+            return fastreg.lcc_loss(f, m, 5, reduction=r, kernel=k)
 
         grads = torch.autograd.grad(torch.vmap(loss)(fixed, moved).sum(), (fixed, moved))
         expected = torch.autograd.grad(
@@ -478,12 +561,13 @@ def test_double_backward_raises():
             torch.autograd.grad(grad.sum(), moved)
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_empty_batch(kernel):
     fixed = torch.zeros(0, 1, 4, 5, 6, requires_grad=True)
-    assert fastreg.lcc_loss(fixed, fixed.detach(), reduction="sum") == 0
-    assert fastreg.lcc_loss(fixed, fixed.detach(), reduction="none").shape == (0, 1, 4, 5, 6)
-    assert fastreg.lcc_loss(fixed, fixed.detach()).isnan()  # as torch's mean over nothing
-    loss = fastreg.lcc_loss(fixed, fixed.detach(), reduction="sum")
+    assert fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel, reduction="sum") == 0
+    assert fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel, reduction="none").shape == (0, 1, 4, 5, 6)
+    assert fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel).isnan()  # as torch's mean over nothing
+    loss = fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel, reduction="sum")
     assert torch.autograd.grad(loss, fixed)[0].shape == fixed.shape
 
 
@@ -501,6 +585,14 @@ def test_empty_batch():
         (ValueError, "padding must be 'zeros' or 'valid', got ", {"padding": np.array(["zeros", "valid"])}),
         (TypeError, "smooth_dr must be a number", {"smooth_dr": "1"}),
         (ValueError, "padding must be 'zeros' or 'valid', got 'border'", {"padding": "border"}),
+        (ValueError, "kernel must be 'box' or 'gaussian' or 'triangular', got 'rectangular'", {"kernel": "rectangular"}),
+        (ValueError, "window must be odd and positive, got 6", {"kernel": "triangular", "window": 6}),
+        (ValueError, "sigma must be a number > 0, or one per axis .*, got 0", {"kernel": "gaussian", "sigma": 0}),
+        (ValueError, "sigma must be a number > 0, or one per axis .*, got -2.0", {"kernel": "gaussian", "sigma": -2.0}),
+        (ValueError, "sigma must be a number > 0, or one per axis .*, got nan", {"kernel": "gaussian", "sigma": float("nan")}),
+        (TypeError, "sigma must be a number", {"kernel": "gaussian", "sigma": "2"}),
+        (ValueError, "sigma must be None for kernel 'box', got 2.0", {"sigma": 2.0}),
+        (ValueError, "sigma must be None for kernel 'triangular', got 2.0", {"kernel": "triangular", "sigma": 2.0}),
         (ValueError, "denominator must be", {"denominator": "sum"}),
         (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
         (ValueError, "smooth_dr must be a number >= 0, or one per axis .*, got -1", {"smooth_dr": -1}),

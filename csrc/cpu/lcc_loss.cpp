@@ -1,463 +1,123 @@
-#include "common/lcc_loss.h"
-
-#include "common/scalar.h"
-#include "cpu/isa.h"
-
-namespace fastreg {
-
-// 2D images are volumes whose y axis has one voxel, so that the march along z still has rows to share among
-// threads.
-struct LccArgs {
-  const void *fixed, *moved;  // (n c, D, H, W)
-  const void* mask;           // (n, D, H, W), arithmetic type, or null
-  const void* upstream;  // (n, D, H, W), arithmetic type: what the loss map is multiplied by, or null (the
-                         // mask, or 1)
-  double* sums;          // per work unit: sum of mask * LCC
-  void* map;             // (n c, D, H, W), arithmetic type: -LCC / c, or null
-  void *grad_fixed, *grad_moved;  // (n c, D, H, W), arithmetic type: of the sum of upstream * -LCC, or null
-  int64_t n, c, size[3], radius[3];
-  double volume;  // samples of a whole window
-  bool valid, squared;
-  Denominator denominator;
-  LccRule rule;
-  int64_t n_slabs;
-};
-
-// Work units are (n c, slab of z planes).
-FASTREG_KERNEL(void, lcc_slabs, Stored, const LccArgs&, int64_t, int64_t)
-
-}  // namespace fastreg
-
-#ifdef FASTREG_ISA
+// Bindings of lcc_loss; its kernels are in lcc_box.cpp and lcc_weighted.cpp.
+#ifndef FASTREG_ISA
 
 #include <algorithm>
-#include <limits>
-
-#include "cpu/lcc_rows.h"
-
-namespace fastreg::FASTREG_ISA {
-namespace {
-
-constexpr int64_t kChunk =
-    32;  // planes between two seeds of the column sums, and the extent the shift comes from
-constexpr int64_t kReseed = 64;  // rows between two seeds of the row sums
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// One slab of one channel: a march along z. Per plane: column sums over z (the entering plane less the
-// leaving one, fp64), from them running row sums over y, from them box sums along x; LCC and its adjoint maps
-// of a line, and the same three sums over the adjoints, whose z sums lag rz planes. No map is written to
-// memory: the state is rows, a ring of 2 ry + 1 rows and a ring of 2 rz + 1 planes. Bytes: fixed and moved
-// are read entering, leaving and for the gradient (the last two from cache), each gradient is written once.
-// Floor by bytes: 2 reads, and 1 write per gradient. Floor by arithmetic: about 110 fp64 operations a voxel
-// for one gradient, independent of the window but for some 2 log4(window) additions in each of the box sums
-// along x. Shift: one per chunk of 32 planes (the mean of its central 32 x 32 patch). fp64 sums resolve
-// deviations of 5e-7 of the distance to the shift, about what an fp32 image can hold, so a shift per tile in
-// y and x would buy nothing.
-template <class T, bool kMask, bool kNonFinite>
-class Slab {
-  using A = arithmetic_t<T>;
-
- public:
-  Slab(const LccArgs& args, int64_t unit_)
-      : a(args),
-        unit(unit_),
-        nc(unit / args.n_slabs),
-        n(nc / args.c),
-        D(a.size[0]),
-        H(a.size[1]),
-        W(a.size[2]) {
-    const int64_t slab = unit % a.n_slabs;
-    z0 = D * slab / a.n_slabs, z1 = D * (slab + 1) / a.n_slabs;
-    for (int k = 0; k < 3; ++k) r[k] = std::min(a.radius[k], a.size[k] - 1);
-    fixed = static_cast<const T*>(a.fixed) + nc * D * H * W;
-    moved = static_cast<const T*>(a.moved) + nc * D * H * W;
-    mask = kMask ? static_cast<const A*>(a.mask) + n * D * H * W : nullptr;
-    upstream = a.upstream ? static_cast<const A*>(a.upstream) + n * D * H * W : mask;
-    want_fixed = a.grad_fixed, want_moved = a.grad_moved;
-    n_adjoints = want_fixed && want_moved ? 5 : want_fixed || want_moved ? 3 : 0;
-    if (n_adjoints && kNonFinite) bad_adjoint = n_adjoints++;
-    stride = (W + 2 * r[2] + 15) / 8 * 8;
-    column = zeros(H * kMoments), running = zeros(kMoments), box = zeros(kMoments), spare = zeros(1);
-    nothing = zeros(kMoments);
-    count_x = zeros(2), count = zeros(3), largest = zeros(2), value = zeros(1), line_up = zeros(1);
-    adjoint = zeros(n_adjoints), adjoint_y = zeros(n_adjoints), fresh = zeros(n_adjoints);
-    ring_y = zeros((2 * r[1] + 1) * n_adjoints), adjoint_z = zeros(H * n_adjoints);
-    ring_z = arena.rows((2 * r[0] + 1) * H * n_adjoints, stride);
-    for (int padded = 0; padded < 2; ++padded)
-      line_statistics[padded] = statistics_for(a.denominator, a.squared, want_fixed, want_moved, padded);
-    prepare_line();
-  }
-
-  // False where a non-finite sample entered: the slab must be done again with kNonFinite.
-  bool run() {
-    for (int64_t x = 0; x < W; ++x) {
-      count_x[x] = double(std::min(x + r[2], W - 1) - std::max<int64_t>(x - r[2], 0) + 1);
-      count_x[stride + x] = 1.0 / count_x[x];
-    }
-    double sum = 0.0;
-    const int64_t halo = n_adjoints ? r[0] : 0;
-    first = std::max<int64_t>(z0 - halo, 0), last = std::min(z1 + halo, D);
-    // Chunks lie at multiples of kChunk, so that neither shift nor seeds move with the number of threads.
-    for (int64_t chunk = first, end; chunk < last; chunk = end) {
-      end = std::min((chunk / kChunk + 1) * kChunk, last);
-      choose_shift(chunk / kChunk * kChunk, chunk == first);
-      std::fill_n(largest, 2 * stride, 0.0);
-      for (int64_t z = chunk; z < end; ++z) sum += plane(z, z == chunk);
-      if (!kNonFinite && !finite_columns()) return false;
-    }
-    if (n_adjoints)
-      for (int64_t z = last; z < z1 + r[0]; ++z)
-        for (int64_t y = 0; y < H; ++y) accumulate_z(z, y, nullptr);
-    a.sums[unit] = -sum;
-    return true;
-  }
-
- private:
-  static constexpr int kMoments = 5 + kMask + kNonFinite;  // f, m, ff, mm, fm, weight, bad
-  static constexpr int kWeight = 5, kBad = 5 + kMask;
-
-  double* zeros(int64_t count_) {
-    double* p = arena.rows(count_, stride);
-    std::fill_n(p, count_ * stride, 0.0);
-    return p;
-  }
-
-  int64_t at(int64_t z, int64_t y) const { return (z * H + y) * W; }
-  double* column_of(int64_t y) const { return column + y * kMoments * stride; }
-
-  void prepare_line() {
-    line = {};
-    line.f = box, line.m = box + stride, line.ff = box + 2 * stride, line.mm = box + 3 * stride,
-    line.fm = box + 4 * stride;
-    line.count = count, line.inverse = count + stride, line.outside = count + 2 * stride;
-    line.peak_f = largest, line.peak_m = largest + stride, line.upstream = line_up, line.value = value;
-    // Adjoint rows carry a margin of rx zeros on both sides for their box sums.
-    auto map = [&](int k) { return adjoint + k * stride + r[2]; };
-    if (n_adjoints) line.e = map(0);
-    if (want_fixed) line.a = map(1), line.mean_f = map(2);
-    if (want_moved) line.b = map(want_fixed ? 3 : 1), line.mean_m = map(want_fixed ? 4 : 2);
-    line.rule = a.rule;
-    std::fill_n(line_up, W, -1.0);
-  }
-
-  // The mean of the central patch of the chunk's middle plane or, where the mask leaves nothing there, of the
-  // whole chunk.
-  void choose_shift(int64_t chunk, bool is_first) {
-    const int64_t end = std::min(chunk + kChunk, D), middle = (chunk + end) / 2;
-    const T* image[2] = {fixed, moved};
-    for (int k = 0; k < 2; ++k) {
-      double total = 0.0;
-      int64_t finite = 0;
-      auto gather = [&](int64_t z_begin, int64_t z_end, int64_t reach) {
-        for (int64_t z = z_begin; z < z_end; ++z)
-          for (int64_t y = std::max<int64_t>(H / 2 - reach, 0); y < std::min(H / 2 + reach, H); ++y)
-            for (int64_t x = std::max<int64_t>(W / 2 - reach, 0); x < std::min(W / 2 + reach, W); ++x) {
-              const double s = load(image[k][at(z, y) + x]);
-              if (s - s == 0.0 && (!kMask || mask[at(z, y) + x] != A(0))) total += s, ++finite;
-            }
-      };
-      gather(middle, middle + 1, kChunk / 2);
-      if (!finite) gather(chunk, end, std::max(H, W));
-      line.shift[k] = finite ? total / double(finite) : 0.0;
-      if (is_first) reference[k] = line.shift[k];
-      line.to_reference[k] = line.shift[k] - reference[k];
-    }
-  }
-
-  bool finite_columns() const {
-    double probe = 0.0;
-    for (int64_t y = 0; y < H; ++y)
-      for (int k = 2; k < 4; ++k) {
-        const double* row = column_of(y) + k * stride;
-        for (int64_t x = 0; x < W; ++x) probe += row[x] * 0.0;
-      }
-    return probe == 0.0;
-  }
-
-  // column[y] += (or -=) the moments of row y of plane z.
-  template <int kSign>
-  void enter(int64_t z, int64_t y) {
-    const T* __restrict fixed_row = fixed + at(z, y), * __restrict moved_row = moved + at(z, y);
-    const A* __restrict mask_row = kMask ? mask + at(z, y) : nullptr;
-    const double cf = line.shift[0], cm = line.shift[1];
-    double* __restrict c = column_of(y);
-    const int64_t k = stride, width = W;
-#pragma GCC ivdep
-    for (int64_t x = 0; x < width; ++x) {
-      double weight = kMask ? double(mask_row[x]) : 1.0;
-      double f = double(load(fixed_row[x])) - cf, m = double(load(moved_row[x])) - cm;
-      if (kNonFinite || kMask) {
-        const double probe = f * f + m * m;
-        // Outside the mask nothing is looked at, not even a NaN.
-        const bool bad = kNonFinite && weight != 0.0 && !(probe - probe == 0.0);
-        const bool drop = bad || weight == 0.0;
-        weight = drop ? 0.0 : weight, f = drop ? 0.0 : f, m = drop ? 0.0 : m;
-        if (kNonFinite) c[kBad * k + x] += bad ? double(kSign) : 0.0;
-        if (kMask) c[kWeight * k + x] += kSign * weight;
-      }
-      const double kf = kSign * weight * f, km = kSign * weight * m;
-      const double c0 = c[x] + kf, c1 = c[k + x] + km, c2 = c[2 * k + x] + kf * f;
-      const double c3 = c[3 * k + x] + km * m, c4 = c[4 * k + x] + kf * m;
-      c[x] = c0, c[k + x] = c1, c[2 * k + x] = c2, c[3 * k + x] = c3, c[4 * k + x] = c4;
-    }
-  }
-
-  // The common case in one pass over row y: plane `in` enters the column sums, plane `out` leaves them, and
-  // the running row sums gain this row and lose the row `leaving`.
-  void slide(int64_t in, int64_t out, int64_t y, const double* leaving) {
-    const double cf = line.shift[0], cm = line.shift[1];
-    const T* __restrict fi = fixed + at(in, y), * __restrict mi = moved + at(in, y);
-    const T* __restrict fo = fixed + at(out, y), * __restrict mo = moved + at(out, y);
-    double* __restrict c = column_of(y), * __restrict s = running + r[2];
-    const int64_t k = stride, width = W;
-#pragma GCC ivdep
-    for (int64_t x = 0; x < width; ++x) {
-      const double f = double(load(fi[x])) - cf, m = double(load(mi[x])) - cm;
-      const double g = double(load(fo[x])) - cf, h = double(load(mo[x])) - cm;
-      const double c0 = c[x] + (f - g), c1 = c[k + x] + (m - h), c2 = c[2 * k + x] + (f * f - g * g);
-      const double c3 = c[3 * k + x] + (m * m - h * h), c4 = c[4 * k + x] + (f * m - g * h);
-      c[x] = c0, c[k + x] = c1, c[2 * k + x] = c2, c[3 * k + x] = c3, c[4 * k + x] = c4;
-      s[x] += c0 - leaving[x], s[k + x] += c1 - leaving[k + x], s[2 * k + x] += c2 - leaving[2 * k + x];
-      s[3 * k + x] += c3 - leaving[3 * k + x], s[4 * k + x] += c4 - leaving[4 * k + x];
-    }
-  }
-
-  void update_column(int64_t z, int64_t y, bool seed) {
-    if (seed) {
-      std::fill_n(column_of(y), kMoments * stride, 0.0);
-      for (int64_t k = std::max<int64_t>(z - r[0], 0); k <= std::min(z + r[0], D - 1); ++k) enter<1>(k, y);
-      return;
-    }
-    if (z + r[0] < D) enter<1>(z + r[0], y);
-    if (z - r[0] - 1 >= 0) enter<-1>(z - r[0] - 1, y);
-  }
-
-  // Running sums of the rows y - ry .. y + ry.
-  void update_running(int64_t z, int64_t y, bool seed) {
-    const int64_t ry = r[1], in = z + r[0], out = z - r[0] - 1;
-    const double* leaving = y - ry - 1 >= 0 ? column_of(y - ry - 1) : nothing;
-    const bool reseed = y % kReseed == 0;
-    if (!kMask && !kNonFinite && !seed && !reseed && in < D && out >= 0 && y + ry < H)
-      return slide(in, out, y + ry, leaving);
-    if (y + ry < H) update_column(z, y + ry, seed);
-    for (int k = 0; k < kMoments; ++k) {
-      double* s = running + k * stride + r[2];
-      if (reseed) {
-        std::fill_n(s, W, 0.0);
-        for (int64_t i = std::max<int64_t>(y - ry, 0); i <= std::min(y + ry, H - 1); ++i)
-          add(s, column_of(i) + k * stride, W);
-      } else {
-        if (y + ry < H) add(s, column_of(y + ry) + k * stride, W);
-        subtract(s, leaving + k * stride, W);
-      }
-    }
-  }
-
-  // Returns the plane's sum of mask * LCC, 0 for planes of the halo.
-  double plane(int64_t z, bool seed) {
-    const int64_t ry = r[1];
-    double sum = 0.0;
-    for (int64_t y = 0; y < ry; ++y) update_column(z, y, seed);
-    if (n_adjoints) std::fill_n(adjoint_y, n_adjoints * stride, 0.0);
-    for (int64_t y = 0; y < H; ++y) {
-      update_running(z, y, seed);
-      for (int k = 0; k < kMoments; ++k)
-        box_row(running + k * stride, box + k * stride, spare, W, 2 * r[2] + 1);
-      const bool all_inside = window_counts(z, y);
-      if (upstream) {
-        const A* up = upstream + at(z, y);
-        const double scale = a.upstream ? -1.0 / double(a.c) : -1.0;
-        for (int64_t x = 0; x < W; ++x) line_up[x] = scale * double(up[x]);
-      }
-      // Away from the faces only the ends of a line have padded samples.
-      const int64_t left = all_inside ? std::min(a.valid ? 0 : a.radius[2], W) : W,
-                    right = std::max(left, a.valid ? W : W - a.radius[2]);
-      line_statistics[1](line, 0, left);
-      line_statistics[0](line, left, right);
-      line_statistics[1](line, right, W);
-      if (kNonFinite) poison();
-      if (z >= z0 && z < z1) sum += collect(z, y);
-      if (n_adjoints) accumulate_y(z, y, true);
-    }
-    if (n_adjoints)
-      for (int64_t y = H; y < H + ry; ++y) accumulate_y(z, y, false);
-    return sum;
-  }
-
-  // count: n, 1 / n and the weight of the padded samples of each window. True where only the ends of the line
-  // have any.
-  bool window_counts(int64_t z, int64_t y) {
-    const double zy = double(std::min(z + r[0], D - 1) - std::max<int64_t>(z - r[0], 0) + 1) *
-                      double(std::min(y + r[1], H - 1) - std::max<int64_t>(y - r[1], 0) + 1);
-    const bool inside = a.valid || zy == double(2 * a.radius[0] + 1) * double(2 * a.radius[1] + 1);
-    if (!kMask && zy == counted_zy) return inside;
-    counted_zy = zy;
-    double* __restrict total = count, * __restrict inverse = count + stride, * __restrict outside = count + 2 * stride;
-    for (int64_t x = 0; x < W; ++x) outside[x] = a.valid ? 0.0 : a.volume - zy * count_x[x];
-    if constexpr (kMask) {
-      const double* weight = box + kWeight * stride;
-      for (int64_t x = 0; x < W; ++x) {
-        total[x] = weight[x] + outside[x];
-        inverse[x] = total[x] > 0.0 ? 1.0 / total[x] : 0.0;
-      }
-    } else {
-      for (int64_t x = 0; x < W; ++x) {
-        total[x] = a.valid ? zy * count_x[x] : a.volume;
-        inverse[x] = 1.0 / total[x];
-      }
-    }
-    return inside;
-  }
-
-  // A window that holds a bad sample is NaN and passes nothing back but that it is bad.
-  void poison() {
-    const double* bad = box + kBad * stride;
-    for (int64_t x = 0; x < W; ++x) {
-      const bool is_bad = bad[x] > 0.5;
-      if (is_bad) value[x] = kNaN;
-      for (int k = 0; is_bad && k < n_adjoints; ++k) adjoint[k * stride + r[2] + x] = 0.0;
-      if (n_adjoints) adjoint[bad_adjoint * stride + r[2] + x] = is_bad && line_up[x] != 0.0 ? 1.0 : 0.0;
-    }
-  }
-
-  double collect(int64_t z, int64_t y) {
-    const int64_t here = at(z, y);
-    double sum[4] = {};
-    for (int64_t x = 0; x < W; ++x) {
-      const double weight = kMask ? double(mask[here + x]) : 1.0;
-      sum[x % 4] += weight == 0.0 ? 0.0 : weight * value[x];
-    }
-    if (a.map) {
-      A* map = static_cast<A*>(a.map) + nc * D * H * W + here;
-      for (int64_t x = 0; x < W; ++x) map[x] = A(-value[x] / double(a.c));
-    }
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  }
-
-  // Adjoint rows: box along x, running sum along y. Row y completes row y - ry of plane z.
-  void accumulate_y(int64_t z, int64_t y, bool entering) {
-    const int64_t ry = r[1];
-    double* slot = ring_y + (y % (2 * ry + 1)) * n_adjoints * stride;
-    const bool leaving = y >= 2 * ry + 1;
-    for (int k = 0; k < n_adjoints; ++k) {
-      double* __restrict total = adjoint_y + k * stride, * __restrict old = slot + k * stride, * __restrict now = fresh;
-      if (entering) box_row(adjoint + k * stride, now, spare, W, 2 * r[2] + 1);
-      if (entering && leaving)
-        for (int64_t x = 0; x < W; ++x) total[x] += now[x] - old[x];
-      else if (entering)
-        add(total, now, W);
-      else if (leaving)
-        subtract(total, old, W);
-      if (entering) std::copy_n(now, W, old);
-    }
-    if (y >= ry) accumulate_z(z, y - ry, adjoint_y);
-  }
-
-  // Running sum along z of plane z (none past the image: row is null), which completes plane z - rz of the
-  // gradient.
-  void accumulate_z(int64_t z, int64_t y, const double* __restrict row) {
-    const int64_t rz = r[0], width = n_adjoints * stride;
-    double* __restrict total = adjoint_z + y * width;
-    double* __restrict slot = ring_z + ((z % (2 * rz + 1)) * H + y) * width;
-    const bool leaving = z - first >= 2 * rz + 1;
-    if (row && leaving) {
-      for (int64_t i = 0; i < width; ++i) {
-        total[i] += row[i] - slot[i];
-        slot[i] = row[i];
-      }
-    } else if (row) {
-      add(total, row, width);
-      std::copy_n(row, width, slot);
-    } else if (leaving) {
-      subtract(total, slot, width);
-    }
-    const int64_t zo = z - rz;
-    if (zo >= z0 && zo < z1) write_gradient(zo, y, total);
-  }
-
-  void write_gradient(int64_t z, int64_t y, const double* total) {
-    const int64_t here = at(z, y), offset = nc * D * H * W + here, width = W;
-    for (int image = 0; image < 2; ++image) {
-      if (!(image ? want_moved : want_fixed)) continue;
-      const double* __restrict e = total;
-      const double* __restrict own = total + (image && want_fixed ? 3 : 1) * stride;
-      const double* __restrict mean = own + stride;
-      A* __restrict out = static_cast<A*>(image ? a.grad_moved : a.grad_fixed) + offset;
-      const T* __restrict self = (image ? moved : fixed) + here, * __restrict other =
-                                                                     (image ? fixed : moved) + here;
-      const double c_self = reference[image], c_other = reference[1 - image];
-#pragma GCC ivdep
-      for (int64_t x = 0; x < width; ++x)
-        out[x] = A((double(load(self[x])) - c_self) * own[x] + (double(load(other[x])) - c_other) * e[x] -
-                   mean[x]);
-      if (kMask)
-        for (int64_t x = 0; x < width; ++x)
-          out[x] = mask[here + x] == A(0) ? A(0) : A(out[x] * mask[here + x]);
-      if (kNonFinite)
-        for (int64_t x = 0; x < width; ++x) {
-          const bool ignored = kMask && mask[here + x] == A(0);
-          if (total[bad_adjoint * stride + x] > 0.5 && !ignored) out[x] = A(kNaN);
-        }
-    }
-  }
-
-  const LccArgs& a;
-  const int64_t unit, nc, n, D, H, W;
-  int64_t z0, z1, first, last, r[3], stride;
-  const T *fixed, *moved;
-  const A *mask, *upstream;
-  bool want_fixed, want_moved;
-  int n_adjoints, bad_adjoint = 0;
-  double reference[2], counted_zy = -1.0;
-  Arena arena;
-  Line line;
-  Statistics line_statistics[2];
-  double *column, *running, *box, *spare, *nothing, *count_x, *count, *largest, *value, *line_up, *adjoint,
-      *adjoint_y, *fresh, *ring_y, *ring_z, *adjoint_z;
-};
-
-template <class T>
-void slabs(const LccArgs& a, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (a.mask) {
-      if (!Slab<T, true, false>(a, unit).run()) Slab<T, true, true>(a, unit).run();
-    } else {
-      if (!Slab<T, false, false>(a, unit).run()) Slab<T, false, true>(a, unit).run();
-    }
-  }
-}
-
-}  // namespace
-
-void lcc_slabs(Stored type, const LccArgs& a, int64_t begin, int64_t end) {
-  with_type(type, [&]<class T>() { slabs<T>(a, begin, end); });
-}
-
-}  // namespace fastreg::FASTREG_ISA
-
-#else
+#include <cmath>
 
 #include "cpu/binding.h"
+#include "cpu/lcc_args.h"
 
 namespace fastreg {
 namespace {
 
 using at::Tensor;
 
+struct Options {
+  int64_t window;
+  c10::string_view kernel;
+  std::optional<double> sigma;
+  bool squared;
+  c10::string_view padding;
+  double smooth_nr, smooth_dr;
+  c10::string_view denominator;
+};
+
 struct Result {
   Tensor sums, map, grad_fixed, grad_moved;
 };
 
+constexpr int64_t kPlanes = 32;  // of a chunk; a multiple of the planes whose gradient is gathered at once
+
+struct Taps {
+  std::vector<double> tap, tail;
+  double total = 0.0;
+};
+
+// Taps of a window, less those that are 0 and, but for what they weigh, those from the `longest`-th on.
+Taps taps_of(const Options& o, int64_t longest) {
+  const bool gaussian = o.kernel == "gaussian";
+  const int64_t half = (o.window + 1) / 2, f = half - (half % 2 == 0);
+  const int64_t length = gaussian ? half : f;
+  auto weight = [&](int64_t x) {
+    return gaussian ? std::exp(-0.5 * std::pow(double(x) / *o.sigma, 2))
+                    : double(f - x) / (double(f) * double(f));
+  };
+  Taps t;
+  double beyond = 0.0;
+  for (int64_t x = 0; x < length; ++x) {
+    const double w = weight(x);
+    if (!(w > 0.0)) break;
+    if (x < longest)
+      t.tap.push_back(w);
+    else
+      beyond += w;
+  }
+  t.tail.assign(t.tap.size() + 1, beyond);
+  for (int64_t x = int64_t(t.tap.size()) - 1; x >= 0; --x) t.tail[x] = t.tail[x + 1] + t.tap[x];
+  t.total = t.tap[0] + 2.0 * t.tail[1];
+  return t;
+}
+
+// One pass; units are slabs of planes.
+void box(LccArgs& a, Stored type, Result& out) {
+  // Enough slabs for every thread; each repeats the statistics of 2 radius planes, so none thinner than that.
+  const int64_t units = std::max<int64_t>(a.n * a.c, 1);
+  a.n_slabs = std::clamp<int64_t>((at::get_num_threads() + units - 1) / units, 1,
+                                  std::max<int64_t>(a.size[0] / std::max<int64_t>(2 * a.radius[0], 8), 1));
+  out.sums = at::zeros({a.n, a.c * a.n_slabs}, out.sums.options());
+  a.sums = out.sums.mutable_data_ptr<double>();
+  auto kernel = FASTREG_PICK(lcc_slabs);
+  at::parallel_for(0, a.n * a.c * a.n_slabs, 1, [&](int64_t b, int64_t e) { kernel(type, a, b, e); });
+}
+
+// Per channel, chunk by chunk: windows of the chunk's planes, then the gradient of the planes whose windows
+// are done.
+void weighted(LccArgs& a, Stored type, const Options& o, Result& out) {
+  const Taps taps = taps_of(o, *std::max_element(a.size, a.size + 3) + 1);
+  static const double one[] = {1.0}, nothing_more[] = {1.0, 0.0};
+  a.volume = a.least = 1.0;
+  for (int k = 0; k < 3; ++k) {
+    const bool absent = a.window[k] == 1 && o.window > 1;  // the y axis of a 2D image
+    a.taps[k] = absent ? LccTaps{one, nothing_more, 1, 1.0}
+                       : LccTaps{taps.tap.data(), taps.tail.data(), int64_t(taps.tap.size()), taps.total};
+    a.radius[k] = std::min(a.taps[k].length, a.size[k]) - 1;
+    a.volume *= a.taps[k].total, a.least *= a.taps[k].tap[0];
+  }
+  a.least *= 2.0;
+  a.n_slabs = a.size[0];
+  out.sums = at::zeros({a.n, a.c * a.n_slabs}, out.sums.options());
+  a.sums = out.sums.mutable_data_ptr<double>();
+  a.n_adjoints = a.grad_fixed && a.grad_moved ? 5 : a.grad_fixed || a.grad_moved ? 3 : 0;
+  const int64_t D = a.size[0], plane = a.size[1] * a.size[2], runs = (plane + kLccRun - 1) / kLccRun;
+  const int64_t chunk = a.n_adjoints ? std::max<int64_t>(kPlanes, at::get_num_threads()) : D;
+  a.ring = std::min(chunk + 2 * a.radius[0], D);
+  Tensor adjoints = at::empty({a.n_adjoints, a.ring * plane}, out.sums.options());
+  a.adjoints = adjoints.mutable_data_ptr<double>();
+  auto reference = FASTREG_PICK(lcc_weighted_reference);
+  auto windows = FASTREG_PICK(lcc_weighted_windows);
+  auto gradient = FASTREG_PICK(lcc_weighted_gradient);
+  for (int64_t nc = 0; nc < a.n * a.c; ++nc) {
+    reference(type, a, nc);
+    for (int64_t z = 0, done = 0; z < D; z += chunk) {
+      const int64_t end = std::min(z + chunk, D), last = end == D ? D : std::max(end - a.radius[0], done);
+      at::parallel_for(z, end, 1, [&](int64_t b, int64_t e) { windows(type, a, nc, b, e); });
+      if (a.n_adjoints)
+        at::parallel_for(0, runs, 1, [&](int64_t b, int64_t e) { gradient(type, a, nc, done, last, b, e); });
+      done = last;
+    }
+  }
+}
+
 Result run(const Tensor& fixed_, const Tensor& moved_, const std::optional<Tensor>& mask_,
-           const std::optional<Tensor>& upstream_, int64_t window, bool squared, c10::string_view padding,
-           double smooth_nr, double smooth_dr, c10::string_view denominator, bool want_map, bool need_fixed,
+           const std::optional<Tensor>& upstream_, const Options& o, bool want_map, bool need_fixed,
            bool need_moved) {
   const int64_t nd = fixed_.dim() - 2;
   FASTREG_CHECK(nd == 2 || nd == 3, "lcc_loss", "images must have 2 or 3 spatial axes");
   FASTREG_CHECK(fixed_.sizes() == moved_.sizes(), "lcc_loss", "fixed and moved must have one shape");
   FASTREG_CHECK(fixed_.scalar_type() == moved_.scalar_type(), "lcc_loss",
                 "fixed and moved must have one dtype");
-  FASTREG_CHECK(window > 0 && window % 2 == 1, "lcc_loss", "window must be odd and positive");
+  FASTREG_CHECK(o.window > 0 && o.window % 2 == 1, "lcc_loss", "window must be odd and positive");
+  FASTREG_CHECK(o.kernel != "gaussian" || (o.sigma && *o.sigma > 0), "lcc_loss", "sigma must be positive");
   Tensor fixed = fixed_.contiguous(), moved = moved_.contiguous();
   const auto arithmetic = fixed.options().dtype(arithmetic_of(fixed));
   auto per_voxel = [&](const std::optional<Tensor>& t) {
@@ -470,25 +130,21 @@ Result run(const Tensor& fixed_, const Tensor& moved_, const std::optional<Tenso
   Tensor mask = per_voxel(mask_), upstream = per_voxel(upstream_);
   LccArgs a{};
   a.n = fixed.size(0), a.c = fixed.size(1);
-  a.volume = 1;
+  a.volume = 1, a.least = 2;
   for (int k = 0; k < 3; ++k) {
     // Axes (z, y, x) of the march; in 2D (y, -, x).
     const int64_t axis = nd == 3 ? k + 2 : k == 0 ? 2 : k == 2 ? 3 : -1;
     a.size[k] = axis < 0 ? 1 : fixed.size(axis);
-    a.radius[k] = axis < 0 ? 0 : window / 2;
-    a.volume *= double(axis < 0 ? 1 : window);
+    a.window[k] = axis < 0 ? 1 : o.window;
+    a.radius[k] = a.window[k] / 2;
+    a.volume *= double(a.window[k]);
   }
-  a.valid = padding == "valid", a.squared = squared;
-  a.denominator = denominator == "product" ? Denominator::product
-                  : denominator == "clamp" ? Denominator::clamp
-                                           : Denominator::each;
-  a.rule = {smooth_nr, smooth_dr, 0x1p-42};
-  // Enough slabs for every thread; each repeats the statistics of 2 radius planes, so none thinner than that.
-  const int64_t units = std::max<int64_t>(a.n * a.c, 1);
-  a.n_slabs = std::clamp<int64_t>((at::get_num_threads() + units - 1) / units, 1,
-                                  std::max<int64_t>(a.size[0] / std::max<int64_t>(2 * a.radius[0], 8), 1));
-  Result out{at::zeros({a.n, a.c * a.n_slabs}, fixed.options().dtype(at::kDouble)), Tensor(), Tensor(),
-             Tensor()};
+  a.valid = o.padding == "valid", a.squared = o.squared;
+  a.denominator = o.denominator == "product" ? Denominator::product
+                  : o.denominator == "clamp" ? Denominator::clamp
+                                             : Denominator::each;
+  a.rule = {o.smooth_nr, o.smooth_dr, 0x1p-42};
+  Result out{at::zeros({a.n, 1}, fixed.options().dtype(at::kDouble)), Tensor(), Tensor(), Tensor()};
   out.map = at::empty(want_map ? fixed.sizes() : at::IntArrayRef{0}, arithmetic);
   out.grad_fixed = at::empty(need_fixed ? fixed.sizes() : at::IntArrayRef{0}, arithmetic);
   out.grad_moved = at::empty(need_moved ? fixed.sizes() : at::IntArrayRef{0}, arithmetic);
@@ -496,39 +152,45 @@ Result run(const Tensor& fixed_, const Tensor& moved_, const std::optional<Tenso
   a.fixed = fixed.const_data_ptr(), a.moved = moved.const_data_ptr();
   a.mask = mask.defined() ? mask.const_data_ptr() : nullptr;
   a.upstream = upstream.defined() ? upstream.const_data_ptr() : nullptr;
-  a.sums = out.sums.mutable_data_ptr<double>();
   a.map = want_map ? out.map.mutable_data_ptr() : nullptr;
   a.grad_fixed = need_fixed ? out.grad_fixed.mutable_data_ptr() : nullptr;
   a.grad_moved = need_moved ? out.grad_moved.mutable_data_ptr() : nullptr;
-  auto kernel = FASTREG_PICK(lcc_slabs);
-  at::parallel_for(0, a.n * a.c * a.n_slabs, 1,
-                   [&](int64_t b, int64_t e) { kernel(stored(fixed), a, b, e); });
+  if (o.kernel == "box")
+    box(a, stored(fixed), out);
+  else
+    weighted(a, stored(fixed), o, out);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> lcc_loss_cpu(const Tensor& fixed, const Tensor& moved,
                                                 const std::optional<Tensor>& mask, int64_t window,
+                                                c10::string_view kernel, std::optional<double> sigma,
                                                 bool squared, c10::string_view padding, double smooth_nr,
                                                 double smooth_dr, c10::string_view denominator,
                                                 bool need_fixed, bool need_moved) {
-  Result r = run(fixed, moved, mask, std::nullopt, window, squared, padding, smooth_nr, smooth_dr,
-                 denominator, false, need_fixed, need_moved);
+  Result r = run(fixed, moved, mask, std::nullopt,
+                 {window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator}, false,
+                 need_fixed, need_moved);
   return {r.sums.sum(1).to(arithmetic_of(fixed)), r.grad_fixed, r.grad_moved};
 }
 
 Tensor lcc_map_cpu(const Tensor& fixed, const Tensor& moved, const std::optional<Tensor>& mask,
-                   int64_t window, bool squared, c10::string_view padding, double smooth_nr, double smooth_dr,
+                   int64_t window, c10::string_view kernel, std::optional<double> sigma, bool squared,
+                   c10::string_view padding, double smooth_nr, double smooth_dr,
                    c10::string_view denominator) {
-  Result r = run(fixed, moved, mask, std::nullopt, window, squared, padding, smooth_nr, smooth_dr,
-                 denominator, true, false, false);
+  Result r =
+      run(fixed, moved, mask, std::nullopt,
+          {window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator}, true, false, false);
   return fixed.size(1) == 1 ? r.map : r.map.sum(1, true);
 }
 
 std::tuple<Tensor, Tensor> lcc_map_bwd_cpu(const Tensor& grad, const Tensor& fixed, const Tensor& moved,
-                                           const std::optional<Tensor>& mask, int64_t window, bool squared,
+                                           const std::optional<Tensor>& mask, int64_t window,
+                                           c10::string_view kernel, std::optional<double> sigma, bool squared,
                                            c10::string_view padding, double smooth_nr, double smooth_dr,
                                            c10::string_view denominator, bool need_fixed, bool need_moved) {
-  Result r = run(fixed, moved, mask, grad, window, squared, padding, smooth_nr, smooth_dr, denominator, false,
+  Result r = run(fixed, moved, mask, grad,
+                 {window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator}, false,
                  need_fixed, need_moved);
   return {r.grad_fixed.to(fixed.scalar_type()), r.grad_moved.to(moved.scalar_type())};
 }

@@ -1,16 +1,21 @@
 #pragma once
-// Rows of LCC: box sums along x, and the statistics of a line of windows. Included by lcc_loss.cpp once per
-// instruction set; the march over rows and planes, and why the sums are ordered as they are, stands there.
+// Rows of LCC: their memory, the shift of a chunk of planes, and the statistics of a line of windows.
+// Included once per instruction set by lcc_box.cpp and lcc_weighted.cpp; the march over rows and planes, and
+// why the sums are ordered as they are, stands there.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
 
-#include "common/lcc_loss.h"
+#include "cpu/lcc_args.h"
 
 namespace fastreg::FASTREG_ISA {
 namespace {
+
+constexpr int64_t kChunk = 32;  // planes that share a shift, and the extent it comes from
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Rows of doubles, 64-byte aligned, freed together.
 class Arena {
@@ -29,46 +34,39 @@ class Arena {
   std::vector<std::unique_ptr<double, Free>> blocks_;
 };
 
-void add(double* __restrict out, const double* __restrict in, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] += in[i];
-}
-void subtract(double* __restrict out, const double* __restrict in, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] -= in[i];
+// What the samples of a chunk of planes are shifted by: the mean of the central patch of its middle plane or,
+// where the mask leaves nothing there, of the whole chunk. Non-finite samples do not count.
+template <class T, class A>
+double chunk_shift(const T* image, const A* mask, const int64_t* size, int64_t chunk) {
+  const int64_t D = size[0], H = size[1], W = size[2];
+  const int64_t end = std::min(chunk + kChunk, D), middle = (chunk + end) / 2;
+  double total = 0.0;
+  int64_t finite = 0;
+  auto gather = [&](int64_t z_begin, int64_t z_end, int64_t reach) {
+    for (int64_t z = z_begin; z < z_end; ++z)
+      for (int64_t y = std::max<int64_t>(H / 2 - reach, 0); y < std::min(H / 2 + reach, H); ++y)
+        for (int64_t x = std::max<int64_t>(W / 2 - reach, 0); x < std::min(W / 2 + reach, W); ++x) {
+          const int64_t here = (z * H + y) * W + x;
+          const double s = load(image[here]);
+          if (s - s == 0.0 && (!mask || mask[here] != A(0))) total += s, ++finite;
+        }
+  };
+  gather(middle, middle + 1, kChunk / 2);
+  if (!finite) gather(chunk, end, std::max(H, W));
+  return finite ? total / double(finite) : 0.0;
 }
 
-// out[i] = in[i] + ... + in[i + window - 1], never subtractive: partial sums of 4, 16, 64 ... samples, then
-// the base-4 digits of the window. in holds n + window - 1 values; spare is a row of partial sums. All rows
-// stay in L1.
-void box_row(const double* __restrict in, double* __restrict out, double* __restrict spare, int64_t n,
-             int64_t window) {
-  const int64_t total = n + window - 1;
-  int64_t span = 1, offset = 0;
-  bool first = true;
-  for (const double* partial = in;;) {
-    const int64_t digit = window / span % 4;
-    const double* p = partial + offset;
-    if (digit == 1 && first)
-      std::copy_n(p, n, out);
-    else if (digit == 1)
-      for (int64_t i = 0; i < n; ++i) out[i] += p[i];
-    else if (digit == 2 && first)
-      for (int64_t i = 0; i < n; ++i) out[i] = p[i] + p[i + span];
-    else if (digit == 2)
-      for (int64_t i = 0; i < n; ++i) out[i] += p[i] + p[i + span];
-    else if (digit == 3 && first)
-      for (int64_t i = 0; i < n; ++i) out[i] = p[i] + p[i + span] + p[i + 2 * span];
-    else if (digit == 3)
-      for (int64_t i = 0; i < n; ++i) out[i] += p[i] + p[i + span] + p[i + 2 * span];
-    first = first && digit == 0;
-    offset += digit * span;
-    if (4 * span > window) return;
-    const int64_t left = total - 4 * span + 1;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < left; ++i)
-      spare[i] = (partial[i] + partial[i + span]) + (partial[i + 2 * span] + partial[i + 3 * span]);
-    partial = spare;
-    span *= 4;
+// Writes a line of the map, if there is one, and returns the line's sum of mask * LCC.
+template <class A>
+double collect(const double* value, const A* mask, A* map, double channels, int64_t n) {
+  double sum[4] = {};
+  for (int64_t x = 0; x < n; ++x) {
+    const double weight = mask ? double(mask[x]) : 1.0;
+    sum[x % 4] += weight == 0.0 ? 0.0 : weight * value[x];
   }
+  if (map)
+    for (int64_t x = 0; x < n; ++x) map[x] = A(-value[x] / channels);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // Rows of a line of windows: their sums, what they weigh, the LCC and what they pass back.
@@ -79,6 +77,7 @@ struct Line {
   const double* upstream;                       // what d loss / d LCC is
   double *value, *e, *a, *mean_f, *b, *mean_m;  // LCC; adjoint maps (see statistics)
   double shift[2], to_reference[2];  // the sums' shift, and the shift less the gradient's reference
+  double least;                      // n below which a window counts as empty
   LccRule rule;
 };
 
@@ -95,7 +94,7 @@ void statistics(const Line& l, int64_t begin, int64_t end) {
   double* __restrict peak_f = l.peak_f, * __restrict peak_m = l.peak_m, * __restrict value = l.value, * __restrict e_map = l.e;
   double* __restrict a_map = l.a, * __restrict f_map = l.mean_f, * __restrict b_map = l.b, * __restrict m_map = l.mean_m;
   const double cf = l.shift[0], cm = l.shift[1], df = l.to_reference[0], dm = l.to_reference[1];
-  const double tau = l.rule.tau, nr = l.rule.smooth_nr, dr = l.rule.smooth_dr;
+  const double tau = l.rule.tau, least = l.least, nr = l.rule.smooth_nr, dr = l.rule.smooth_dr;
 #pragma GCC ivdep
   for (int64_t x = begin; x < end; ++x) {
     double s1 = f[x], t1 = m[x], s2 = ff[x], t2 = mm[x], st = fm[x];
@@ -107,7 +106,7 @@ void statistics(const Line& l, int64_t begin, int64_t end) {
     const double largest_f = s2 > peak_f[x] ? s2 : peak_f[x], largest_m = t2 > peak_m[x] ? t2 : peak_m[x];
     peak_f[x] = largest_f, peak_m[x] = largest_m;
     double v = s2 - s1 * f_mean, w = t2 - t1 * m_mean, c = st - s1 * m_mean;
-    const bool counted = count[x] >= 2.0;
+    const bool counted = count[x] >= least;
     const bool resolved = (v > tau * largest_f) & (w > tau * largest_m) & counted;
     v = resolved ? v : 0.0, w = resolved ? w : 0.0, c = resolved ? c : 0.0;
     const auto t = lcc_terms<kDenominator, kSquared>(v, w, c, nr, dr);
