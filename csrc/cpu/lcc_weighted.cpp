@@ -83,7 +83,7 @@ void sum_rows(const double* const* row, const double* tap, int64_t r, double* co
     auto take = [&]<int kFirst, int kLast>(std::integer_sequence<int, kFirst, kLast>, int64_t t) {
       for (int u = 0; u < kCount; ++u) {
         const V sample = load_as<V>(row[t] + x + u * kStep);
-        for (int i = kFirst; i <= kLast; ++i) sum[i][u] += sample * fill<V>(tap[t - i]);
+        for (int i = kFirst; i <= kLast; ++i) sum[i][u] += sample * tap[t - i];
       }
     };
     if constexpr (kRows == 4) {
@@ -109,13 +109,16 @@ class Taps {
     for (int64_t k = -r; k <= r; ++k) tap[k + r] = t.tap[std::abs(k)];
   }
 
-  // out[i] = sum over the rows around the one at i, first <= i < first + block; `at(i)` is a row, `nothing`
-  // stands for those outside [0, size).
-  template <class At>
-  void sum(int64_t first, int64_t size, const double* nothing, const At& at, double* const* out, int64_t n) {
-    for (int64_t t = 0; t < int64_t(row.size()); ++t) {
-      const int64_t i = first - r + t;
-      row[t] = i >= 0 && i < size ? at(i) : nothing;
+  // out[i] = sum over the rows around the one at i, first <= i < first + block. Row i lies at base + i % ring
+  // * step; `nothing` stands for those outside [0, size).
+  void sum(int64_t first, int64_t size, const double* base, int64_t ring, int64_t step, const double* nothing,
+           double* const* out, int64_t n) {
+    int64_t i = first - r, slot = std::max<int64_t>(i, 0) % ring;
+    for (auto& pointer : row) {
+      const bool inside = i >= 0 && i < size;
+      pointer = inside ? base + slot * step : nothing;
+      if (inside && ++slot == ring) slot = 0;
+      ++i;
     }
     if (block == 4)
       sum_rows<4>(row.data(), tap.data(), r, out, n);
@@ -239,16 +242,19 @@ class Windows {
       const T *f_at = f_row + x, *m_at = m_row + x;
       const A* k_at = k_row + (kMask ? x : 0);
       for (int64_t k = begin; k <= end; ++k, f_at += skip, m_at += skip) {
-        const V weight = fill<V>(tap[k < z ? z - k : k - z]);
+        const double weight = tap[k < z ? z - k : k - z];
+        // The next row of a plane: too many planes for the hardware to follow.
+        __builtin_prefetch(f_at + W), __builtin_prefetch(m_at + W);
         for (int u = 0; u < kCount; ++u) {
-          V f = widen<V>(f_at + u * kStep) - cf, m = widen<V>(m_at + u * kStep) - cm, w = weight;
+          V f = widen<V>(f_at + u * kStep) - cf, m = widen<V>(m_at + u * kStep) - cm, wf, wm;
           if constexpr (kMask) {
-            const V inside = widen<V>(k_at + u * kStep);
+            const V inside = widen<V>(k_at + u * kStep), w = weight * inside;
             f = inside == 0.0 ? V{} : f, m = inside == 0.0 ? V{} : m;
-            w *= inside;
+            wf = w * f, wm = w * m;
             sum[5][u] += w;
+          } else {
+            wf = weight * f, wm = weight * m;
           }
-          const V wf = w * f, wm = w * m;
           sum[0][u] += wf, sum[1][u] += wm, sum[2][u] += wf * f, sum[3][u] += wm * m, sum[4][u] += wf * m;
         }
         if constexpr (kMask) k_at += skip;
@@ -262,7 +268,7 @@ class Windows {
     for (int k = 0; k < kMoments; ++k) {
       double* out[4];
       for (int64_t i = 0; i < along_y.block; ++i) out[i] = column + (i * kMoments + k) * stride + r[2];
-      along_y.sum(y, H, nothing, [&](int64_t i) { return ring_row(i) + k * stride; }, out, W);
+      along_y.sum(y, H, ring + k * stride, ring_rows, kMoments * stride, nothing, out, W);
     }
   }
 
@@ -332,7 +338,7 @@ class Windows {
       double* out[4];
       for (int64_t i = 0; i < along_y.block; ++i)
         out[i] = y + i < H ? a.adjoints + (k * a.ring + z % a.ring) * H * W + (y + i) * W : beyond;
-      along_y.sum(y, H, nothing, [&](int64_t i) { return adjoint_row(i) + k * stride; }, out, W);
+      along_y.sum(y, H, adjoint_ring + k * stride, adjoint_rows, n_adjoints * stride, nothing, out, W);
     }
   }
 
@@ -373,9 +379,8 @@ class Gradient {
       for (int64_t k = 0; k < a.n_adjoints; ++k) {
         double* out[4];
         for (int64_t i = 0; i < block; ++i) out[i] = sum_of(k, i);
-        along_z.sum(
-            z, a.size[0], nothing.data(),
-            [&](int64_t i) { return a.adjoints + (k * a.ring + i % a.ring) * plane + start; }, out, n);
+        along_z.sum(z, a.size[0], a.adjoints + k * a.ring * plane + start, a.ring, plane, nothing.data(), out,
+                    n);
       }
       for (int64_t i = 0; i < std::min(block, last - z); ++i) {
         const int64_t here = (z + i) * plane + start;
