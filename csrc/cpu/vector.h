@@ -24,6 +24,9 @@ struct VectorOf {
 };
 template <class A>
 using Vector = typename VectorOf<A>::type;
+// The bits of a Vector<float>, and 16 of each.
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
@@ -44,6 +47,10 @@ FASTREG_HD V load_as(const T* p) {
   } else if constexpr (std::is_same_v<T, half_t>) {
     return V(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #endif
+  } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+    Halves half;
+    std::memcpy(&half, p, sizeof(half));
+    return V(__builtin_convertvector(half, Words) << 16);
   } else {
     A lanes[kLanes<A>];
     for (int i = 0; i < kLanes<A>; ++i) lanes[i] = load(p[i]);
@@ -68,6 +75,12 @@ FASTREG_HD void store_as(T* p, V v) {
   } else if constexpr (std::is_same_v<T, half_t>) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
+  } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+    // As store() of one voxel.
+    const Words bits = Words(v), quiet = Words{} + 0x7fc0;
+    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves half = __builtin_convertvector(v != v ? quiet : rounded, Halves);
+    std::memcpy(p, &half, sizeof(half));
   } else {
     A lanes[kLanes<A>];
     std::memcpy(lanes, &v, sizeof(V));

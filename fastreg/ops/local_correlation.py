@@ -97,7 +97,7 @@ def _arithmetic(image, displacement):
 
 
 def _warped(moving, displacement):
-    return warp_ref(moving.to(_arithmetic(moving, displacement)), displacement, "linear", "zeros")
+    return warp_ref(moving.to(_arithmetic(moving, displacement)), displacement, None, "linear", "zeros")
 
 
 def local_correlation_ref(fixed, moving, radius, displacement, normalize, scale, padding):
@@ -189,14 +189,16 @@ def _backward(ctx, grad, _):
     grad_u = None
     if need_moving or need_u:
         if displacement is not None:
-            grad_moving, grad_u = torch.ops.fastreg.warp_bwd(
+            grad_moving, grad_u, _ = torch.ops.fastreg.warp_bwd(
                 grad_moving,
                 moving.to(grad_moving.dtype),
                 displacement,
+                None,
                 "linear",
                 "zeros",
                 need_moving,
                 need_u,
+                False,
             )
         grad_moving = grad_moving.to(moving.dtype)
     return (
