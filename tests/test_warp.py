@@ -202,7 +202,7 @@ def test_affine_accuracy_does_not_depend_on_the_size():
     affine[0, 1, 2] = 1 / 512
     out = fastreg.warp(image, None, affine=affine, padding="border")
     expected = image[..., :-1] + image.diff(dim=-1) / 512
-    assert torch.equal(out[:, :, :-1, :-1], expected[:, :, :-1])
+    assert_close(out[:, :, :-1, :-1], expected[:, :, :-1].double(), 1e-6)
     affine = affine + torch.tensor([[0, 0, 0], [0, 2.0**-22, 0]])
     assert_close(
         fastreg.warp(image, None, affine=affine), warp_ref(image.double(), None, affine, "linear", "zeros")
