@@ -173,19 +173,33 @@ A lerp(A a, A b, A f) {
 template <int ND, class A, class Visit>
 void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, bool weightless,
                  Visit visit) {
+  A weights[ND][2];
+  int64_t offsets[ND][2];
+  bool present[ND][2];
+  int64_t stride = 1;
+  for (int k = ND - 1; k >= 0; --k) {
+    const int64_t n = a.in[k + 3 - ND];
+    for (int upper = 0; upper < 2; ++upper) {
+      const int64_t index = corner_index(int64_t(p.whole[k][i]) + upper, n, a.padding);
+      weights[k][upper] = upper ? p.fraction[k][i] : A(1) - p.fraction[k][i];
+      offsets[k][upper] = index * stride;
+      present[k][upper] =
+          index >= 0 && (k > 0 || (index >= lo && index < hi)) && (weightless || weights[k][upper] != A(0));
+    }
+    stride *= n;
+  }
   for (int corner = 0; corner < 1 << ND; ++corner) {
     A weight = A(1);
     int64_t offset = 0;
-    bool present = true;
+    bool here = true;
     for (int k = 0; k < ND; ++k) {
-      const int upper = corner >> (ND - 1 - k) & 1, axis = k + 3 - ND;
-      const A f = p.fraction[k][i];
-      const int64_t index = corner_index(int64_t(p.whole[k][i]) + upper, a.in[axis], a.padding);
-      present = present && index >= 0 && (k > 0 || (index >= lo && index < hi));
-      weight *= upper ? f : A(1) - f;
-      offset = offset * a.in[axis] + index;
+      const int upper = corner >> (ND - 1 - k) & 1;
+      here = here && present[k][upper];
+      weight *= weights[k][upper];
+      offset += offsets[k][upper];
     }
-    if (present && (weightless || weight != A(0))) visit(corner, weight, offset);
+    // Weights that are not 0 can have a product that is.
+    if (here && (weightless || weight != A(0))) visit(corner, weight, offset);
   }
 }
 
