@@ -15,8 +15,8 @@ struct MindArgs {
   void* out;      // descriptors, (n, n_channels, *size), as the image; or a map (n, *size), arithmetic type
   void* grad[2];  // (n, c, *size), arithmetic type, zeros; or null
   double* sums;   // one partial sum per unit
-  int64_t nd, n, c, size[3];
-  int64_t n_channels, radius, dilation;
+  int64_t n, c, size[3];
+  int64_t n_channels, radius[3], dilation[3];
   const MindPair* pairs;
   const double* weights;  // of the patch along an axis; null: a box
   bool six, absolute;
@@ -271,12 +271,16 @@ class Mind {
     FASTREG_CHECK((nd == 2 || nd == 3) && image.size(1) > 0, op,
                   "images must have 2 or 3 spatial axes and a channel");
     FASTREG_CHECK(d.radius >= 0 && d.dilation >= 0, op, "radius and dilation must not be negative");
-    a.nd = nd, a.n = image.size(0), a.c = image.size(1);
+    a.n = image.size(0), a.c = image.size(1);
     a.size[0] = nd == 3 ? image.size(2) : 1, a.size[1] = image.size(nd), a.size[2] = image.size(nd + 1);
     a.six = d.neighbourhood == "six";
     a.n_channels = a.six ? 2 * nd : nd == 3 ? 12 : 4;
     a.pairs = a.six ? kSix + (nd == 2 ? 2 : 0) : nd == 3 ? kSsc3 : kSsc2;
-    a.radius = d.radius, a.dilation = d.dilation;
+    for (int i = nd == 3 ? 0 : 1; i < 3; ++i) {
+      a.radius[i] = d.radius;
+      // Longer offsets end at the border all the same.
+      a.dilation[i] = std::min(d.dilation, std::max<int64_t>(a.size[i] - 1, 0));
+    }
     if (d.patch == "gaussian") {
       double total = 0;
       for (int64_t k = -d.radius; k <= d.radius; ++k)
@@ -297,7 +301,7 @@ class Mind {
     MindWave w{{1, 1}, {}, {}};
     if (a.grad[0] || a.grad[1])
       for (int i = 0; i < 2; ++i) {
-        const int64_t halo = i == 0 && a.nd == 2 ? 0 : a.radius + a.dilation;
+        const int64_t halo = a.radius[i] + a.dilation[i];
         w.waves[i] =
             std::min((a.tile[i] + 2 * halo + a.tile[i] - 1) / a.tile[i], std::max<int64_t>(a.n_tiles[i], 1));
       }

@@ -108,14 +108,12 @@ class MindTile {
  public:
   explicit MindTile(const MindArgs& args) : a(args) {
     box = !a.weights;
-    if (!box) weights.assign(a.weights, a.weights + 2 * a.radius + 1);
     scale = A(1);
     for (int i = 0; i < 3; ++i) {
-      r[i] = a.size[i] == 0 || (i == 0 && a.nd == 2) ? 0 : a.radius;
-      s[i] = i == 0 && a.nd == 2 ? 0 : a.dilation;
-      h[i] = r[i] + s[i];
+      r[i] = a.radius[i], s[i] = a.dilation[i], h[i] = r[i] + s[i];
       if (box) scale /= A(2 * r[i] + 1);
     }
+    if (!box) weights.assign(a.weights, a.weights + 2 * r[2] + 1);
   }
 
   // D of channel k, row (z, y) of the tile; after the voxels: d loss / d D.
