@@ -39,7 +39,7 @@ def lcc_loss(
             number <= (window + 1) / 2; a window of 3 is a single sample, whose LCC is 0.
         sigma (float, optional): of the Gaussian, in voxels; window / 3 by default.
         mask (Tensor, optional): (N, 1, *spatial), >= 0: weights samples in every sum and voxels in the mean. No gradient.
-            A window whose weights sum to less than 2 samples at its centre counts as empty.
+            A window whose weights sum to less than those of 2 samples at its centre counts as empty.
         squared (bool): ``c^2 / D`` in [0, 1], else ``c / sqrt(D)`` in [-1, 1].
         padding (str): "zeros": samples outside the image are 0 and count (VoxelMorph, MONAI). "valid": only samples inside the
             image count; it alone is exactly invariant to an intensity offset.
@@ -59,8 +59,9 @@ def lcc_loss(
         A window that holds a NaN or infinity is NaN, no other. With "valid", constant images give 0
         with gradient 0 (with "zeros" their faces are edges); so does an all-zero mask.
         CPU: fp64 sums. "box": one pass, cost independent of the window; extra memory per thread: some 3 (both gradients: 5)
-        times ``window`` planes of fp64. Other kernels: cost proportional to the window; extra memory for gradients: 3 (both: 5)
-        volumes. A region whose offset from the rest is beyond 1e6 times its contrast counts as flat.
+        times ``window`` planes of fp64. Other kernels: cost proportional to the window, bits independent of the number of
+        threads; extra memory with gradients: 3 (both: 5) times ``window + 31`` planes of fp64, at most those of the image.
+        A region whose offset from the rest is beyond 1e6 times its contrast counts as flat.
     """
     _check.floating("lcc_loss", fixed=fixed, moved=moved, mask=mask)
     _check.image("lcc_loss", "fixed", fixed)
