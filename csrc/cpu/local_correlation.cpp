@@ -35,6 +35,8 @@ FASTREG_CORRELATION_KERNEL(local_correlation_bwd_moving)
 
 #ifdef FASTREG_ISA
 
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "cpu/vector.h"
@@ -114,7 +116,8 @@ void interpolate(const WarpArgs& a, const T* image, const Block<A, ND>& p, int c
   for (int j = 0; j < p.n_faces; ++j) value[p.faces[j]] = interpolate_anywhere<ND>(a, image, p, p.faces[j]);
 }
 
-constexpr int kBlocksAtOnce = 32;  // blocks of a warp whose positions are kept
+constexpr int64_t kRowsAtOnce = 8;  // rows of a map read together where no ring holds them
+constexpr int kBlocksAtOnce = 32;   // blocks of a warp whose positions are kept
 
 // All channels of rows [y0, y1) of plane z of the warped image; rows `pitch` and channels `length` apart.
 // Positions are computed once for all channels; channel by channel the rows of the image that a few rows of
@@ -123,7 +126,7 @@ template <class T, int ND>
 void warp_rows(const WarpArgs& a, int64_t n, int64_t z, int64_t y0, int64_t y1, arithmetic_t<T>* out,
                int64_t pitch, int64_t length) {
   using A = arithmetic_t<T>;
-  std::vector<Block<A, ND>> positions(kBlocksAtOnce);
+  const auto positions = std::make_unique_for_overwrite<Block<A, ND>[]>(kBlocksAtOnce);
   Corners<T, ND> corners;
   const int64_t n_in = a.in[0] * a.in[1] * a.in[2], line = a.out[2];
   const int64_t per_row = (line + kBlock - 1) / kBlock, blocks = (y1 - y0) * per_row;
@@ -333,37 +336,42 @@ int64_t offsets(const CorrelationArgs& a) {
   return (2 * a.radius[0] + 1) * (2 * a.radius[1] + 1) * (2 * a.radius[2] + 1);
 }
 
-// Sums of x - shift and its square, in fp64: of the fixed row and of the (warped) moving row.
+// Sums of x - shift and its square over n values, in fp64.
+template <class A>
+void add_sums(const A* x, int64_t n, double shift, double (&sum)[8], double (&squares)[8]) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) {
+      const double d = double(x[i + j]) - shift;
+      sum[j] += d;
+      squares[j] += d * d;
+    }
+  for (; i < n; ++i) {
+    const double d = double(x[i]) - shift;
+    sum[0] += d;
+    squares[0] += d * d;
+  }
+}
+
+// Four sums a row: shifted values and squares of fixed, of the (warped) moving.
 template <class T>
 void statistics(const CorrelationArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
-  constexpr int kSums = 8;
-  const int64_t line = a.size[2], rows = a.size[0] * a.size[1];
-  std::vector<A> values(a.c * line);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t n = index / rows, z = index % rows / a.size[1], y = index % a.size[1];
-    for (const bool moving : {false, true}) {
-      const Map<T> map(a, moving);
-      const double shift = map.shift(n);
-      map.read_row(n, z, y, values.data(), line);
-      double sum[kSums] = {}, squares[kSums] = {};
-      const A* x = values.data();
-      const int64_t count = a.c * line;
-      int64_t i = 0;
-      for (; i + kSums <= count; i += kSums)
-        for (int j = 0; j < kSums; ++j) {
-          const double d = double(x[i + j]) - shift;
-          sum[j] += d;
-          squares[j] += d * d;
-        }
-      for (; i < count; ++i) {
-        const double d = double(x[i]) - shift;
-        sum[0] += d;
-        squares[0] += d * d;
+  const int64_t pitch = a.c * a.size[2], rows = a.size[0] * a.size[1];
+  std::vector<A> values(kRowsAtOnce * pitch);
+  for (const bool moving : {false, true}) {
+    const Map<T> map(a, moving);
+    for (int64_t index = begin; index < end;) {
+      const int64_t n = index / rows, z = index % rows / a.size[1], y = index % a.size[1];
+      const int64_t count = std::min({kRowsAtOnce, end - index, a.size[1] - y});
+      map.read(n, z, y, y + count, values.data(), pitch, a.size[2]);
+      for (int64_t r = 0; r < count; ++r, ++index) {
+        double sum[8] = {}, squares[8] = {};
+        add_sums(values.data() + r * pitch, pitch, map.shift(n), sum, squares);
+        double* out = a.sums + 4 * index + 2 * moving;
+        out[0] = std::accumulate(sum, sum + 8, 0.0);
+        out[1] = std::accumulate(squares, squares + 8, 0.0);
       }
-      double* out = a.sums + 4 * index + 2 * moving;
-      out[0] = out[1] = 0;
-      for (int j = 0; j < kSums; ++j) out[0] += sum[j], out[1] += squares[j];
     }
   }
 }
@@ -475,7 +483,9 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
   Ring<T> fixed(a, false, extend, false);
   const Map<T> moving(a, true);
   const int64_t vectors = fixed.line.vectors, length = fixed.line.length, origin = fixed.line.origin;
-  std::vector<A> g(along_x * length), sums(a.c * vectors), values(a.c * vectors);
+  std::vector<A> g(along_x * length), sums(a.c * vectors);
+  const int64_t pitch = a.c * line;
+  std::vector<A> values(kRowsAtOnce * pitch);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Plane p = plane_at(a, unit);
     fixed.move_to(p.n, p.z, p.y0, p.y1);
@@ -496,7 +506,7 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
       });
     };
     for (int64_t y = p.y0; y < p.y1; ++y) {
-      const int64_t at = p.z * area + y * line;
+      const int64_t at = p.z * area + y * line, ahead = (y - p.y0) % kRowsAtOnce;
       if (a.grad_moved) {
         std::fill(sums.begin(), sums.end(), A(0));
         const auto beyond = [&](int64_t i, int axis, bool upper) {
@@ -504,7 +514,8 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
         };
         for (int64_t z = p.z - beyond(p.z, 0, false); z <= p.z + beyond(p.z, 0, true); ++z)
           for (int64_t q = y - beyond(y, 1, false); q <= y + beyond(y, 1, true); ++q) collect(z, q);
-        if (a.statistics) moving.read_row(p.n, p.z, y, values.data(), vectors);
+        if (a.statistics && ahead == 0)
+          moving.read(p.n, p.z, y, std::min(y + kRowsAtOnce, p.y1), values.data(), pitch, line);
       }
       for (int64_t c = 0; c < a.c; ++c) {
         const int64_t to = (p.n * a.c + c) * volume + at;
@@ -517,7 +528,7 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
           sum += extend;
           for (int64_t x = 0; x < line; ++x) sum[x] *= A(a.factor);
           if (a.statistics)
-            store_through(a.through[2 * p.n + 1], sum, values.data() + c * vectors, line, sum);
+            store_through(a.through[2 * p.n + 1], sum, values.data() + ahead * pitch + c * line, line, sum);
           if (a.moving.displacement)
             store_row(sum, line, static_cast<A*>(a.grad_moved) + to);
           else
