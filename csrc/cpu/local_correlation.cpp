@@ -63,6 +63,13 @@ void load_row(const T* in, int64_t n, arithmetic_t<T>* out) {
   cover_x<A>(0, n, [&](auto v, int64_t x) { store_as(out + x, load_as<decltype(v)>(in + x)); });
 }
 
+// Asks for `count` rows, `pitch` apart: those of the offsets that come next, which lie volumes apart.
+template <bool write, class T>
+void prefetch_rows(const T* rows, int64_t count, int64_t pitch, int64_t n) {
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t x = 0; x < n; x += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + k * pitch + x, write);
+}
+
 template <class T>
 void store_row(const arithmetic_t<T>* in, int64_t n, T* out) {
   using A = arithmetic_t<T>;
@@ -394,6 +401,7 @@ void fwd(const CorrelationArgs& a, int64_t begin, int64_t end) {
       fixed.read_row(p.n, p.z, y, f.data(), vectors);
       T* out = static_cast<T*>(a.result) + p.n * n_offsets * volume + p.z * area + y * line;
       each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
+        prefetch_rows<true>(out + k0 * volume, along_x, volume, line);
         int64_t length;
         const A* m = moving.row_or_padding(p.z + dz, y + dy, length);
         each_group(along_x, [&]<int K>(int64_t k) {
@@ -431,6 +439,8 @@ void bwd_fixed(const CorrelationArgs& a, int64_t begin, int64_t end) {
       each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
         for (int64_t k = 0; k < along_x; ++k)
           load_row(grad + (k0 + k) * volume, line, g.data() + k * vectors);
+        if (k0 + along_x < n_offsets)
+          prefetch_rows<false>(grad + (k0 + along_x) * volume, along_x, volume, line);
         int64_t length;
         const A* m = moving.row_or_padding(p.z + dz, y + dy, length);
         each_group(along_x, [&]<int K>(int64_t k) {
@@ -497,6 +507,9 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
         if (pz < 0 || pz >= a.size[0] || py < 0 || py >= a.size[1]) return;
         for (int64_t k = 0; k < along_x; ++k)
           load_row(grad + (k0 + k) * volume + pz * area + py * line, line, g.data() + k * length + origin);
+        if (k0 + along_x < n_offsets && py > 0)
+          prefetch_rows<false>(grad + (k0 + along_x) * volume + pz * area + (py - 1) * line, along_x, volume,
+                               line);
         const int64_t last = 2 * a.radius[2];
         const A* f = fixed.row(pz, py) + last;
         each_group(along_x, [&]<int K>(int64_t k) {
