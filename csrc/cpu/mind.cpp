@@ -37,7 +37,7 @@ FASTREG_KERNEL(void, mind_tiles, Stored, MindTask, const MindArgs&, const MindWa
 
 #ifdef FASTREG_ISA
 
-#include "cpu/exp.h"
+#include "common/exp.h"
 #include "cpu/mind_tile.h"
 
 // Distances are made tile by tile: all channels of some 12 x 12 x 96 voxels and the image around them stay in
@@ -127,7 +127,7 @@ class Tiles {
     return sum;
   }
 
-  static V exponential(V x) { return exp_nonpositive(x); }
+  static V exponential(V x) { return fast_exp(x); }
 
   template <int kChannels>
   void describe(int64_t z, int64_t y, const Row& at) {
