@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import fastreg
-from bench import common
+from bench import bench_mind_loss, common
 from bench.bench_mind_loss import DEFAULT, N160, descriptors
 from bench.common import Case, Provider
 
@@ -46,6 +46,10 @@ PROVIDERS = {
     "compile": Provider(lambda case, inputs: common.compiled(descriptors(case)), slow=True),
     "convexadam": Provider(convexadam, "convexAdam", slow=True),
 }
+
+
+def gate(case, name, device):
+    return bench_mind_loss.gate(case, name, device, globals())
 
 
 @pytest.mark.parametrize(("case", "mode", "provider"), common.combinations(globals()))

@@ -101,7 +101,8 @@ def mind_loss(
 
     Notes:
         Constant images and all-zero masks give 0 with gradient 0. A NaN or an infinity makes its sample NaN, no other.
-        Deterministic, whatever the thread count. fastreg.nn.MINDLoss(...).prepare(fixed) computes what only depends on fixed
+        Where two channels tie for the minimum within rounding, the gradient depends on which is less: it has a kink there.
+        CPU: deterministic, whatever the thread count; some MB a thread beside the gradients. fastreg.nn.MINDLoss(...).prepare(fixed) computes what only depends on fixed
         once, for many calls.
     """
     options = {
