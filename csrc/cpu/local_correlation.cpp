@@ -604,7 +604,7 @@ struct Call {
     fixed = (lift ? given_fixed.to(at::kDouble) : given_fixed).contiguous();
     moving = (lift ? given_moving.to(at::kDouble) : given_moving).contiguous();
     type = stored(fixed);
-    args.nd = nd;
+    args.nd = nd, args.moving.padding = Padding::zeros;
     args.n = args.moving.n = fixed.size(0), args.c = args.moving.c = fixed.size(1);
     for (int k = 0; k < 3; ++k) {
       args.size[k] = k < missing ? 1 : fixed.size(k + nd - 1);
