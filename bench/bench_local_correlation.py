@@ -38,12 +38,7 @@ CASES = [
 
 def make_inputs(case, device, dtype):
     maps = [common.image(case.shape, seed, device, dtype) for seed in (0, 1)]
-    # Features have both signs.
-    maps = [(m - 0.5) * 4 for m in maps]
-    return [
-        *maps,
-        *([common.displacement(case.shape, 2, device, dtype)] if case.params["displaced"] else []),
-    ]
+    return maps + ([common.displacement(case.shape, 2, device, dtype)] if case.params["displaced"] else [])
 
 
 def offsets(case):

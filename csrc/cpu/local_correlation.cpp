@@ -384,7 +384,8 @@ void statistics(const CorrelationArgs& a, int64_t begin, int64_t end) {
 }
 
 // Row by row: for each offset along z and y the sums of all offsets along x, over the channels, in registers.
-// Bytes: reads 2C volumes, writes the offsets. Arithmetic: C products and sums an offset and voxel.
+// Bytes: reads 2C volumes, writes the offsets. Arithmetic: C products and sums an offset and voxel, 1.2 loads
+// each. Radius 2, C = 16, 96^3, two AVX2 cores: 0.5 GB, some 40 ms; 3.5 GFLOP, some 30 ms.
 template <class T>
 void fwd(const CorrelationArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;

@@ -47,8 +47,8 @@ def local_correlation(
     Notes:
         Deterministic on CPU whatever the thread count. A deviation of 0 has derivative 0, so constant maps have finite
         gradients. A NaN reaches the outputs that read it; with ``normalize``, its sample.
-        CPU: no shifted, normalised or warped copy of a map; extra memory per thread is some 2 radius + 1 planes of moving.
-        The backward holds one map for the gradient of the warped moving, and one per half-precision gradient.
+        CPU: no shifted, normalised or warped copy of a map; extra memory per thread is some 2 radius + 1 planes of moving,
+        at most a few MB. The backward holds the gradient of the warped moving (and halves: what they are rounded from).
     """
     op = "local_correlation"
     given = {} if displacement is None else {"displacement": displacement}
