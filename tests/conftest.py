@@ -2,8 +2,13 @@ import os
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 
 torch.set_num_threads(2)
+# A cached graph would call ops by a schema that an edit has changed since.
+torch._inductor.config.fx_graph_cache = False
+torch._functorch.config.enable_autograd_cache = False
 
 
 @pytest.fixture(autouse=True)

@@ -227,7 +227,7 @@ def test_dtypes(shape, options, dtype):
 
     V is a difference of distances: where it is small beside them, fp32 loses a digit (the reference in fp32 does, too).
     """
-    tolerance = {torch.float32: 5e-5}.get(dtype)
+    tolerance = {torch.float32: 5e-5, torch.float16: 3e-3}.get(dtype)
     check_against_reference(
         lambda x: fastreg.mind(x, **options), reference(options), (make(shape, dtype),), tolerance
     )

@@ -47,7 +47,7 @@ struct Row {
   int64_t n, z, y;
 };
 
-Row row_at(const WarpArgs& a, int64_t index) {
+[[maybe_unused]] Row row_at(const WarpArgs& a, int64_t index) {
   int64_t plane = index / a.out[1];
   return {plane / a.out[0], plane % a.out[0], index % a.out[1]};
 }
