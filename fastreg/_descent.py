@@ -7,9 +7,10 @@ Adam's per-voxel scaling cannot tear the field.
 
 dense     u = base + G * p, on a grid twice as coarse, where regulariser, smoothing and optimiser cost an
           eighth; resized for the warp
-velocity  the same for a stationary velocity, integrated before it is resized: invertible by construction
+velocity  the same for a stationary velocity, integrated before it is resized: invertible up to discretisation
 bspline   u = base + cubic B-splines with control points p: the sum over levels is a multilevel B-spline
-affine    (before the others) x -> M x + b in mm, M and b about the centre of the image
+affine    (before the others) x -> M x + b in mm, M and b about the centre of the image; the sampling position is
+          A p + u(p), with a velocity A (p + u(p)), which is as invertible as u
 """
 
 import math
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 
 from . import nn
 from . import ops as _fused
+from .ops.bspline_displacement import control_shape as control_points
 
 SIMILARITIES = ("lcc", "mind", "mse")
 TRANSFORMS = ("dense", "velocity", "bspline")
-STEPS = 5  # squarings of a velocity: increments of a level stay far below 2^5 control voxels
+STEPS = 5  # squarings of a velocity; 7 and 9 gave the same folds
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # What a similarity is multiplied by, so that one regularization and one Adam epsilon suit all three.
@@ -88,7 +90,7 @@ class Dense:
         return ops.resize_displacement(field, self.shape)
 
     def relaxed(self, field, shift):
-        return _relax(field, shift)
+        return relaxed(field, shift)
 
 
 class Velocity(Dense):
@@ -108,7 +110,7 @@ class BSpline:
     shape: tuple
 
     def parameter(self):
-        control = [math.ceil(n / k) + 3 for n, k in zip(self.shape, self.knots, strict=True)]
+        control = control_points(self.shape, self.knots)
         return self.base.new_zeros((*self.base.shape[:2], *control)).requires_grad_()
 
     def field(self, parameter, ops=_fused):
@@ -118,7 +120,7 @@ class BSpline:
         return field
 
     def relaxed(self, field, shift):
-        return _relax(field, shift)
+        return relaxed(field, shift)
 
 
 def transform(kind, field, shape, full, spacing, width):
@@ -132,7 +134,8 @@ def transform(kind, field, shape, full, spacing, width):
     grid = tuple(shape) if bspline else control_shape(shape, spacing_of(shape, full, spacing))
     size = spacing_of(grid, full, spacing)
     finest = _finest(size, full)
-    scale = torch.tensor([finest / s for s in size], device=field.device).reshape(1, -1, *[1] * len(grid))
+    scale = torch.tensor([finest / s for s in size], dtype=torch.float32, device=field.device)
+    scale = scale.reshape(1, -1, *[1] * len(grid))
     base = _fused.resize_displacement(field, grid)
     if bspline:
         width = _KNOT * finest if width is None else width
@@ -149,6 +152,7 @@ def transform(kind, field, shape, full, spacing, width):
 class Similarity:
     """How well a moved image fits the level's fixed one, to be minimised."""
 
+    # MIND prepares the fixed image, and so is always fastreg's.
     def __init__(self, kind, fixed, mask, window):
         self.kind, self.fixed, self.mask, self.window = kind, fixed, mask, window
         # each variance gets a noise floor; they are sums, hence times the window's volume
@@ -182,10 +186,17 @@ class Level:
     affine: torch.Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
     regularization: float
 
+    def displacement(self, field, ops=_fused):
+        """Without the affine part."""
+        u = self.transform.displacement(field, ops)
+        if self.affine is not None and isinstance(self.transform, Velocity):
+            u = torch.einsum("nij,nj...->ni...", self.affine[..., :-1], u)
+        return u
+
     def objective(self, parameter, ops=_fused):
         """Returns (loss, similarity, regularity), scalars; the first is differentiable in parameter."""
         field = self.transform.field(parameter, ops)
-        u = self.transform.displacement(field, ops)
+        u = self.displacement(field, ops)
         if self.affine is None:
             moved = ops.warp(self.moving, u, padding="border")
         else:
@@ -209,7 +220,7 @@ def optimizer(parameter, learning_rate):
     return torch.optim.Adam([parameter], lr=learning_rate, eps=_EPS, fused=True)
 
 
-def _relax(u, shift=None, rounds=60):
+def relaxed(u, shift=None, rounds=60):
     """u with its folds smoothed away: where the determinant of x + u (+ shift) is not safely positive, u
     becomes its average."""
     for _ in range(rounds):
@@ -228,8 +239,8 @@ def _finite(loss):
         fail(ValueError, f"the loss must stay finite, got {loss} ({hint})")
 
 
-def _minimise(step, n_iterations, report):
-    """Calls step() up to n_iterations times, until the loss is flat; returns losses and the last terms."""
+def _minimise(step, n_iterations, report, least=20):
+    """Calls step() up to n_iterations times, until after `least` the loss is flat; returns what happened."""
     losses, terms = [], (None, None, None)
     for i in range(n_iterations):
         terms = step()
@@ -237,7 +248,7 @@ def _minimise(step, n_iterations, report):
         _finite(losses[-1])
         if report is not None:
             report(i, n_iterations, losses[-1])
-        if i >= 20 and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
+        if i >= least and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
             break
     first, last = (losses[0], losses[-1]) if losses else (None, None)
     similarity, regularity = (None if t is None else float(t) for t in terms[1:])
@@ -308,7 +319,8 @@ class AffineFit:
             slower.step()
             return value.detach(), value.detach(), value.new_zeros(())
 
-        record = _minimise(step, n_iterations, report)
+        # Adam overshoots at first, which looks flat.
+        record = _minimise(step, n_iterations, report, least=n_iterations // 2)
         with torch.no_grad():
             self.motion += finest * self.free * parameter
         _finite(float(self.motion.square().sum()))

@@ -85,9 +85,13 @@ def batched(*names):
                 arg = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
                 return arg.flatten(0, 1)
 
+            first = next(i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor))
+            axis = in_dims[first]
+            each = args[first].shape[0] if axis is None else args[first].movedim(axis, 0).shape[1]
+
             def unfold(out):
                 # An empty 1D tensor stands for a result that was not asked for.
-                return (out, None) if out.shape == (0,) else (out.unflatten(0, (size, -1)), 0)
+                return (out, None) if out.shape == (0,) else (out.unflatten(0, (size, each)), 0)
 
             out = op(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
             if isinstance(out, torch.Tensor):

@@ -34,7 +34,7 @@ SMALL_OVERLAP = 0.1
 
 HELP = {
     "similarity": "lcc; mind for images of different kinds; mse for intensities that mean the same",
-    "transform": "dense; velocity: integrated, invertible; bspline: cubic",
+    "transform": "dense; velocity: integrated, invertible up to discretisation; bspline: cubic",
     "affine": "find an affine part first",
     "window": "side of the LCC window in voxels, odd",
     "regularization": "weight of the smoothness of the displacement",

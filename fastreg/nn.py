@@ -9,7 +9,7 @@ import inspect
 import torch
 
 from fastreg import ops
-from fastreg.ops.mind import mind_loss_prepared, prepare_mind
+from fastreg.ops.mind import check_mind_loss, mind_loss_prepared, prepare_mind
 
 
 class _Op(torch.nn.Module):
@@ -102,9 +102,19 @@ class _PreparedMINDLoss(torch.nn.Module):
     def __init__(self, fixed, options):
         super().__init__()
         self.options = dict(options)
+        check_mind_loss(**{k: v for k, v in options.items() if k in ("norm", "reduction")})
         descriptor = {k: v for k, v in options.items() if k not in ("norm", "reduction")}
-        self.register_buffer("fixed", fixed.detach(), persistent=False)
-        self.register_buffer("variance", prepare_mind(self.fixed, **descriptor), persistent=False)
+        variance = prepare_mind(fixed, **descriptor)
+        # A copy: the image may be a buffer that is filled anew.
+        self.register_buffer("fixed", fixed.detach().clone(), persistent=False)
+        self.register_buffer("variance", variance.detach(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # half() must not touch the mean: V of CT units overflows one.
+        variance = self.variance
+        super()._apply(fn, recurse)
+        self.variance = variance.to(self.fixed.device)
+        return self
 
     def forward(self, moved, mask=None):
         return mind_loss_prepared(self.fixed, self.variance, moved, mask=mask, **self.options)

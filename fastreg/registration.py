@@ -36,7 +36,8 @@ class Registration:
     seconds (float): all of it, wall clock.
     affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion.
     velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
-        with transform="velocity".
+        with transform="velocity". Integrated in 5 steps and resized it is the motion before the affine part, but for
+        places that folded.
     """
 
     displacement: torch.Tensor
@@ -203,15 +204,18 @@ def register(
         mask (Tensor or None): (1, 1, *spatial) >= 0, weight of each voxel of fixed.
         similarity (str): "lcc"; "mind" for images of different kinds (MIND-SSC); "mse" for intensities that
             mean the same. Channels are rescaled to their range first.
-        transform (str): "dense" displacement; "velocity", stationary and integrated: invertible; "bspline", cubic.
-        affine (bool): find an affine part first; the regularisation does not see it.
+        transform (str): "dense" displacement; "velocity", stationary and integrated: invertible up to
+            discretisation; "bspline", cubic.
+        affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
+            does not see it.
         window (int): LCC window, voxels of the level, odd.
         regularization (float): weight of the mean squared strain (mm over mm).
         smoothing (float or None): standard deviation, mm, of the Gaussian on the finest level's updates; for
             "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
             spacing of each level's displacement grid; 4 voxels between control points.
         levels (int or None): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
-        iterations (int or sequence): at most, of every level or coarse to fine; where there are more levels
+        iterations (int or sequence): at most, of every level or coarse to fine (the affine part takes up to 100 a
+            level of its own); where there are more levels
             than numbers the first serves the coarser ones, where fewer the first ones go unused. A flat
             loss ends a level.
         learning_rate (float): of Adam, in voxels of the displacement grid.
@@ -256,6 +260,11 @@ def register(
     (regularization,) = _numbers("regularization", regularization, 1, least=0.0)
     if smoothing is not None:
         (smoothing,) = _numbers("smoothing", smoothing, 1, least=0.0)
+        extent = max(s * n for s, n in zip(spacing, full, strict=True))
+        if smoothing > extent:
+            _fail(
+                ValueError, f"smoothing must be at most the image's extent, {extent:g} mm, got {smoothing:g}"
+            )
     (learning_rate,) = _numbers("learning_rate", learning_rate, 1, above=0.0)
     if levels is not None:
         levels = _count("levels", levels, 1)
@@ -274,7 +283,11 @@ def register(
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         images = (_rescaled(fixed, mask), _rescaled(moving), None if mask is None else mask.clone())
-        records, matrix, field = [], None, torch.zeros(1, nd, *[1] * nd, device=fixed.device)
+        records, matrix, field = (
+            [],
+            None,
+            torch.zeros(1, nd, *[1] * nd, dtype=torch.float32, device=fixed.device),
+        )
         rough = [s for s in shapes if math.prod(s) <= _AFFINE_VOXELS] or shapes[:1] if affine else []
         if affine:
             report = progress and (lambda level, *rest: progress(level, len(rough) + len(shapes), *rest))
@@ -296,7 +309,7 @@ def register(
             records.append({**record, "seconds": time.perf_counter() - begun})
         with torch.no_grad():
             shift = None if matrix is None else _fused.affine_displacement(level.affine, full)
-            displacement = level.transform.relaxed(level.transform.displacement(field), shift)
+            displacement = _descent.relaxed(level.displacement(field), shift)
             if shift is not None:
                 displacement = displacement + shift
             moved = _fused.warp(moving.float(), displacement)

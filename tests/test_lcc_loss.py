@@ -602,3 +602,25 @@ def test_errors(error, match, change):
     arguments = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)} | change
     with pytest.raises(error, match=f"fastreg::lcc_loss: {match}"):
         fastreg.lcc_loss(arguments.pop("fixed"), arguments.pop("moved"), **arguments)
+
+
+@pytest.mark.parametrize("kernel", ["box", "gaussian"])
+def test_windows_that_pass_nothing_back_pass_no_nan(kernel):
+    fixed, moved = torch.rand(2, 1, 1, 1, 12).requires_grad_().unbind(0)
+    fixed = fixed.detach().clone()
+    fixed[..., 6] = float("nan")
+    fixed.requires_grad_()
+    lcc = fastreg.lcc_loss(fixed, moved, 3, kernel=kernel, reduction="none")
+    grads = torch.autograd.grad(lcc[~lcc.isnan()].sum(), (fixed, moved))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_no_channels_average_to_nan():
+    empty = torch.rand(1, 0, 4, 5)
+    assert fastreg.lcc_loss(empty, empty, 3, reduction="none").isnan().all()
+
+
+def test_weighted_windows_have_a_limit():
+    image = torch.rand(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="window must be at most 65537"):
+        fastreg.lcc_loss(image, image, 2**16 + 3, kernel="gaussian")

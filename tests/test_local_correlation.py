@@ -372,3 +372,35 @@ def test_errors(error, match, change):
     image = torch.zeros(1, 2, 3, 4, 5)
     with pytest.raises(error, match=rf"fastreg::local_correlation: {match}"):
         fastreg.local_correlation(**{"fixed": image, "moving": image} | change)
+
+
+@pytest.mark.parametrize("apart", [100.0, 1000.0])
+def test_gradients_of_maps_with_means_apart(apart):
+    fixed, moving = torch.rand(1, 3, 5, 6, 7), torch.rand(1, 3, 5, 6, 7) + apart
+    inputs = [t.requires_grad_() for t in (fixed, moving)]
+    truth_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    weight = torch.randn(1, 125, 5, 6, 7)
+    grads = torch.autograd.grad((fastreg.local_correlation(*inputs, normalize=True) * weight).sum(), inputs)
+    truth = fastreg.local_correlation(*truth_inputs, normalize=True) * weight.double()
+    for grad, true in zip(grads, torch.autograd.grad(truth.sum(), truth_inputs), strict=True):
+        assert (grad - true).norm() < 2e-6 * true.norm()
+
+
+def test_statistics_are_of_what_is_read():
+    """The first voxel of moving is never read, whatever it holds."""
+    fixed, moving = torch.rand(1, 1, 6, 6), torch.rand(1, 1, 6, 6)
+    u = torch.zeros(1, 2, 6, 6)
+    u[:, 0] = 1.5
+    outputs = []
+    for value in (0.5, 1e7, float("nan")):
+        moving[0, 0, 0, 0] = value
+        outputs.append(fastreg.local_correlation(fixed, moving, displacement=u, normalize=True))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_a_radius_far_beyond_the_image_costs_what_it_writes():
+    image = torch.rand(1, 1, 1, 6, requires_grad=True)
+    out = fastreg.local_correlation(image, image.detach(), (0, 20000))
+    assert torch.autograd.grad(out.sum(), image)[0].shape == image.shape
+    assert out.count_nonzero() == 36

@@ -534,3 +534,44 @@ def test_errors(error, match, change):
         fastreg.mind_loss(arguments.pop("fixed"), arguments.pop("moved"), **arguments)
     with pytest.raises(ValueError, match="fastreg::mind: image must have shape"):
         fastreg.mind(torch.zeros(4, 5, 6))
+
+
+def test_prepared_loss_keeps_its_mean_through_casts():
+    fixed, moved = 3000 * torch.rand(1, 1, 8, 9, 10), 3000 * torch.rand(1, 1, 8, 9, 10)
+    prepared = fastreg.nn.MINDLoss().prepare(fixed)
+    expected = prepared(moved)
+    cast = prepared.half()(moved.half())
+    assert cast.isfinite()
+    assert (cast - expected).abs() < 0.01 * expected
+
+
+def test_radius_has_a_limit():
+    image = torch.rand(1, 1, 5, 20)
+    assert fastreg.mind(image, radius=20).isfinite().all()
+    with pytest.raises(ValueError, match="radius must be at most the longest axis or 16, got 21"):
+        fastreg.mind(image, radius=21)
+    assert fastreg.mind(image, patch="gaussian", sigma=1e-170).isfinite().all()
+
+
+def test_prepared_loss_is_of_the_image_it_saw():
+    fixed, moved = torch.rand(1, 1, 8, 9, 10), torch.rand(1, 1, 8, 9, 10)
+    expected = fastreg.mind_loss(fixed, moved)
+    buffer = fixed.clone()
+    prepared = fastreg.nn.MINDLoss().prepare(buffer)
+    buffer.mul_(100)
+    assert torch.equal(prepared(moved), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"), [({}, None), ({}, "a"), ({"norm": "x"}, torch.rand(1, 1, 4, 5))]
+)
+def test_prepare_refuses_at_once(options, fixed):
+    with pytest.raises((TypeError, ValueError), match=r"fastreg::mind_loss: (fixed|norm) must"):
+        fastreg.nn.MINDLoss(**options).prepare(fixed)
+
+
+@pytest.mark.parametrize("loss", [fastreg.mind_loss, fastreg.lcc_loss, fastreg.mse_loss])
+def test_mask_with_a_gradient_is_refused_under_vmap(loss):
+    images, mask = torch.rand(2, 1, 1, 9, 9), torch.rand(2, 1, 1, 9, 9, requires_grad=True)
+    with pytest.raises(ValueError, match="mask must not require a gradient"):
+        torch.vmap(lambda f, m: loss(f, f, mask=m))(images, mask)

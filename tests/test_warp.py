@@ -273,8 +273,9 @@ def test_affine_opcheck(given):
     torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, affine, "linear", "zeros"))
     # Without requires_grad: test_affine_gradcheck has the double backward, which takes long to trace.
     tensors = [t if t is None else t.detach() for t in (torch.rand_like(image), image, u, affine)]
-    args = (*tensors, "linear", "zeros", True, given, True)
-    torch.library.opcheck(torch.ops.fastreg.warp_bwd.default, args)
+    # Alone too: results that were not asked for must not be one tensor.
+    for needs in ((True, given, True), (True, False, False), (False, given, False), (False, False, True)):
+        torch.library.opcheck(torch.ops.fastreg.warp_bwd.default, (*tensors, "linear", "zeros", *needs))
 
 
 def test_affine_vmap_and_compile():
@@ -369,6 +370,11 @@ def test_compile():
         expected = torch.autograd.grad(step(image, u), (image, u))
         for ours, theirs in zip(torch.autograd.grad(compiled(image, u), (image, u)), expected, strict=True):
             assert_close(ours, theirs)
+
+
+def test_vmap_over_nothing():
+    image, u = torch.rand(0, 2, 1, 5, 6), torch.rand(0, 2, 2, 5, 6)
+    assert torch.vmap(fastreg.warp)(image, u).shape == image.shape
 
 
 def test_vmap():

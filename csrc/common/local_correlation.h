@@ -18,13 +18,21 @@ FASTREG_HD V normalized(const Normalization<A>& s, V x) {
   return ((x - s.high) - s.low) * s.inverse;
 }
 
-// Mean and deviation of both maps of a sample, from sums of (x - shift) and (x - shift)^2 over `count`
-// numbers. A single number has deviation 0.
-FASTREG_HD void mean_and_deviation(double shift, double sum, double squares, double count, double out[2]) {
-  const double mean = sum / count;
-  const double variance = count > 1 ? (squares - sum * mean) / (count - 1) : squares * 0;
-  out[0] = shift + mean;
-  out[1] = std::sqrt(variance < 0 ? 0 : variance);
+// Mean of `count` numbers and the sum of their squared deviations from it.
+struct Moments {
+  double count, mean, squares;
+};
+
+// Of two sets together. Equal numbers stay at deviation 0 exactly.
+FASTREG_HD Moments merged(const Moments& a, const Moments& b) {
+  if (a.count == 0) return b;
+  const double count = a.count + b.count, apart = b.mean - a.mean, share = b.count / count;
+  return {count, a.mean + apart * share, a.squares + b.squares + apart * apart * a.count * share};
+}
+
+// A single number has deviation 0.
+FASTREG_HD double deviation(const Moments& m) {
+  return m.count > 1 ? std::sqrt(m.squares / (m.count - 1)) : m.squares * 0;
 }
 
 constexpr double kDeviationEpsilon = 1e-6;
@@ -35,13 +43,15 @@ FASTREG_HD double shared_deviation(const double* statistics) {
   return (statistics[1] + statistics[3]) / 2 + kDeviationEpsilon;
 }
 
+// About the shared mean, or about that of one map: 0 fixed, 1 moving.
 template <class A>
-FASTREG_HD Normalization<A> normalization(const double* statistics) {
-  const double mean = shared_mean(statistics);
+FASTREG_HD Normalization<A> normalization(const double* statistics, int own = -1) {
+  const double mean = own < 0 ? shared_mean(statistics) : statistics[2 * own];
   return {A(mean), A(mean - double(A(mean))), A(1 / shared_deviation(statistics))};
 }
 
-// dL/dx = gradient * dL/dx^ + constant + value * x^, with x^ the normalised x.
+// dL/dx = gradient * dL/dx^ + constant + value * x', with x^ the normalised x and x' the same about its map's
+// own mean: about the shared one, value and constant would cancel where the two means lie apart.
 struct ThroughStatistics {
   double gradient, constant, value;
 };
@@ -50,11 +60,11 @@ struct ThroughStatistics {
 // has derivative 0.
 FASTREG_HD ThroughStatistics through_statistics(const double* statistics, double sum, double products,
                                                 double count, int map) {
-  const double mean = statistics[2 * map], deviation = statistics[2 * map + 1];
+  const double deviation = statistics[2 * map + 1];
   const double unit = shared_deviation(statistics);
   // dL/d deviation = -products / unit, and d deviation / dx = (x - mean) / ((count - 1) deviation), halved.
   const double slope = deviation == 0 ? 0 : -products / (2 * unit * (count - 1) * deviation);
-  return {1 / unit, -sum / (2 * unit * count) + slope * (shared_mean(statistics) - mean), slope * unit};
+  return {1 / unit, -sum / (2 * unit * count), slope * unit};
 }
 
 }  // namespace fastreg

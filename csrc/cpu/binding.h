@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/scalar.h"
+#include "common/warp.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -33,6 +34,10 @@ inline Stored stored(const at::Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "fastreg: tensors must be fp64, fp32, fp16 or bf16, got ", t.scalar_type());
   }
+}
+
+inline Padding padding_of(c10::string_view name) {
+  return name == "zeros" ? Padding::zeros : name == "border" ? Padding::border : Padding::reflection;
 }
 
 // Uninitialised, in pages of 2 MiB where the system grants them: in small ones, a result of several hundred

@@ -14,9 +14,9 @@ struct CorrelationArgs {
   void* result;              // forward: (n, offsets, *size)
   void* grad_fixed;          // (n, c, *size); or null
   void* grad_moved;          // (n, c, *size), arithmetic type where moving is warped; or null
-  // Normalised only. Sums: forward statistics: (n, z, y, 4); bwd_fixed: (n, z, y, 3).
+  // Normalised only. Sums: forward statistics: moments of rows, (n, z, y, 4); bwd_fixed: (n, z, y, 3).
   double* sums;
-  void* grad_normalized;             // dL/d normalised fixed, arithmetic type; may be grad_fixed
+  void* grad_normalized;  // dL/d normalised fixed, arithmetic type; may be grad_fixed; null without
   const ThroughStatistics* through;  // (n, 2), for fixed and for moving
   int64_t n, c, nd, size[3], radius[3];
   int64_t tile;  // rows of y that share a ring of planes
@@ -155,15 +155,12 @@ class Map {
   using A = arithmetic_t<T>;
 
  public:
-  Map(const CorrelationArgs& a, bool moving)
+  // `about_own` normalises about the map's own mean rather than the shared one.
+  Map(const CorrelationArgs& a, bool moving, bool about_own = false)
       : args_(a),
+        own_(about_own ? int(moving) : -1),
         image_(static_cast<const T*>(moving ? a.moving.image : a.fixed)),
         warped_(moving && a.moving.displacement) {}
-
-  // A value of the map (before warping) to shift sums by.
-  double shift(int64_t n) const {
-    return load(image_[n * args_.c * args_.size[0] * args_.size[1] * args_.size[2]]);
-  }
 
   // All channels of rows [y0, y1) of plane z of sample n; rows `pitch` and channels `length` apart.
   void read(int64_t n, int64_t z, int64_t y0, int64_t y1, A* out, int64_t pitch, int64_t length) const {
@@ -172,7 +169,7 @@ class Map {
     if (warped_)
       a.nd == 3 ? warp_rows<T, 3>(a.moving, n, z, y0, y1, out, pitch, length)
                 : warp_rows<T, 2>(a.moving, n, z, y0, y1, out, pitch, length);
-    const auto s = a.statistics ? normalization<A>(a.statistics + 4 * n) : Normalization<A>{};
+    const auto s = a.statistics ? normalization<A>(a.statistics + 4 * n, own_) : Normalization<A>{};
     for (int64_t y = y0; y < y1; ++y)
       for (int64_t c = 0; c < a.c; ++c) {
         A* to = out + (y - y0) * pitch + c * length;
@@ -190,6 +187,7 @@ class Map {
 
  private:
   const CorrelationArgs& args_;
+  const int own_;
   const T* image_;
   bool warped_;
 };

@@ -360,9 +360,7 @@ class Integration {
                   "a plane of v must be smaller than 2^32 voxels");
     packed_sizes_.push_back(nd_ == 3 ? 4 : 2);
     g.n = 1;
-    g.padding = padding == "zeros"    ? Padding::zeros
-                : padding == "border" ? Padding::border
-                                      : Padding::reflection;
+    g.padding = padding_of(padding);
     rows_ = g.out[0] * g.out[1];
     options_ = v.options().dtype(arithmetic_of(v));
   }

@@ -368,10 +368,12 @@ class Slab {
       const T* __restrict self = (image ? moved : fixed) + here, * __restrict other =
                                                                      (image ? fixed : moved) + here;
       const double c_self = reference[image], c_other = reference[1 - image];
+      // A sample that is not finite must not meet a window that passes 0 to it; the others carry the NaN.
+      const auto finite = [](double v) { return !kNonFinite || v - v == 0 ? v : 0.0; };
 #pragma GCC ivdep
       for (int64_t x = 0; x < width; ++x)
-        out[x] = A((double(load(self[x])) - c_self) * own[x] + (double(load(other[x])) - c_other) * e[x] -
-                   mean[x]);
+        out[x] = A(finite(double(load(self[x])) - c_self) * own[x] +
+                   finite(double(load(other[x])) - c_other) * e[x] - mean[x]);
       if (kMask)
         for (int64_t x = 0; x < width; ++x)
           out[x] = mask[here + x] == A(0) ? A(0) : A(out[x] * mask[here + x]);

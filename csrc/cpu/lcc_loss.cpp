@@ -181,7 +181,9 @@ Tensor lcc_map_cpu(const Tensor& fixed, const Tensor& moved, const std::optional
   Result r =
       run(fixed, moved, mask, std::nullopt,
           {window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator}, true, false, false);
-  return fixed.size(1) == 1 ? r.map : r.map.sum(1, true);
+  if (fixed.size(1) == 1) return r.map;
+  // The average over no channels is NaN.
+  return fixed.size(1) == 0 ? r.map.sum(1, true).fill_(NAN) : r.map.sum(1, true);
 }
 
 std::tuple<Tensor, Tensor> lcc_map_bwd_cpu(const Tensor& grad, const Tensor& fixed, const Tensor& moved,

@@ -400,10 +400,12 @@ class Gradient {
     const A* __restrict weight = mask ? mask + here : nullptr;
     A* __restrict out = grad[which] + here;
     const double c_self = a.reference[which], c_other = a.reference[1 - which];
+    // A sample that is not finite must not meet a window that passes 0 to it; the others carry the NaN.
+    const auto finite = [](double v) { return v - v == 0 ? v : 0.0; };
 #pragma GCC ivdep
     for (int64_t x = 0; x < n; ++x)
-      out[x] = A((double(load(self[x])) - c_self) * own[x] + (double(load(partner[x])) - c_other) * other[x] -
-                 mean[x]);
+      out[x] = A(finite(double(load(self[x])) - c_self) * own[x] +
+                 finite(double(load(partner[x])) - c_other) * other[x] - mean[x]);
     if (weight)
       for (int64_t x = 0; x < n; ++x) out[x] = weight[x] == A(0) ? A(0) : A(out[x] * weight[x]);
   }

@@ -19,12 +19,13 @@ FASTREG_CORRELATION_KERNEL(local_correlation_bwd_moving)
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Calls f.template operator()<K>(k) for offsets along x in groups of K from k on: that many sums or values
-// fit the registers.
+constexpr int kGroup = 5;  // offsets along x whose sums or values fit the registers
+
+// Calls f.template operator()<K>(k) for offsets along x in groups of K from k on.
 template <class F>
 void each_group(int64_t n_offsets, F f) {
   int64_t k = 0;
-  for (; n_offsets - k >= 5; k += 5) f.template operator()<5>(k);
+  for (; n_offsets - k >= kGroup; k += kGroup) f.template operator()<kGroup>(k);
   switch (n_offsets - k) {
     case 4:
       return f.template operator()<4>(k);
@@ -91,24 +92,29 @@ int64_t offsets(const CorrelationArgs& a) {
   return (2 * a.radius[0] + 1) * (2 * a.radius[1] + 1) * (2 * a.radius[2] + 1);
 }
 
-// Sums of x - shift and its square over n values, in fp64.
+// In fp64, about the first of n values.
 template <class A>
-void add_sums(const A* x, int64_t n, double shift, double (&sum)[8], double (&squares)[8]) {
+Moments moments(const A* x, int64_t n) {
+  const double shift = x[0];
+  double sums[8] = {}, squares[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
     for (int j = 0; j < 8; ++j) {
       const double d = double(x[i + j]) - shift;
-      sum[j] += d;
+      sums[j] += d;
       squares[j] += d * d;
     }
   for (; i < n; ++i) {
     const double d = double(x[i]) - shift;
-    sum[0] += d;
+    sums[0] += d;
     squares[0] += d * d;
   }
+  const double sum = std::accumulate(sums, sums + 8, 0.0), mean = sum / double(n);
+  const double deviations = std::accumulate(squares, squares + 8, 0.0) - sum * mean;
+  return {double(n), shift + mean, deviations < 0 ? 0 : deviations};
 }
 
-// Four sums a row: shifted values and squares of fixed, of the (warped) moving.
+// Four numbers a row: mean and squared deviations of fixed, of the (warped) moving.
 template <class T>
 void statistics(const CorrelationArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -121,11 +127,9 @@ void statistics(const CorrelationArgs& a, int64_t begin, int64_t end) {
       const int64_t count = std::min({kRowsAtOnce, end - index, a.size[1] - y});
       map.read(n, z, y, y + count, values.data(), pitch, a.size[2]);
       for (int64_t r = 0; r < count; ++r, ++index) {
-        double sum[8] = {}, squares[8] = {};
-        add_sums(values.data() + r * pitch, pitch, map.shift(n), sum, squares);
+        const Moments m = moments(values.data() + r * pitch, pitch);
         double* out = a.sums + 4 * index + 2 * moving;
-        out[0] = std::accumulate(sum, sum + 8, 0.0);
-        out[1] = std::accumulate(squares, squares + 8, 0.0);
+        out[0] = m.mean, out[1] = m.squares;
       }
     }
   }
@@ -177,7 +181,7 @@ void bwd_fixed(const CorrelationArgs& a, int64_t begin, int64_t end) {
   Ring<T> moving(a, true, 0, normalize);
   const Map<T> fixed(a, false);
   const int64_t vectors = moving.line.vectors;
-  std::vector<A> g(along_x * vectors), sums(channels * vectors), f(a.c * vectors);
+  std::vector<A> g(kGroup * vectors), sums(channels * vectors), f(a.c * vectors);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Plane p = plane_at(a, unit);
     moving.move_to(p.n, p.z, p.y0, p.y1);
@@ -186,22 +190,21 @@ void bwd_fixed(const CorrelationArgs& a, int64_t begin, int64_t end) {
       const T* grad = static_cast<const T*>(a.grad) + p.n * n_offsets * volume + at;
       std::fill(sums.begin(), sums.end(), A(0));
       each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
-        for (int64_t k = 0; k < along_x; ++k)
-          load_row(grad + (k0 + k) * volume, line, g.data() + k * vectors);
         if (k0 + along_x < n_offsets)
           prefetch_rows<false>(grad + (k0 + along_x) * volume, along_x, volume, line);
         int64_t length;
         const A* m = moving.row_or_padding(p.z + dz, y + dy, length);
         each_group(along_x, [&]<int K>(int64_t k) {
-          gather<K, 1>(g.data() + k * vectors, vectors, m + k, length, channels, vectors, sums.data());
+          for (int j = 0; j < K; ++j) load_row(grad + (k0 + k + j) * volume, line, g.data() + j * vectors);
+          gather<K, 1>(g.data(), vectors, m + k, length, channels, vectors, sums.data());
         });
       });
       for (A& s : sums) s *= A(a.factor);
       for (int64_t c = 0; c < a.c; ++c) {
         const int64_t to = (p.n * a.c + c) * volume + at;
-        if (normalize)
+        if (normalize && a.grad_normalized)
           store_row(sums.data() + c * vectors, line, static_cast<A*>(a.grad_normalized) + to);
-        else
+        else if (!normalize)
           store_row(sums.data() + c * vectors, line, static_cast<T*>(a.grad_fixed) + to);
       }
       if (!normalize) continue;
@@ -219,7 +222,7 @@ void bwd_fixed(const CorrelationArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// dx of a row from the gradient to the normalised x^ and x^ itself. `out` may be `gradient`.
+// dx of a row from the gradient to the normalised x^ and from x^ about its own mean. `out` may be `gradient`.
 template <class Out, class A>
 void store_through(const ThroughStatistics& t, const A* gradient, const A* value, int64_t n, Out* out) {
   each_x<A>(0, n, [&](auto v, int64_t x) {
@@ -240,11 +243,11 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
   const int64_t n_offsets = offsets(a), along_x = 2 * a.radius[2] + 1;
   const int64_t extend = a.border ? a.radius[2] : 0;
   Ring<T> fixed(a, false, extend, false);
-  const Map<T> moving(a, true);
+  const Map<T> moving(a, true, true), own_fixed(a, false, true);
   const int64_t vectors = fixed.line.vectors, length = fixed.line.length, origin = fixed.line.origin;
-  std::vector<A> g(along_x * length), sums(a.c * vectors);
+  std::vector<A> g(kGroup * length), sums(a.c * vectors);
   const int64_t pitch = a.c * line;
-  std::vector<A> values(kRowsAtOnce * pitch);
+  std::vector<A> values(kRowsAtOnce * pitch), fixed_values(pitch);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Plane p = plane_at(a, unit);
     fixed.move_to(p.n, p.z, p.y0, p.y1);
@@ -254,16 +257,15 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
       each_offset(a, [&](int64_t dz, int64_t dy, int64_t k0) {
         const int64_t pz = z - dz, py = y - dy;
         if (pz < 0 || pz >= a.size[0] || py < 0 || py >= a.size[1]) return;
-        for (int64_t k = 0; k < along_x; ++k)
-          load_row(grad + (k0 + k) * volume + pz * area + py * line, line, g.data() + k * length + origin);
         if (k0 + along_x < n_offsets && py > 0)
           prefetch_rows<false>(grad + (k0 + along_x) * volume + pz * area + (py - 1) * line, along_x, volume,
                                line);
         const int64_t last = 2 * a.radius[2];
         const A* f = fixed.row(pz, py) + last;
         each_group(along_x, [&]<int K>(int64_t k) {
-          gather<K, -1>(g.data() + k * (length - 1) + last, length - 1, f - k, length, a.c, vectors,
-                        sums.data());
+          const T* rows = grad + (k0 + k) * volume + pz * area + py * line;
+          for (int j = 0; j < K; ++j) load_row(rows + j * volume, line, g.data() + j * length + origin);
+          gather<K, -1>(g.data() + last - k, length - 1, f - k, length, a.c, vectors, sums.data());
         });
       });
     };
@@ -279,6 +281,8 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
         if (a.statistics && ahead == 0)
           moving.read(p.n, p.z, y, std::min(y + kRowsAtOnce, p.y1), values.data(), pitch, line);
       }
+      const bool through_fixed = a.statistics && a.grad_fixed;
+      if (through_fixed) own_fixed.read_row(p.n, p.z, y, fixed_values.data(), line);
       for (int64_t c = 0; c < a.c; ++c) {
         const int64_t to = (p.n * a.c + c) * volume + at;
         if (a.grad_moved) {
@@ -296,9 +300,9 @@ void bwd_moving(const CorrelationArgs& a, int64_t begin, int64_t end) {
           else
             store_row(sum, line, static_cast<T*>(a.grad_moved) + to);
         }
-        if (a.statistics && a.grad_fixed)
+        if (through_fixed)
           store_through(a.through[2 * p.n], static_cast<const A*>(a.grad_normalized) + to,
-                        fixed.row(p.z, y) + c * length + origin, line, static_cast<T*>(a.grad_fixed) + to);
+                        fixed_values.data() + c * line, line, static_cast<T*>(a.grad_fixed) + to);
       }
     }
   }
@@ -410,17 +414,15 @@ Tensor statistics_of(Call& call) {
   a.sums = sums.data();
   call.run(FASTREG_PICK(local_correlation_statistics), call.rows);
   const int64_t rows = call.rows / a.n;
-  const double count = double(a.c * a.size[0] * a.size[1] * a.size[2]);
-  for (int64_t n = 0; n < a.n; ++n) {
-    double total[4] = {};
-    for (int64_t r = n * rows; r < (n + 1) * rows; ++r)
-      for (int i = 0; i < 4; ++i) total[i] += sums[4 * r + i];
-    double* out = result.mutable_data_ptr<double>() + 4 * n;
+  const double each = double(a.c * a.size[2]);
+  for (int64_t n = 0; n < a.n; ++n)
     for (int map = 0; map < 2; ++map) {
-      const double shift = (map ? call.moving : call.fixed)[n].flatten()[0].item<double>();
-      mean_and_deviation(shift, total[2 * map], total[2 * map + 1], count, out + 2 * map);
+      Moments m{};
+      for (int64_t r = n * rows; r < (n + 1) * rows; ++r)
+        m = merged(m, {each, sums[4 * r + 2 * map], sums[4 * r + 2 * map + 1]});
+      double* out = result.mutable_data_ptr<double>() + 4 * n + 2 * map;
+      out[0] = m.mean, out[1] = deviation(m);
     }
-  }
   return result;
 }
 
@@ -451,9 +453,9 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cpu(const Tensor& grad, const T
   CorrelationArgs& a = call.args;
   const at::ScalarType dtype = call.fixed.scalar_type(), arithmetic = arithmetic_of(call.fixed);
   const at::ScalarType moved_dtype = displacement ? arithmetic : dtype;
-  Tensor none = at::empty({0}, fixed.options());
-  Tensor grad_fixed = need_fixed ? call.new_map(dtype) : none;
-  Tensor grad_moved = need_moved ? call.new_map(moved_dtype) : none.to(moved_dtype);
+  Tensor grad_fixed = need_fixed ? call.new_map(dtype) : at::empty({0}, fixed.options().dtype(dtype));
+  Tensor grad_moved =
+      need_moved ? call.new_map(moved_dtype) : at::empty({0}, fixed.options().dtype(moved_dtype));
   if (call.empty() || !(need_fixed || need_moved))
     return {grad_fixed.zero_().to(fixed.scalar_type()), grad_moved.zero_()};
   Tensor g = grad.to(dtype).contiguous();
@@ -472,8 +474,8 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cpu(const Tensor& grad, const T
                   "statistics must have shape (N, 4)");
     stats = statistics.to(at::kDouble).contiguous();
     a.statistics = stats.const_data_ptr<double>();
-    normalized = need_fixed && dtype == arithmetic ? grad_fixed : call.new_map(arithmetic);
-    a.grad_normalized = normalized.mutable_data_ptr();
+    if (need_fixed) normalized = dtype == arithmetic ? grad_fixed : call.new_map(arithmetic);
+    a.grad_normalized = need_fixed ? normalized.mutable_data_ptr() : nullptr;
     sums.resize(3 * call.rows);
     a.sums = sums.data();
   }

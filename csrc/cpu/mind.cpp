@@ -284,7 +284,7 @@ class Mind {
     if (d.patch == "gaussian") {
       double total = 0;
       for (int64_t k = -d.radius; k <= d.radius; ++k)
-        weights.push_back(std::exp(-double(k * k) / (2 * d.sigma * d.sigma))), total += weights.back();
+        weights.push_back(std::exp(-0.5 * (k / d.sigma) * (k / d.sigma))), total += weights.back();
       for (double& w : weights) w /= total;
       a.weights = weights.data();
     }

@@ -355,9 +355,7 @@ Tensor filter(const char* op, const Tensor& input, at::ArrayRef<double> sigma, c
   const int64_t nd = int64_t(sigma.size());
   FASTREG_CHECK((nd == 2 || nd == 3) && input.dim() == nd + 2, op,
                 "u must have shape (N, C, *spatial) and sigma a number per axis");
-  const Padding rule = padding == "zeros"    ? Padding::zeros
-                       : padding == "border" ? Padding::border
-                                             : Padding::reflection;
+  const Padding rule = padding_of(padding);
   std::vector<Matrix> matrices;
   for (int64_t k = 0; k < nd; ++k)
     matrices.push_back(gaussian_matrix(input.size(k + 2), sigma[k], truncate, rule, transposed));

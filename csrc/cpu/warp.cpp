@@ -290,10 +290,6 @@ using at::Tensor;
 
 using OptionalTensor = std::optional<Tensor>;
 
-Padding padding_of(c10::string_view name) {
-  return name == "zeros" ? Padding::zeros : name == "border" ? Padding::border : Padding::reflection;
-}
-
 // The tensors of a call as the kernels read them, and what the kernels are told.
 struct Call {
   Tensor image, displacement, affine;  // those that are not there stay undefined
@@ -404,7 +400,9 @@ std::tuple<Tensor, Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor
   call.args.grad = g.const_data_ptr();
   const auto options = call.image.options().dtype(arithmetic_of(call.image));
   const bool gather = (need_displacement || need_affine) && !call.args.nearest && !call.empty();
-  Tensor none = at::zeros({0}, options), grad_image = none, grad_u = none, grad_affine = none;
+  // Results must not share memory, those that were not asked for included.
+  Tensor grad_image = at::zeros({0}, options), grad_u = at::zeros({0}, options),
+         grad_affine = at::zeros({0}, options);
   if (need_displacement)
     grad_u = gather ? at::empty_like(call.displacement) : at::zeros_like(call.displacement);
   if (need_affine) grad_affine = at::zeros_like(call.affine);

@@ -22,7 +22,7 @@ def floating(op, **tensors):
             fail(op, name, "be a tensor", type(t).__name__, TypeError)
         if t.dtype not in FLOATS:
             fail(op, name, "be fp64, fp32, fp16 or bf16", t.dtype, TypeError)
-        if t.layout != torch.strided:
+        if t.layout != torch.strided or t.is_nested:
             fail(op, name, "be a dense tensor", t.layout)
         device = device or t.device
         if t.device != device:
@@ -49,12 +49,17 @@ def _no_forward_derivative(op, *tensors):
                 raise RuntimeError(f"fastreg::{op}: forward-mode differentiation is not supported")
 
 
-def needs_grad(t):
-    """Whether autograd wants a gradient to t, seen through vmap's wrapper, which hides it."""
+def _requires_grad(t):
+    """Seen through vmap's wrapper, which hides it."""
     if not torch.compiler.is_compiling():
         while torch._C._functorch.is_batchedtensor(t):
             t = torch._C._functorch.get_unwrapped(t)
-    return torch.is_grad_enabled() and t.requires_grad
+    return t.requires_grad
+
+
+def needs_grad(t):
+    """Whether autograd wants a gradient to t."""
+    return torch.is_grad_enabled() and _requires_grad(t)
 
 
 def image(op, name, t, nd=None):
@@ -102,7 +107,7 @@ def mask(op, t, image):
     shape = (image.shape[0], 1, *image.shape[2:])
     if t.shape != shape:
         fail(op, "mask", f"have shape {tuple(shape)}", tuple(t.shape))
-    if t.requires_grad:
+    if _requires_grad(t):
         fail(op, "mask", "not require a gradient", "requires_grad=True")
 
 
@@ -113,6 +118,12 @@ def odd_window(op, value):
     if value < 1 or value % 2 == 0 or value >= 2**31:
         fail(op, "window", "be odd and positive", value)
     return int(value)
+
+
+def flag(op, name, value):
+    if not isinstance(value, bool):
+        fail(op, name, "be True or False", repr(value), TypeError)
+    return value
 
 
 def choice(op, name, value, allowed):

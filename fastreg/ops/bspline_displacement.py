@@ -24,7 +24,7 @@ def bspline_displacement(coefficients, spacing, shape, order=3):
     Args:
         coefficients (Tensor): (N, nd, *control) in voxels of the field, channels in axis order (z, y, x),
             fp64 / fp32 / fp16 / bf16; ``ceil(n / spacing) + order`` control points along an axis of n voxels
-            (see ``control_shape``).
+            (``control_shape(shape, spacing, order)`` of this module).
         spacing (int or sequence of int): voxels between control points, one or one per axis, >= 1.
         shape (sequence of int): spatial shape of the field.
         order (int): 1 (linear), 2 (quadratic) or 3 (cubic).

@@ -60,7 +60,9 @@ def resize_displacement(u, size, *, align_corners=True, scale="exact"):
         factors = _check.per_axis(
             "resize_displacement", "scale", scale, nd, minimum=float("-inf"), strict=True
         )
-    return torch.ops.fastreg.resize_displacement(u, size, bool(align_corners), factors)
+    return torch.ops.fastreg.resize_displacement(
+        u, size, _check.flag("resize_displacement", "align_corners", align_corners), factors
+    )
 
 
 def smooth(u, sigma, *, padding="border", truncate=4.0):

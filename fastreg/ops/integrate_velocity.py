@@ -70,7 +70,7 @@ def integrate_velocity(v, steps=7, *, padding="border", checkpoint=False):
     if not 0 <= steps <= MAX_STEPS:
         _check.fail("integrate_velocity", "steps", f"be from 0 to {MAX_STEPS}", steps)
     _check.choice("integrate_velocity", "padding", padding, PADDINGS)
-    keep = not checkpoint and _check.needs_grad(v)
+    keep = not _check.flag("integrate_velocity", "checkpoint", checkpoint) and _check.needs_grad(v)
     return torch.ops.fastreg.integrate_velocity(v, int(steps), padding, keep)[0]
 
 
@@ -137,7 +137,7 @@ def _width(v):
 
 
 def _integrate(v, steps, padding):
-    fields = [v.to(torch.promote_types(v.dtype, torch.float32)) / 2**steps]
+    fields = [v.to(torch.promote_types(v.dtype, torch.float32)) / 2.0**steps]
     for _ in range(steps):
         fields.append(compose_ref(fields[-1], fields[-1], padding))
     return fields

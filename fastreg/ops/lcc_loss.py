@@ -11,6 +11,8 @@ window).
 The forward kernel computes the unit gradient in the same pass when an input requires one; the backward only scales it.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +25,7 @@ DENOMINATORS = ("product", "clamp", "each")
 REDUCTIONS = ("mean", "sum", "none")
 TILE = 32  # voxels an axis over which the reference implementation shares one shift
 TAU = 2.0**-42
+MAX_WEIGHTED = 2**16 + 1  # every sample of a weighted window is visited
 
 
 def lcc_loss(
@@ -33,7 +36,7 @@ def lcc_loss(
 
     Args:
         fixed, moved (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
-        window (int): odd number of samples per axis; may exceed the image.
+        window (int): odd number of samples per axis; may exceed the image (not box: at most 65537).
         kernel (str): weight of the sample x voxels from the centre, multiplied over the axes. "box": 1. "gaussian":
             ``exp(-x^2 / 2 sigma^2)``. "triangular": two boxes of f samples convolved, each of weight 1 / f, f the largest odd
             number <= (window + 1) / 2; a window of 3 is a single sample, whose LCC is 0.
@@ -71,6 +74,8 @@ def lcc_loss(
     _check.choice("lcc_loss", "denominator", denominator, DENOMINATORS)
     _check.choice("lcc_loss", "reduction", reduction, REDUCTIONS)
     window = _check.odd_window("lcc_loss", window)
+    if kernel != "box" and window > MAX_WEIGHTED:
+        _check.fail("lcc_loss", "window", f"be at most {MAX_WEIGHTED} for kernel {kernel!r}", window)
     if kernel == "gaussian":
         sigma = window / 3 if sigma is None else sigma
         (sigma,) = _check.per_axis("lcc_loss", "sigma", sigma, 1, strict=True)
@@ -82,7 +87,8 @@ def lcc_loss(
     if fixed.dtype != moved.dtype:
         dtype = torch.promote_types(fixed.dtype, moved.dtype)
         fixed, moved = fixed.to(dtype), moved.to(dtype)
-    options = (window, kernel, sigma, bool(squared), padding, smooth_nr, smooth_dr, denominator)
+    squared = _check.flag("lcc_loss", "squared", squared)
+    options = (window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator)
     if reduction == "none":
         return torch.ops.fastreg.lcc_map(fixed, moved, mask, *options)
     need = (_check.needs_grad(fixed), _check.needs_grad(moved))
@@ -129,8 +135,7 @@ def _outside(spatial, taps):
 
 
 def _tiles(spatial):
-    ranges = [range(0, s, TILE) for s in spatial]
-    for start in torch.cartesian_prod(*[torch.tensor(r) for r in ranges]).view(-1, len(spatial)).tolist():
+    for start in itertools.product(*[range(0, s, TILE) for s in spatial]):
         yield [(s, min(s + TILE, n)) for s, n in zip(start, spatial, strict=True)]
 
 
@@ -180,7 +185,7 @@ def _lcc(fixed, moved, mask, window, kernel, sigma, squared, padding, smooth_nr,
     for tile in _tiles(spatial):
         near = [(max(lo - radius, 0), min(hi + radius, n)) for (lo, hi), n in zip(tile, spatial, strict=True)]
         region = (..., *[slice(*s) for s in near])
-        outside = whole[region] if padding == "zeros" else torch.zeros_like(f[0, 0][region])
+        outside = whole[region] if padding == "zeros" else f.new_zeros([hi - lo for lo, hi in near])
         lcc = _lcc_tile(
             f[region], m[region], mask[region], outside, taps, squared, smooth_nr, smooth_dr, denominator
         )

@@ -62,7 +62,13 @@ def local_correlation(
     _check.choice(op, "padding", padding, PADDINGS)
     dtype = torch.promote_types(fixed.dtype, moving.dtype)
     return torch.ops.fastreg.local_correlation(
-        fixed.to(dtype), moving.to(dtype), radius, displacement, bool(normalize), scale, padding
+        fixed.to(dtype),
+        moving.to(dtype),
+        radius,
+        displacement,
+        _check.flag("local_correlation", "normalize", normalize),
+        scale,
+        padding,
     )[0]
 
 

@@ -41,10 +41,14 @@ def channels(neighbourhood, nd):
     return [(offset(c[:2]), offset(c[2:])) for c in _SSC[nd].split()]
 
 
+MAX_RADIUS = 16
+
+
 def patch_weights(radius, patch, sigma):
     """Weights of a patch along one axis; they sum to 1."""
     weights = [
-        math.exp(-(k**2) / (2 * sigma**2)) if patch == "gaussian" else 1.0 for k in range(-radius, radius + 1)
+        math.exp(-0.5 * (k / sigma) * (k / sigma)) if patch == "gaussian" else 1.0
+        for k in range(-radius, radius + 1)
     ]
     return [w / math.fsum(weights) for w in weights]
 
@@ -54,7 +58,7 @@ def mind(image, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma
 
     Args:
         image (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; distances are summed over C.
-        radius (int): a patch has 2 radius + 1 voxels an axis; 0 compares voxels. May exceed the image.
+        radius (int): a patch has 2 radius + 1 voxels an axis; 0 compares voxels. At most the longest axis, or 16.
         dilation (int): length of the offsets in voxels.
         neighbourhood (str): "ssc": pairs of neighbours of a voxel, "six": the voxel and each neighbour.
         patch (str): "box", or "gaussian" with standard deviation `sigma` in voxels, cut at `radius`.
@@ -66,7 +70,7 @@ def mind(image, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma
         -x +x). Differentiable (once) in image.
 
     Raises:
-        TypeError: not floating. ValueError: shapes, a negative radius, a dilation below 1, a bad option.
+        TypeError: not floating. ValueError: shapes, a radius out of range, a dilation below 1, a bad option.
 
     Notes:
         Borders: the image is replicated for the offsets, the squared differences for the patch. Halves are computed in fp32.
@@ -111,6 +115,11 @@ def mind_loss(
     return mind_loss_prepared(fixed, None, moved, **options, norm=norm, mask=mask, reduction=reduction)
 
 
+def check_mind_loss(norm="l2", reduction="mean"):
+    _check.choice("mind_loss", "norm", norm, NORMS)
+    _check.choice("mind_loss", "reduction", reduction, REDUCTIONS)
+
+
 def prepare_mind(fixed, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma=0.5):
     """Mean of V of each sample, (N,) in fp64: what mind_loss must know of an image before it meets a voxel."""
     _check.floating("mind_loss", fixed=fixed)
@@ -126,8 +135,7 @@ def mind_loss_prepared(
     _check.floating("mind_loss", fixed=fixed, moved=moved, mask=mask)
     options = _options("mind_loss", fixed, "fixed", radius, dilation, neighbourhood, patch, sigma)
     _check.same_shape("mind_loss", "moved", moved, "fixed", fixed)
-    _check.choice("mind_loss", "norm", norm, NORMS)
-    _check.choice("mind_loss", "reduction", reduction, REDUCTIONS)
+    check_mind_loss(norm, reduction)
     _check.mask("mind_loss", mask, fixed)
     if fixed.dtype != moved.dtype:
         dtype = torch.promote_types(fixed.dtype, moved.dtype)
@@ -152,6 +160,9 @@ def _options(op, image, name, radius, dilation, neighbourhood, patch, sigma):
             _check.fail(op, option, "be an int", repr(value), TypeError)
         if not least <= value < 2**31:
             _check.fail(op, option, f"be at least {least}", value)
+    longest = max(MAX_RADIUS, *image.shape[2:])
+    if radius > longest:
+        _check.fail(op, "radius", f"be at most the longest axis or {MAX_RADIUS}", radius)
     _check.choice(op, "neighbourhood", neighbourhood, NEIGHBOURHOODS)
     _check.choice(op, "patch", patch, PATCHES)
     (sigma,) = _check.per_axis(op, "sigma", sigma, 1, strict=True)
