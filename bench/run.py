@@ -173,9 +173,10 @@ def grouped(rows, *keys):
     return groups
 
 
-def is_scaling(row):
-    """A row of the 64^3 to 256^3 series."""
-    return row["case"].rsplit("-", 1)[-1].isdigit()
+def is_scaling(row, rows):
+    """Whether fastreg is alone in the row's case."""
+    case = [r for r in rows if all(r[k] == row[k] for k in ("op", "case", "shape", "dtype"))]
+    return {r["provider"] for r in case} == {"fastreg"}
 
 
 def speed_tables(rows):
@@ -193,9 +194,10 @@ def speed_tables(rows):
         threads = f", {threads} threads" if device == "cpu" else ""
         isas = ", ".join(dict.fromkeys(r["isa"] for r in mine if r["isa"]))
         sections.append(f"**{name}**{threads}{f', {isas}' if isas else ''}; " + "; ".join(about) + ".")
-        sections.append(op_table([r for r in mine if not is_scaling(r)]))
-        if table := scaling_table([r for r in mine if is_scaling(r)]):
-            sections += ["Nanoseconds per voxel of fastreg (forward and backward), by size:", table]
+        sections.append(op_table([r for r in mine if not is_scaling(r, mine)]))
+        if table := scaling_table([r for r in mine if is_scaling(r, mine)]):
+            text = "Nanoseconds per voxel of fastreg (forward and backward), by size; r: radius, c: channels (16), d: dilation:"
+            sections += [text, table]
         marked = [r for r in mine if r["gate"].startswith("deviates")]
         if marked:
             notes = dict.fromkeys(f"{r['op']} {r['case']} {label(r)} ({r['gate']})" for r in marked)
@@ -230,14 +232,15 @@ def scaling_table(rows):
     series = {}
     for r in rows:
         if r["mode"] in ("fwd+bwd", common.ITERATION):
-            name, size = r["case"].rsplit("-", 1)
-            spatial = math.prod(int(s) for s in r["shape"].split("x")[2:])
-            series.setdefault((r["op"], name), {})[int(size)] = float(r["p50_ms"]) * 1e6 / spatial
+            spatial = [int(s) for s in r["shape"].split("x")[2:]]
+            size = f"{spatial[-1]}{'²³'[len(spatial) - 2]}"
+            name = ", ".join(filter(None, (r["op"], r["case"].removesuffix(str(spatial[-1])).rstrip("-"))))
+            series.setdefault(name, {})[size] = float(r["p50_ms"]) * 1e6 / math.prod(spatial)
     if not series:
         return ""
-    sizes = sorted({s for values in series.values() for s in values})
-    lines = [[f"{op}, {name}", *(number(v.get(s, "")) for s in sizes)] for (op, name), v in series.items()]
-    return markdown(["op, case", *(f"{s}³" for s in sizes)], lines)
+    sizes = sorted({s for values in series.values() for s in values}, key=lambda s: (s[-1], int(s[:-1])))
+    lines = [[name, *(number(v.get(s, "")) for s in sizes)] for name, v in series.items()]
+    return markdown(["op, case", *sizes], lines)
 
 
 def ops_table(results):
