@@ -71,6 +71,30 @@ def once_differentiable(*names):
         autograd(name, lambda ctx, inputs, output: None, backward)
 
 
+def unit_gradients(name):
+    """Autograd of a loss op (fixed, moved, ..., need_fixed, need_moved) -> (sums, unit gradients): backward scales them."""
+
+    def setup(ctx, inputs, output):
+        ctx.dtypes, ctx.needs = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
+        ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad, *grads_of_units):
+        if any(g is not None for g in grads_of_units):
+            raise RuntimeError(f"fastreg::{name}: double backward is not supported")
+        grads = [None] * len(ctx.needs_input_grad)
+        for i, unit in enumerate(ctx.saved_tensors):
+            if ctx.needs_input_grad[i] and grad is not None:
+                if not ctx.needs[i]:
+                    raise RuntimeError(
+                        f"fastreg::{name}: call it with need_fixed / need_moved set for what requires a gradient"
+                    )
+                grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
+        return tuple(grads)
+
+    autograd(name, setup, backward)
+
+
 def batched(*names):
     """vmap rule of ops whose tensors all have N first: the mapped axis is folded into N and out again."""
     for name in names:

@@ -258,26 +258,6 @@ _ext.define(
 )
 
 
-def _loss_setup(ctx, inputs, output):
-    ctx.dtypes, ctx.needs = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _loss_backward(ctx, grad, grad_unit_fixed, grad_unit_moved):
-    if grad_unit_fixed is not None or grad_unit_moved is not None:
-        raise RuntimeError("fastreg::lcc_loss: double backward is not supported")
-    grads = [None, None]
-    for i, unit in enumerate(ctx.saved_tensors):
-        if ctx.needs_input_grad[i] and grad is not None:
-            if not ctx.needs[i]:
-                raise RuntimeError(
-                    "fastreg::lcc_loss: call it with need_fixed / need_moved set for what requires a gradient"
-                )
-            grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
-    return (*grads, *[None] * 11)
-
-
 def _map_setup(ctx, inputs, output):
     fixed, moved, mask, *ctx.options = inputs
     ctx.save_for_backward(fixed, moved, mask)
@@ -289,7 +269,7 @@ def _map_backward(ctx, grad):
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 9)
 
 
-_ext.autograd("lcc_loss", _loss_setup, _loss_backward)
+_ext.unit_gradients("lcc_loss")
 _ext.autograd("lcc_map", _map_setup, _map_backward)
 _ext.once_differentiable("lcc_map_bwd")
 _ext.batched("lcc_loss", "lcc_map", "lcc_map_bwd")

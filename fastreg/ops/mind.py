@@ -339,26 +339,6 @@ def _backward(ctx, grad):
     return torch.ops.fastreg.mind_bwd(grad, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
-def _loss_setup(ctx, inputs, output):
-    ctx.dtypes, ctx.needs = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _loss_backward(ctx, grad, grad_unit_fixed, grad_unit_moved):
-    if grad_unit_fixed is not None or grad_unit_moved is not None:
-        raise RuntimeError("fastreg::mind_loss: double backward is not supported")
-    grads = [None, None]
-    for i, unit in enumerate(ctx.saved_tensors):
-        if ctx.needs_input_grad[i] and grad is not None:
-            if not ctx.needs[i]:
-                raise RuntimeError(
-                    "fastreg::mind_loss: call it with need_fixed / need_moved set for what requires a gradient"
-                )
-            grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
-    return (*grads, *[None] * 10)
-
-
 def _map_setup(ctx, inputs, output):
     fixed, moved, fixed_variance, *ctx.options = inputs
     ctx.save_for_backward(fixed, moved, fixed_variance)
@@ -371,7 +351,7 @@ def _map_backward(ctx, grad):
 
 
 _ext.autograd("mind", _setup, _backward)
-_ext.autograd("mind_loss", _loss_setup, _loss_backward)
+_ext.unit_gradients("mind_loss")
 _ext.autograd("mind_map", _map_setup, _map_backward)
 _ext.autograd("mind_mean_variance", lambda ctx, inputs, output: None, lambda ctx, grad: (None,) * 6)
 _ext.once_differentiable("mind_bwd", "mind_map_bwd")
