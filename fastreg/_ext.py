@@ -1,8 +1,8 @@
 """Loads the compiled kernels and declares ops: the dispatcher does everything else.
 
 An op is a schema, a plain-PyTorch reference at ``CompositeExplicitAutograd``, a fake kernel and an autograd formula, all in
-Python. The compiled extension only adds kernels at the ``CPU`` key, so there is no fallback branch anywhere: without it the
-dispatcher finds the reference.
+Python. Two compiled extensions add kernels, ``_C`` at the ``CPU`` key and ``_C_cuda`` at ``CUDA``; Triton answers at ``CUDA``
+for ops that are left. So there is no fallback branch anywhere: where nothing is registered the dispatcher finds the reference.
 """
 
 import importlib
@@ -13,34 +13,75 @@ import warnings
 import torch
 
 lib = torch.library.Library("fastreg", "DEF")
-_state = {"extension": "not loaded", "info": {}}
+_state = {"extension": "not loaded", "info": {}, "cuda": "not built", "triton": set()}
+_MEND = "Build it with `pip install --no-build-isolation -e .` in a checkout of fastreg."
+
+
+def has_kernel(op, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{op}", key)
 
 
 def load():
-    """Loads ``fastreg._C`` once; warns, with the command that mends it, when it is missing or does not load."""
+    """Loads what implements the ops, once; warns, with the command that mends it, when it is missing or does not load.
+
+    ``FASTREG_REFERENCE=1`` loads nothing, ``FASTREG_CUDA_BACKEND=triton`` leaves out the CUDA extension.
+    """
     if os.environ.get("FASTREG_REFERENCE") == "1":
-        _state["extension"] = "not loaded: FASTREG_REFERENCE=1"
+        _state["extension"] = _state["cuda"] = "not loaded: FASTREG_REFERENCE=1"
         return
-    mend = "Build it with `pip install --no-build-isolation -e .` in a checkout of fastreg."
+    for message in (_load_cpu(), _load_cuda()):
+        if message:
+            warnings.warn(message, stacklevel=3)
+    _register_triton()
+
+
+def _load_cpu():
+    """What there is to warn of."""
     if importlib.util.find_spec("fastreg._C") is None:
         _state["extension"] = "not built"
-        message = f"fastreg: compiled extension not found, using the PyTorch reference (slow). {mend}"
-    else:
+        return f"fastreg: compiled extension not found, using the PyTorch reference (slow). {_MEND}"
+    try:
+        _state["info"] = importlib.import_module("fastreg._C").build_info()
+    except Exception as error:
+        _state["extension"] = f"failed to load: {error}"
+        return (
+            f"fastreg: compiled extension failed to load under torch {torch.__version__} ({error}), "
+            f"using the PyTorch reference (slow). {_MEND}"
+        )
+    _state["extension"] = "loaded"
+    if refused := _state["info"].pop("isa_refused"):
+        has = ", ".join(_state["info"]["isa_available"])
+        return f"fastreg: FASTREG_ISA={refused} is not of this machine ({has}): using {_state['info']['isa']}"
+    return ""
+
+
+def _load_cuda():
+    """What there is to warn of: nothing where torch has no CUDA, or the extension was not built."""
+    spec = importlib.util.find_spec("fastreg._C_cuda")
+    if os.environ.get("FASTREG_CUDA_BACKEND") == "triton":
+        _state["cuda"] = "not loaded: FASTREG_CUDA_BACKEND=triton"
+    elif spec is not None and torch.version.cuda:
         try:
-            _state["info"] = importlib.import_module("fastreg._C").build_info()
-            _state["extension"] = "loaded"
-            if refused := _state["info"].pop("isa_refused"):
-                has = ", ".join(_state["info"]["isa_available"])
-                message = f"fastreg: FASTREG_ISA={refused} is not of this machine ({has}): using {_state['info']['isa']}"
-                warnings.warn(message, stacklevel=3)
-            return
+            torch.ops.load_library(spec.origin)
+            _state["cuda"] = "loaded"
         except Exception as error:
-            _state["extension"] = f"failed to load: {error}"
-            message = (
-                f"fastreg: compiled extension failed to load under torch {torch.__version__} ({error}), "
-                f"using the PyTorch reference (slow). {mend}"
+            _state["cuda"] = f"failed to load: {error}"
+            return (
+                f"fastreg: CUDA extension failed to load under torch {torch.__version__} ({error}), "
+                f"using Triton or the PyTorch reference on GPUs. {_MEND}"
             )
-    warnings.warn(message, stacklevel=3)
+    return ""
+
+
+def _register_triton():
+    """A launcher imports triton when it is first called."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    kernels = importlib.import_module("fastreg.kernels")
+    for op in kernels.LAUNCHERS:
+        if not has_kernel(op, "CUDA"):
+            lib.impl(op, kernels.launcher(op), "CUDA")
+            _state["triton"].add(op)
 
 
 def build_info():
@@ -165,14 +206,16 @@ def backends():
     ):
         row = {}
         for key, device in names.items():
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{op}", key):
-                row[device] = f"C++ ({build_info().get('isa')})" if key == "CPU" else "CUDA C++"
+            if has_kernel(op, key):
+                gpu = "Triton" if op in _state["triton"] else "CUDA C++"
+                row[device] = f"C++ ({build_info().get('isa')})" if key == "CPU" else gpu
             elif key == "CPU":
                 compiled = _state["extension"] == "loaded"
                 row[device] = (
                     f"PyTorch reference ({'no kernel' if compiled else 'extension ' + _state['extension']})"
                 )
             else:
-                row[device] = "PyTorch reference (no kernel)"
+                missing = "no kernel" if _state["cuda"] == "loaded" else f"CUDA extension {_state['cuda']}"
+                row[device] = f"PyTorch reference ({missing})"
         table[op] = row
     return table

@@ -1,6 +1,7 @@
 """What the op tests share: tolerances, layouts, derivative checks."""
 
 import torch
+from backends import BACKEND as BACKEND
 
 from fastreg import _ext
 

@@ -1,10 +1,12 @@
 import os
 
+import backends
 import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
 
+backends.install()
 torch.set_num_threads(2)
 # A cached graph would call ops by a schema that an edit has changed since.
 torch._inductor.config.fx_graph_cache = False

@@ -69,7 +69,7 @@ def test_every_op_has_an_implementation_on_every_device():
     for row in table.values():
         assert set(row) == {"cpu", "cuda"}
         assert row["cpu"].startswith("C++ (" if COMPILED else "PyTorch reference (extension")
-        assert row["cuda"] == "PyTorch reference (no kernel)"
+        assert row["cuda"].startswith(("CUDA C++", "Triton", "PyTorch reference ("))
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")

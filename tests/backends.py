@@ -1,0 +1,35 @@
+"""FASTREG_TEST_BACKEND: whose kernels the tests of the ops run.
+
+cpu (default)   what a user of CPU tensors gets
+triton          the Triton launchers on CPU tensors, under Triton's interpreter
+emulation       csrc/cuda under g++ on CPU tensors (tests/emulation/), every CUDA thread a fiber
+cuda            everything on a GPU, where there is one
+"""
+
+import os
+
+BACKEND = os.environ.get("FASTREG_TEST_BACKEND") or "cpu"
+
+
+def install():
+    """Called before fastreg is imported."""
+    if BACKEND == "cpu":
+        return
+    if BACKEND == "cuda":
+        import torch
+
+        torch.set_default_device("cuda")
+        return
+    os.environ["FASTREG_REFERENCE"] = "1"
+    if BACKEND == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+        from fastreg import _ext, kernels
+
+        for op in kernels.LAUNCHERS:
+            _ext.lib.impl(op, kernels.launcher(op), "CPU")
+    elif BACKEND == "emulation":
+        import emulation
+
+        emulation.load()
+    else:
+        raise ValueError(f"FASTREG_TEST_BACKEND must be cpu, triton, emulation or cuda, got {BACKEND!r}")
