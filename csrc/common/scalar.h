@@ -5,6 +5,10 @@
 #include <cstring>
 
 #include "common/macros.h"
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 #if defined(__F16C__)
 #include <immintrin.h>
 #else
@@ -57,7 +61,9 @@ FASTREG_HD float load(bfloat16_t x) {
   return value;
 }
 FASTREG_HD float load(half_t x) {
-#if defined(__F16C__)
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#elif defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
   return c10::detail::fp16_ieee_to_fp32_value(x.bits);
@@ -67,13 +73,19 @@ FASTREG_HD float load(half_t x) {
 FASTREG_HD void store(double& out, double x) { out = x; }
 FASTREG_HD void store(float& out, float x) { out = x; }
 FASTREG_HD void store(bfloat16_t& out, float x) {
+#if defined(__CUDA_ARCH__)
+  out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   // A NaN whose payload sits in the low bits would round to infinity.
   out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
 }
 FASTREG_HD void store(half_t& out, float x) {
-#if defined(__F16C__)
+#if defined(__CUDA_ARCH__)
+  out.bits = __half_as_ushort(__float2half_rn(x));
+#elif defined(__F16C__)
   out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
   out.bits = c10::detail::fp16_ieee_from_fp32_value(x);

@@ -1,44 +1,15 @@
 #pragma once
-// What the bindings of every CPU op need: tensors, threads, and checks of what protects memory (Python says
-// the rest).
-#include <ATen/Functions.h>
+// What the bindings of every CPU op need beyond common/tensor.h: memory and threads.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <vector>
 
-#include "common/scalar.h"
-#include "common/warp.h"
+#include "common/tensor.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#define FASTREG_CHECK(condition, op, rule) TORCH_CHECK_VALUE(condition, "fastreg::", op, ": ", rule)
-
 namespace fastreg {
-
-inline at::ScalarType arithmetic_of(const at::Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-inline Stored stored(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return Stored::f64;
-    case at::kFloat:
-      return Stored::f32;
-    case at::kHalf:
-      return Stored::f16;
-    case at::kBFloat16:
-      return Stored::bf16;
-    default:
-      TORCH_CHECK_TYPE(false, "fastreg: tensors must be fp64, fp32, fp16 or bf16, got ", t.scalar_type());
-  }
-}
-
-inline Padding padding_of(c10::string_view name) {
-  return name == "zeros" ? Padding::zeros : name == "border" ? Padding::border : Padding::reflection;
-}
 
 // Uninitialised, in pages of 2 MiB where the system grants them: in small ones, a result of several hundred
 // MB takes longer to map than to compute.

@@ -25,6 +25,7 @@ FASTREG_KERNEL(void, mse_bwd, Stored, const MseArgs&, int64_t, int64_t)
 
 #include <algorithm>
 
+#include "common/mse_loss.h"
 #include "cpu/vector.h"
 
 namespace fastreg::FASTREG_ISA {
@@ -37,12 +38,6 @@ struct Block {
 Block block_at(const MseArgs& a, int64_t index) {
   const int64_t begin = index % a.n_blocks * kMseBlock;
   return {index / a.n_blocks, begin, std::min(kMseBlock, a.voxels - begin)};
-}
-
-// What is masked out counts as 0 even where it is not finite; a NaN weight is NaN.
-template <class V>
-FASTREG_HD V masked(V mask, V value) {
-  return mask <= 0 ? V{} : mask * value;
 }
 
 // Squared differences summed over channels, weighted, then written (map: mean over channels) or summed: one
