@@ -1,14 +1,18 @@
-"""Builds fastreg._C, the CPU kernels.
+"""Builds fastreg._C, the CPU kernels, and fastreg._C_cuda, the CUDA kernels, where nvcc and a CUDA torch are.
 
 Every csrc/cpu/<op>.cpp is compiled once for its bindings and once per instruction set. Objects are linked from the
 oldest instruction set to the newest: where two of them hold a copy of one inline function the linker keeps the first,
-so no function is ever newer than the code that calls it.
+so no function is ever newer than the code that calls it. What ptxas says of a csrc/cuda/<op>.cu lies beside its object.
 
-FASTREG_EXT=0 skips the extension, DEBUG=1 builds without optimisation, FASTREG_SANITIZE=address,undefined adds sanitizers.
+FASTREG_EXT=0 skips the extensions, DEBUG=1 builds without optimisation, FASTREG_SANITIZE=address,undefined adds sanitizers.
+FASTREG_CUDA=0 skips the CUDA extension, 1 insists on it (with a torch without CUDA it is built but cannot be loaded);
+FASTREG_CUDA_ARCHS="90 100" chooses its architectures.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +27,27 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS = {"baseline": ["-march=x86-64-v2"], "avx2": avx2, "avx512": avx512}
+CUDA_ARCHS = os.environ.get("FASTREG_CUDA_ARCHS", "80 86 89 90 100 120").split()
+
+
+def nvcc():
+    """The compiler, or None where the CUDA extension is not to be built."""
+    wanted = os.environ.get("FASTREG_CUDA")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if wanted == "1" and found is None:
+        raise SystemExit("FASTREG_CUDA=1, but there is no nvcc: set CUDA_HOME")
+    if wanted != "1" and found is not None:
+        import torch
+
+        found = found if torch.version.cuda else None
+    return found
 
 
 def is_newer(done, others):
-    """Whether an object is newer than every file its compilation read (g++ -MMD listed them) and than `others`."""
+    """Whether an object is newer than every file its compilation read (the compiler listed them) and than `others`."""
     listed = done.with_suffix(".d")
     if not (done.exists() and listed.exists()):
         return False
@@ -36,6 +57,58 @@ def is_newer(done, others):
 
 class BuildKernels(build_ext):
     def build_extension(self, ext):
+        self.build_cuda(ext) if ext.name.endswith("_cuda") else self.build_cpu(ext)
+
+    def build_cuda(self, ext):
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        compiler = nvcc()
+        archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        archs += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "-lineinfo",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-Xptxas=-v",
+            *archs,
+        ]
+        flags += [f"-I{p}" for p in ["csrc", *include_paths()]]
+        if not any(Path(p, "c10/cuda/impl/cuda_cmake_macros.h").exists() for p in include_paths()):
+            flags += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a torch without CUDA
+        name = f"cuda-{'-'.join(CUDA_ARCHS)}-torch{torch.__version__}"
+        out = ROOT / "build" / "objects" / name
+        out.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source):
+            done = out / f"{source.stem}.o"
+            if not is_newer(done, ["setup.py"]):
+                command = [compiler, *flags, "-MMD", "-MF", str(done.with_suffix(".d")), "-c", str(source)]
+                run = subprocess.run([*command, "-o", str(done)], capture_output=True, text=True, check=False)
+                if run.returncode:
+                    done.unlink(missing_ok=True)
+                    raise SystemExit(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
+                done.with_suffix(".ptxas").write_text(run.stdout + run.stderr)
+            return str(done)
+
+        sources = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            objects = list(pool.map(compile_one, sources))
+        libraries, folders = ["c10", "torch", "torch_cpu"], library_paths()
+        if torch.version.cuda:
+            libraries += ["c10_cuda", "torch_cuda", "cudart"]
+            home = Path(compiler).resolve().parents[1]
+            folders += [str(home / "lib64"), str(home / "lib")]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            library_dirs=folders,
+            libraries=libraries,
+            target_lang="c++",
+        )
+
+    def build_cpu(self, ext):
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -90,9 +163,12 @@ class BuildKernels(build_ext):
         )
 
 
+extensions = []
+if os.environ.get("FASTREG_EXT") != "0":
+    extensions = ["fastreg._C"] + ["fastreg._C_cuda"] * bool(nvcc())
 setup(
     version=VERSION,
     packages=find_packages(include=["fastreg*"]),
-    ext_modules=[] if os.environ.get("FASTREG_EXT") == "0" else [Extension("fastreg._C", sources=[])],
+    ext_modules=[Extension(name, sources=[]) for name in extensions],
     cmdclass={"build_ext": BuildKernels},
 )
