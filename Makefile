@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 DEFAULT_TORCH := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean gpu-bundle
 demo: $(BIN)/.built
 	$(BIN)/fastreg demo -o demo --force
 
@@ -25,6 +25,21 @@ format: $(BIN)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The peers' wheels for a GPU machine without a network (Python $(GPU_PYTHON)), and scans from FASTREG_DATA: .ci/gpu build.
+GPU_PYTHON ?= 3.12
+PEERS := monai==1.6.1 voxelmorph==0.3.4 neurite==0.3.4 convexAdam==0.2.0 nibabel pystrum einops
+gpu-bundle: $(BIN)/.torch
+	rm -rf build/gpu-bundle && mkdir -p build/gpu-bundle/wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) -d build/gpu-bundle/wheels $(PEERS)
+	# Its setup.py wants to know where CUDA is even to name itself, which a torch without CUDA denies; nothing is compiled here.
+	mkdir build/gpu-bundle/site
+	echo "import torch.utils.cpp_extension as e; e.CUDA_HOME = e.CUDA_HOME or '/usr/local/cuda'" > build/gpu-bundle/site/sitecustomize.py
+	PYTHONPATH=$(CURDIR)/build/gpu-bundle/site $(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary=:all: -d build/gpu-bundle/wheels fused_lncc==0.1.0
+	rm -r build/gpu-bundle/site
+	test -z "$(FASTREG_DATA)" || cp "$(FASTREG_DATA)"/*.npz build/gpu-bundle/
+	test $$(du -sm build/gpu-bundle | cut -f1) -lt 50
+	du -sh build/gpu-bundle
 
 # A torch that is already in the environment stays unless TORCH names another.
 $(BIN)/.torch:

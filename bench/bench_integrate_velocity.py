@@ -18,6 +18,7 @@ CASES = [
     Case("2d", (4, 2, 512, 512), (True,)),
     *[Case(f"steps-{s}", (1, 3, 96, 96, 96), (True,), {"steps": s}, ("fastreg", "checkpoint")) for s in (3, 5, 10)],
     *common.sizes(lambda n: (1, 3, n, n, n), (True,), name="steps-7-{}"),
+    Case("steps-7 256", (1, 3, 256, 256, 256), (True,), on=("cuda",)),
 ]  # fmt: skip
 
 

@@ -13,7 +13,8 @@ import fastreg
 from bench import common
 from bench.common import Case, Provider, keeps
 
-N160 = (1, 1, 160, 160, 160)
+N160, N256 = ((1, 1, n, n, n) for n in (160, 256))
+GPU = ("cuda",)
 MOVED = (False, True)
 EAGER = ("fastreg", "torch", "compile")
 # ICON's LNCC(5); its 1e-5 is that of normalised weights.
@@ -37,6 +38,16 @@ CASES = [
         for kernel, w in (("gaussian", 9), ("gaussian", 21), ("triangular", 9))
     ),
     *common.sizes(lambda n: (1, 1, n, n, n), MOVED, LNCC5, "gaussian5-{}"),
+    Case(
+        "w9 256",
+        N256,
+        MOVED,
+        {"window": 9},
+        (*EAGER, "neurite", "monai", "dense convolution", "fused_lncc"),
+        on=GPU,
+    ),
+    Case("w9-both 256", N256, (True, True), {"window": 9}, EAGER, on=GPU),
+    Case("gaussian5 256", N256, MOVED, LNCC5, ("fastreg", "torch", "icon"), on=GPU),
 ]
 
 
@@ -168,6 +179,13 @@ def monai(case, inputs):
     return lambda fixed, moved: loss(moved, fixed)
 
 
+def fused_lncc(case, inputs):
+    """1 - mean; its gradient goes to its first image alone."""
+    from fused_lncc import fused_lncc_loss
+
+    return lambda fixed, moved: fused_lncc_loss(moved, fixed, kernel_size=case.params["window"])
+
+
 def icon(case, inputs):
     """ICON's LNCC(sigma): five separable convolutions with the normalised Gaussian, one axis after the other."""
     taps = weights(case)
@@ -190,8 +208,8 @@ def icon(case, inputs):
     return keeps(loss, taps)
 
 
-def icon_reference(case):
-    return lambda fixed, moved: 1 + reference(case)(fixed, moved)
+def one_plus(case, **formula):
+    return lambda fixed, moved: 1 + reference(case, **formula)(fixed, moved)
 
 
 def dense(case, inputs):
@@ -213,7 +231,10 @@ PROVIDERS = {
     "compile": Provider(compiled),
     "neurite": Provider(neurite, "neurite"),
     "monai": Provider(monai, "monai", reference=lambda case: reference(case, denominator="clamp")),
-    "icon": Provider(icon, reference=icon_reference, slow=True),
+    "fused_lncc": Provider(
+        fused_lncc, "fused_lncc", reference=lambda case: one_plus(case, denominator="each")
+    ),
+    "icon": Provider(icon, reference=one_plus, slow=True),
     "dense convolution": Provider(dense, slow=True),
 }
 

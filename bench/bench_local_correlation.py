@@ -28,10 +28,15 @@ CASES = [
     Case("c32-80", cube(32, 80), (True, True), PLAIN, EAGER),
     Case("full-c16-96", cube(16, 96), (True, True, True), FULL, EAGER),
     Case("full-c32-80", cube(32, 80), (True, True, True), FULL, EAGER),
-    Case("r1", cube(16, 48), (True, True), PLAIN | {"radius": 1}),
+    Case("r1", cube(16, 48), (True, True), PLAIN | {"radius": 1}, (*EAGER, "compile")),
     *[Case(f"r{r}", cube(16, 48), (True, True), PLAIN | {"radius": r}, EAGER) for r in (2, 3, 4)],
     *[Case(f"c{c}", cube(c, 48), (True, True), PLAIN, ("fastreg",)) for c in (4, 8, 16, 32, 64)],
     *[Case(f"{n}", cube(16, n), (True, True), PLAIN, ("fastreg",)) for n in (32, 48, 64, 96, 128)],
+    *[
+        Case(f"{kind}c{c} {n}", cube(c, n), grads, params, (*EAGER, "one thread per output"), on=("cuda",))
+        for c, n in ((32, 64), (16, 128))
+        for kind, grads, params in (("", (True, True), PLAIN), ("full-", (True, True, True), FULL))
+    ],
     *[Case(f"full-{n}", cube(16, n), (True, True, True), FULL, ("fastreg",)) for n in (32, 48, 64, 96, 128)],
 ]
 
@@ -67,8 +72,8 @@ def ours(case, inputs):
     return correlate
 
 
-def shifted_products(case, inputs):
-    """One product and mean over channels per offset, as in RRN's compute_cost_volume."""
+def shifted_products(case, inputs, products=None):
+    """One product and mean over channels per offset, as in RRN's compute_cost_volume; or `products` for that part."""
     params, nd = case.params, len(case.shape) - 2
     sample = grid_sample(case, (inputs[1], inputs[2])) if params["displaced"] else None
     radius = params["radius"]
@@ -81,6 +86,8 @@ def shifted_products(case, inputs):
             mu = (fixed.mean(dims, keepdim=True) + moving.mean(dims, keepdim=True)) / 2
             sigma = (fixed.std(dims, keepdim=True) + moving.std(dims, keepdim=True)) / 2 + 1e-6
             fixed, moving = (fixed - mu) / sigma, (moving - mu) / sigma
+        if products is not None:
+            return products(fixed, moving)
         padded = F.pad(moving, [radius] * 2 * nd)
         costs = []
         for offset in itertools.product(range(2 * radius + 1), repeat=nd):
@@ -95,10 +102,18 @@ def reference(case):
     return lambda *inputs: shifted_products(case, inputs)(*inputs)
 
 
+def one_thread_per_output(case, inputs):
+    """The form of the CUDA extensions that there are: no shared memory, every product read from memory."""
+    from bench.naive_correlation import correlate
+
+    return shifted_products(case, inputs, lambda f, m: correlate(f, m, case.params["radius"]))
+
+
 PROVIDERS = {
     "fastreg": Provider(ours, "fastreg"),
     "torch": Provider(shifted_products, slow=True),
     "compile": Provider(lambda case, inputs: common.compiled(shifted_products(case, inputs)), slow=True),
+    "one thread per output": Provider(one_thread_per_output),
 }
 
 

@@ -25,6 +25,7 @@ CASES = [
         for r in (0, 1, 3, 4)
     ),
     *common.sizes(lambda n: (1, 1, n, n, n), MOVED, DEFAULT, "ssc-{}"),
+    Case("ssc 256", (1, 1, 256, 256, 256), MOVED, DEFAULT, only=STOCK, on=("cuda",)),
 ]
 SSC = "+z-y +y-z -y-z +y+z -y-x +y+x -x-z +z+x +y-x +x-y +z-x +x-z".split()
 SIX = "-z +z -y +y -x +x".split()

@@ -20,6 +20,8 @@ CASES = [
     Case("both-c16", (1, 16, 96, 96, 96), (True, True), only=("fastreg", "torch", "voxelmorph")),
     *common.sizes(lambda n: (1, 1, n, n, n), (False, True), name="u-{}"),
     *common.sizes(lambda n: (1, 1, n, n, n), (True, True), name="both-{}"),
+    Case("both-c1 256", (1, 1, 256, 256, 256), (True, True), on=("cuda",)),
+    Case("both-c32 128", (1, 32, 128, 128, 128), (True, True), on=("cuda",)),
 ]
 
 

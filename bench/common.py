@@ -31,20 +31,23 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 SMALL = (24, 34, 28)
-# The fp64 reference of a larger case does not fit a laptop; it is checked at this many voxels at most.
-GATE_VOXELS = 170**3
+# The fp64 reference of a larger case does not fit a laptop; it is checked at this many numbers at most.
+GATE_VOXELS = {"cpu": 170**3, "cuda": 256**3}
 FIELDS = [
     "date", "commit", "device", "device_name", "threads", "isa", "torch", "op", "case", "mode", "provider",
     "version", "dtype", "shape", "rounds", "p20_ms", "p50_ms", "p80_ms", "ratio", "floor", "copy_gbs",
     "peak_volumes", "saved_volumes", "gate",
 ]  # fmt: skip
-KEY = ["device", "device_name", "threads", "op", "case", "mode", "provider", "dtype", "shape"]
+KEY = ["device", "device_name", "threads", "isa", "op", "case", "mode", "provider", "dtype", "shape"]
 ITERATION = "iteration"
 
 
 @dataclass(frozen=True)
 class Case:
-    """`shape` is that of the (fixed) image or of the output; `grads` says which inputs want a gradient."""
+    """`shape` is that of the (fixed) image or of the output; `grads` says which inputs want a gradient.
+
+    `on`: devices it is measured on. The headline cases of a GPU are its alone: a CPU would take minutes for them.
+    """
 
     name: str
     shape: tuple
@@ -52,6 +55,7 @@ class Case:
     params: dict = field(default_factory=dict, hash=False)
     only: tuple | None = None
     dtype: torch.dtype = torch.float32
+    on: tuple = ("cpu", "cuda")
 
     def __str__(self):
         return self.name
@@ -252,7 +256,7 @@ def gate(module, case, name, device):
     provider = module.PROVIDERS[name]
     ours = provider.package == "fastreg"
     checked = [shrunk(case)]
-    if ours and math.prod(case.shape) <= GATE_VOXELS and checked[0].shape != case.shape:
+    if ours and math.prod(case.shape) <= GATE_VOXELS[device] and checked[0].shape != case.shape:
         checked.append(case)
     worst = [0.0, 0.0]
     for small in checked:
@@ -418,24 +422,34 @@ def _git(*args):
 
 @functools.cache
 def commit():
-    """Commit of this checkout; "+dirty" when anything but results differs from it."""
+    """Commit of this checkout; "+dirty" when anything but results differs from it. FASTREG_COMMIT where git is not."""
     try:
         dirty = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
         return _git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("FASTREG_COMMIT", "unknown")
 
 
-def environment(device):
+def implementation(op, device):
+    """What answers: the CPU's instruction set, or "CUDA C++", "Triton" or "reference" on a GPU."""
+    import fastreg
     from fastreg import _ext
 
+    if device == "cpu":
+        return _ext.build_info().get("isa") or "reference"
+    # register is composed of ops; its kernels are of one kind.
+    name = fastreg.backends().get(op, fastreg.backends()["warp"])["cuda"]
+    return "reference" if name.startswith("PyTorch") else name
+
+
+def environment(device, op=""):
     return {
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit(),
         "device": device,
         "device_name": device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else "",
-        "isa": (_ext.build_info().get("isa") or "reference") if device == "cpu" else "",
+        "isa": implementation(op, device),
         "torch": torch.__version__,
     }
 
@@ -445,7 +459,7 @@ def row(module, case, mode, name, timing, verdict, device):
     p50 = quantile(times, 0.5)
     floor = module.bytes_moved(case, mode) / (timing.copy_gbs * 1e6) / p50
     return {
-        **environment(device),
+        **environment(device, op_of(module)),
         "op": op_of(module),
         "case": case.name,
         "mode": mode,
@@ -519,6 +533,7 @@ def combinations(module_globals):
         for case in module_globals["CASES"]
         for name in table
         if case.only is None or name in case.only
+        if os.environ.get("FASTREG_BENCH_DEVICE", "cpu") in case.on
         for mode in table[name].modes
     ]
 
@@ -532,7 +547,9 @@ def run_benchmark(benchmark, module, case, mode, name):
     if why := missing(provider.package):
         pytest.skip(why)
     verdict = gate(module, case, name, device)
-    benchmark.extra_info.update(environment(device), gate=verdict.text, version=version(provider.package))
+    benchmark.extra_info.update(
+        environment(device, op_of(module)), gate=verdict.text, version=version(provider.package)
+    )
     if provider.package == "fastreg":
         assert verdict.ok, f"{op_of(module)} {case} {name}: {verdict.text}"
     elif verdict.text.startswith("fails"):

@@ -6,6 +6,7 @@
     python bench/run.py --check                 only the correctness gate
     python bench/run.py --table                 Markdown tables of the newest stored rows
     python bench/run.py --write-readme          the same, between the markers in README.md
+    python bench/run.py --device cuda --headline        the headline cases of a GPU; FASTREG_CUDA_BACKEND=triton: of Triton
 
 For each case: first the gate (fastreg must agree with fp64, or none of the case's rows are stored and the
 exit status is 1; a peer that deviates from the formula it claims is timed and marked), then peak memory in
@@ -17,6 +18,7 @@ the time taken. Peers that are not installed are left out, with the reason.
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -124,7 +126,9 @@ def run_ops(args):
     for op in args.op or common.ops():
         module = common.load(op)
         for case in module.CASES:
-            if args.case and case.name not in args.case:
+            if args.device not in case.on or (args.case and case.name not in args.case):
+                continue
+            if args.headline and case not in headline(module, args.device):
                 continue
             if args.quick:
                 if case.only == ("fastreg",):
@@ -138,6 +142,12 @@ def run_ops(args):
     if red:
         say(f"refused, because the gate is red: {', '.join(red)}")
     return 1 if red else 0
+
+
+def headline(module, device):
+    """The cases of this device alone, else the first."""
+    cases = [c for c in module.CASES if device in c.on]
+    return [c for c in cases if c.on == (device,)] or cases[:1]
 
 
 # Tables
@@ -182,8 +192,10 @@ def is_scaling(row, rows):
 def speed_tables(rows):
     """One section per device: a table per op, then nanoseconds per voxel over sizes."""
     sections = []
-    for (device, name, threads), mine in grouped(
-        common.newest(rows), "device", "device_name", "threads"
+    # On a GPU one section per implementation: CUDA C++ and Triton are separate runs.
+    rows = [r | {"kernels": r["isa"] if r["device"] == "cuda" else ""} for r in common.newest(rows)]
+    for (device, name, threads, _), mine in grouped(
+        rows, "device", "device_name", "threads", "kernels"
     ).items():
         dates = sorted({r["date"][:10] for r in mine})
         copy = statistics.median(float(r["copy_gbs"]) for r in mine)
@@ -243,32 +255,48 @@ def scaling_table(rows):
     return markdown(["op, case", *sizes], lines)
 
 
-def ops_table(results):
-    """Op x device: what answers, and where it has really run (a row that passed the gate)."""
-    import fastreg
+def gpu_kernels():
+    """Ops that have a kernel: those bound in csrc/cuda/, those launched from kernels/."""
+    import fastreg.kernels
 
-    table = fastreg.backends()
+    sources = [p.read_text() for p in (common.ROOT.parent / "csrc" / "cuda").glob("*.cu")]
+    return {
+        "CUDA C++": {op for text in sources for op in re.findall(r'm\.impl\("(\w+)"', text)},
+        "Triton": set(fastreg.kernels.LAUNCHERS),
+    }
+
+
+# What tests do with kernels where no GPU is.
+PROOF = {"CUDA C++": "emulated, compiled", "Triton": "interpreted, compiled"}
+
+
+def ops_table(results):
+    """Op x implementation: where it has really run (a row that passed the gate), or how else it was checked."""
+    import fastreg
+    import fastreg.ops
+
     executed = {}
     for device in ("cpu", "cuda"):
         for r in common.read_rows(results / f"{device}.csv"):
             if r["provider"] == "fastreg":
-                on = f"{r['device_name']} ({r['isa']})" if r["isa"] else r["device_name"]
-                executed[r["op"], device] = f"executed on {on}, {r['date'][:10]}"
+                kind = "cpu" if device == "cpu" else r["isa"]
+                on = f"{r['device_name']} ({r['isa']})" if device == "cpu" and r["isa"] else r["device_name"]
+                executed[r["op"], kind] = f"executed on {on}, {r['date'][:10]}"
+    backends, kernels = fastreg.backends(), gpu_kernels()
 
-    def cell(op, device):
-        # An op may consist of several schema entries; one on the reference would be seen in the first.
-        entries = [v[device] for k, v in table.items() if k == op]
-        what = (
-            entries[0].split(" (")[0].replace("PyTorch reference", "reference")
-            if entries
-            else "composed of others"
-        )
-        return f"{what}; {executed.get((op, device), 'not executed')}"
+    def cpu(op):
+        if op not in backends:
+            return "composed of others"
+        what = "reference" if backends[op]["cpu"].startswith("PyTorch") else "C++"
+        return f"{what}; {executed.get((op, 'cpu'), 'not executed')}"
 
-    import fastreg.ops
+    def gpu(op, kind):
+        if op not in kernels[kind]:
+            return "reference"
+        return executed.get((op, kind), f"{PROOF[kind]}; never run on a GPU")
 
-    lines = [[f"`{op}`", cell(op, "cpu"), cell(op, "cuda")] for op in sorted(fastreg.ops.__all__)]
-    return markdown(["op", "cpu", "cuda"], lines).replace("---:", "---")
+    lines = [[f"`{op}`", cpu(op), *(gpu(op, kind) for kind in PROOF)] for op in sorted(fastreg.ops.__all__)]
+    return markdown(["op", "cpu", *PROOF], lines).replace("---:", "---")
 
 
 def real_table(results):
@@ -352,6 +380,7 @@ def parser():
     p.add_argument(
         "--quick", action="store_true", help="48^3, three rounds, no compilation; stored only with --store"
     )
+    p.add_argument("--headline", action="store_true", help="only the headline cases of the device")
     p.add_argument("--store", action="store_true", help="store rows of --quick too")
     p.add_argument("--check", action="store_true", help="only the correctness gate")
     p.add_argument("--table", action="store_true", help="print tables from stored rows, measure nothing")

@@ -20,7 +20,7 @@ TOLERANCE = {
 def assert_close(actual, truth, tolerance=None, floor=1e-3):
     """`truth` is fp64 on the same rounded inputs; the tolerance is that of actual's dtype unless given."""
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    actual_, truth = actual.detach().double(), truth.detach().double()
+    actual_, truth = actual.detach().double(), truth.detach().to(actual.device, torch.float64)
     assert torch.equal(actual_.isnan(), truth.isnan()), "NaN in other places"
     actual_, truth = actual_[~truth.isnan()], truth[~truth.isnan()]
     if truth.numel() == 0:

@@ -26,7 +26,7 @@ def gate_cases():
     for op in common.ops():
         module = common.load(op)
         for case in module.CASES:
-            if case.only == ("fastreg",):
+            if case.only == ("fastreg",) or "cpu" not in case.on:
                 continue
             # Stock pooling wants the image larger than its largest window.
             small = common.shrunk(case, common.SMALL if op == "lcc_loss" else N16)
@@ -280,7 +280,29 @@ def test_tables(tmp_path):
     assert "99" not in text
     assert "| warp, u | 3.00 | 3.00 |" in text
     ops = run.tables(tmp_path)["ops"]
-    assert "executed on Some CPU (avx2), 2026-01-02 | reference; not executed |" in ops
+    assert "executed on Some CPU (avx2), 2026-01-02 |" in ops
+    assert "executed on Some GPU" not in ops
+
+
+def test_tables_of_a_gpu(tmp_path):
+    gpu = {"device": "cuda", "device_name": "Some GPU", "threads": "", "op": "mse_loss"}
+    rows = [row(**gpu, isa="CUDA C++", p50_ms="1"), row(**gpu, isa="Triton", p50_ms="2")]
+    common.append_rows(tmp_path / "cuda.csv", rows)
+    tables = run.tables(tmp_path)
+    assert tables["bench"].count("**Some GPU**") == 2, "each implementation is a run of its own"
+    assert "**Some GPU**, CUDA C++" in tables["bench"]
+    assert "**Some GPU**, Triton" in tables["bench"]
+    (line,) = [line for line in tables["ops"].splitlines() if line.startswith("| `mse_loss`")]
+    assert line.split(" | ")[2] == "executed on Some GPU, 2026-01-02"
+
+
+def test_gpu_cases_are_left_to_the_gpu():
+    for op in common.ops():
+        module = common.load(op)
+        on_cpu, on_gpu = run.headline(module, "cpu"), run.headline(module, "cuda")
+        assert on_cpu == module.CASES[:1]
+        assert all("cuda" in case.on for case in on_gpu)
+    assert [c.shape[-1] for c in run.headline(common.load("lcc_loss"), "cuda")] == [256] * 3
 
 
 def test_real_table(tmp_path):

@@ -30,7 +30,7 @@ def by_loops(u, spacing):
     axes = [k for k in range(nd) if size[k] > 2]
     for n in range(u.shape[0]):
         for i in range(nd):
-            values = u[n, i].numpy()
+            values = u[n, i].cpu().numpy()
             for p in np.ndindex(*size):
                 if any(p[k] in (0, size[k] - 1) for k in axes):
                     continue

@@ -52,7 +52,7 @@ def test_against_reference(shape, spacing, dtype, order):
 def test_is_scipy(shape, spacing, order):
     """Cardinal B-splines with a knot at every multiple of the spacing."""
     coefficients = make(shape, spacing, order).detach()
-    expected = coefficients.numpy()
+    expected = coefficients.cpu().numpy()
     for k, (n, s) in enumerate(zip(shape[1:], axes(spacing, shape), strict=True)):
         knots = s * (np.arange(expected.shape[k + 2] + order + 1.0) - order)
         spline = scipy.interpolate.BSpline(knots, expected, order, extrapolate=False, axis=k + 2)
@@ -70,7 +70,7 @@ def test_cubic_control_points_are_where_ndimage_has_its_samples():
     points = np.stack(np.meshgrid(np.arange(13) / s + 1, np.arange(17) / s + 1, indexing="ij"))
     out = fastreg.bspline_displacement(coefficients, s, (13, 17))
     for c in range(2):
-        plane = coefficients[0, c].numpy()
+        plane = coefficients[0, c].cpu().numpy()
         expected = scipy.ndimage.map_coordinates(plane, points, order=3, prefilter=False, mode="constant")
         inside = np.s_[: -s or None, : -s or None]  # beyond the last but one piece ndimage reads outside
         assert_close(out[0, c][inside], torch.from_numpy(expected[inside]), 1e-12, floor=0.1)

@@ -46,8 +46,10 @@ def test_reference_is_scipy(shape):
     for padding, mode in (("zeros", "grid-constant"), ("border", "nearest"), ("reflection", "mirror")):
         ours = compose_ref(u, v, padding)
         for n, k in itertools.product(range(shape[0]), range(shape[1])):
-            moved = scipy.ndimage.map_coordinates(u[n, k].numpy(), steps + v[n].numpy(), order=1, mode=mode)
-            assert_close(ours[n, k], v[n, k] + torch.from_numpy(moved), 1e-9)
+            moved = scipy.ndimage.map_coordinates(
+                u[n, k].cpu().numpy(), steps + v[n].cpu().numpy(), order=1, mode=mode
+            )
+            assert_close(ours[n, k], v[n, k].cpu() + torch.from_numpy(moved), 1e-9)
 
 
 def test_composition_is_warping_twice():

@@ -39,7 +39,7 @@ def test_is_the_definition(shape, norm):
     total = 0.0
     for axis, s in enumerate(spacing):
         difference = (
-            np.diff(u.numpy(), axis=axis + 2) * np.array(spacing).reshape(-1, *[1] * len(spacing)) / s
+            np.diff(u.cpu().numpy(), axis=axis + 2) * np.array(spacing).reshape(-1, *[1] * len(spacing)) / s
         )
         if difference.size:
             total += (difference**2 if norm == "l2" else abs(difference)).mean() / len(spacing)

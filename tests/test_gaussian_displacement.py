@@ -63,7 +63,7 @@ def test_against_reference(n, t, shape, dtype, sigma_is):
 @pytest.mark.parametrize(("n", "t", "shape"), CASES)
 def test_is_the_formula_in_loops(n, t, shape, sigma_is):
     params = make(n, t, sigma_is=sigma_is).detach()
-    expected = torch.from_numpy(loops(params.numpy(), shape, sigma_is))
+    expected = torch.from_numpy(loops(params.cpu().numpy(), shape, sigma_is))
     for out in (
         fastreg.gaussian_displacement(params, shape, sigma_is=sigma_is),
         gaussian_displacement_ref(params, shape, sigma_is),

@@ -34,8 +34,8 @@ def test_is_the_definition(shape):
     phi, grad = make(shape), torch.randn(shape, dtype=torch.float64)
     sums, reverse = np.empty(shape), np.empty(shape)
     for i in range(len(shape) - 2):
-        sums[:, i] = np.cumsum(phi.detach().numpy()[:, i] - 1, axis=i + 1)
-        reverse[:, i] = np.flip(np.cumsum(np.flip(grad.numpy()[:, i], i + 1), axis=i + 1), i + 1)
+        sums[:, i] = np.cumsum(phi.detach().cpu().numpy()[:, i] - 1, axis=i + 1)
+        reverse[:, i] = np.flip(np.cumsum(np.flip(grad.cpu().numpy()[:, i], i + 1), axis=i + 1), i + 1)
     for out in (fastreg.integrate_gradients(phi), integrate_gradients_ref(phi)):
         assert_close(out, torch.from_numpy(sums), 1e-12)
         assert_close(torch.autograd.grad(out, phi, grad)[0], torch.from_numpy(reverse), 1e-12)

@@ -56,7 +56,7 @@ def test_reference_is_scipy(shape):
     v = make(shape).detach()
     grid = np.stack(np.meshgrid(*[np.arange(s) for s in shape[2:]], indexing="ij"))
     for padding, mode in (("zeros", "grid-constant"), ("border", "nearest"), ("reflection", "mirror")):
-        u = v.numpy() / 8
+        u = v.cpu().numpy() / 8
         for _ in range(3):
             moved = np.empty_like(u)
             for n, k in itertools.product(range(shape[0]), range(shape[1])):

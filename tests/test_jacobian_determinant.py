@@ -44,7 +44,7 @@ def test_is_numpy_gradient(shape):
     for c in range(nd):
         for k in range(nd):
             if shape[k + 2] > 1:
-                jacobian[..., c, k] = np.gradient(u[:, c].numpy(), axis=k + 1)
+                jacobian[..., c, k] = np.gradient(u[:, c].cpu().numpy(), axis=k + 1)
     expected = torch.from_numpy(np.linalg.det(jacobian + np.eye(nd))).unsqueeze(1)
     for out in (fastreg.jacobian_determinant(u), jacobian_determinant_ref(u)):
         assert_close(out, expected, 1e-9)
@@ -54,7 +54,10 @@ def test_is_numpy_gradient(shape):
 def test_affine_map_has_the_determinant_of_its_matrix(shape):
     for seed in range(4):
         matrix = torch.randn(
-            len(shape), len(shape), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+            len(shape),
+            len(shape),
+            dtype=torch.float64,
+            generator=torch.Generator(torch.get_default_device()).manual_seed(seed),
         )
         out = fastreg.jacobian_determinant(affine(matrix, shape))
         assert_close(out, torch.linalg.det(matrix).expand(out.shape), 1e-9)

@@ -43,7 +43,7 @@ def test_against_reference(shape, sigma, dtype, padding):
 @pytest.mark.parametrize(("shape", "sigma"), CASES)
 def test_is_scipy(shape, sigma, padding):
     u = make(shape).detach()
-    expected = u.numpy()
+    expected = u.cpu().numpy()
     for k, s in enumerate(sigmas(sigma, shape)):
         if s > 0:
             x = np.arange(-np.ceil(4 * s), np.ceil(4 * s) + 1)

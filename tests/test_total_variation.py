@@ -38,7 +38,7 @@ def test_against_reference(shape, dtype, isotropic):
 @pytest.mark.parametrize("shape", [(2, 3, 3, 4, 5), (1, 2, 6, 5), (1, 3, 1, 5, 1), (1, 3, 2, 1, 4)])
 def test_is_the_definition(shape, isotropic):
     u, spacing = make(shape).detach(), [0.7, 1.3, 2.5][: len(shape) - 2]
-    nd, size, values = len(spacing), shape[2:], u.numpy()
+    nd, size, values = len(spacing), shape[2:], u.cpu().numpy()
     axes = [k for k in range(nd) if size[k] > 1]
     total = count = 0
     for n in range(shape[0]):

@@ -1,0 +1,150 @@
+"""What only a GPU can show: CUDA graphs, streams, devices, volumes of more than 2^31 elements.
+
+The numbers are checked by the tests of each op, run with FASTREG_TEST_BACKEND=cuda.
+"""
+
+import pytest
+import torch
+
+import fastreg
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SHAPE = (2, 2, 20, 21, 37)
+
+
+def inputs():
+    generator = torch.Generator("cuda").manual_seed(0)
+    f, m = (torch.rand(SHAPE, device="cuda", generator=generator) for _ in range(2))
+    u = 2 * torch.randn((2, 3, *SHAPE[2:]), device="cuda", generator=generator)
+    return f, m, u
+
+
+# Each takes (fixed, moving, displacement) and gives a scalar that depends on what requires a gradient.
+STEPS = {
+    "warp": lambda f, m, u: (f * fastreg.warp(m, u)).sum(),
+    "warp_affine": lambda f, m, u: (f * fastreg.warp(m, u, affine=torch.eye(3, 4, device="cuda").expand(2, 3, 4))).sum(),
+    "lcc_loss": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 9),
+    "lcc_loss_gaussian": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 21, kernel="gaussian", sigma=5.0),
+    "lcc_map": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 5, reduction="none").square().sum(),
+    "local_correlation": lambda f, m, u: fastreg.local_correlation(
+        f, m, 2, displacement=u, normalize=True
+    ).square().mean(),
+    "mind": lambda f, m, u: fastreg.mind(fastreg.warp(m, u)).square().sum(),
+    "mind_loss": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u)),
+    "mse_loss": lambda f, m, u: fastreg.mse_loss(f, fastreg.warp(m, u)),
+    "compose": lambda f, m, u: fastreg.compose(u, u).square().mean(),
+    "integrate_velocity": lambda f, m, u: fastreg.integrate_velocity(u).square().mean(),
+    "smooth": lambda f, m, u: fastreg.smooth(u, 1.5).square().mean(),
+    "resize_displacement": lambda f, m, u: fastreg.resize_displacement(u, (10, 30, 20)).square().mean(),
+    "jacobian_determinant": lambda f, m, u: fastreg.jacobian_determinant(u).square().mean(),
+    "integrate_gradients": lambda f, m, u: fastreg.integrate_gradients(u).square().mean(),
+    "diffusion": lambda f, m, u: fastreg.diffusion(u),
+    "total_variation": lambda f, m, u: fastreg.total_variation(u),
+    "bending_energy": lambda f, m, u: fastreg.bending_energy(u),
+}  # fmt: skip
+
+
+def step(name, f, m, u):
+    """Loss and the gradients to moving and displacement, where it depends on them."""
+    m, u = m.detach().requires_grad_(), u.detach().requires_grad_()
+    loss = STEPS[name](f, m, u)
+    return [
+        loss.detach(),
+        *(g for g in torch.autograd.grad(loss, (m, u), allow_unused=True) if g is not None),
+    ]
+
+
+def assert_same(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        # Atomic sums differ in their last bits from run to run.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_replays_in_a_graph(name):
+    static = [t.clone() for t in inputs()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(name, *static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(name, *static)
+    f, m, u = inputs()
+    for t, fresh in zip(static, (m, f, 0.5 * u), strict=True):
+        t.copy_(fresh)
+    graph.replay()
+    assert_same(results, step(name, m, f, 0.5 * u))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_runs_on_the_current_stream(name):
+    f, m, u = inputs()
+    expected = step(name, f, m, u)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # What the op must wait for takes longer than the op.
+        torch.cuda._sleep(int(2e7))
+        late = [t.clone() for t in (f, m, u)]
+        results = step(name, *late)
+    side.synchronize()
+    assert_same(results, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", STEPS)
+def test_runs_on_a_device_that_is_not_current(name):
+    expected = step(name, *inputs())
+    if name == "warp_affine":
+        pytest.skip("its matrix is made on the current device")
+    results = step(name, *(t.to("cuda:1") for t in inputs()))
+    assert all(t.device == torch.device("cuda:1") for t in results)
+    assert_same([t.to("cuda:0") for t in results], expected)
+
+
+def test_mixed_devices_are_refused():
+    f, m, u = inputs()
+    with pytest.raises(ValueError, match="device"):
+        fastreg.warp(m, u.cpu())
+    with pytest.raises(ValueError, match="device"):
+        fastreg.lcc_loss(f, m.cpu())
+
+
+def test_deterministic_warp():
+    f, m, u = inputs()
+    torch.use_deterministic_algorithms(True)
+    first, second = step("warp", f, m, u), step("warp", f, m, u)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def enough_memory(gigabytes):
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > gigabytes * 2**30
+
+
+LARGE = (1, 1, 1296, 1296, 1296)  # 2.18e9 voxels
+
+
+@pytest.mark.skipif(not enough_memory(60), reason="needs 60 GB")
+def test_more_than_2_31_elements():
+    """Corners of a huge volume against the same corners by themselves."""
+    m = torch.rand(LARGE, device="cuda", dtype=torch.bfloat16)
+    u = torch.empty((1, 3, *LARGE[2:]), device="cuda").uniform_(-2, 2)
+    out = fastreg.warp(m, u)
+    for corner in (slice(0, 24), slice(-24, None)):
+        at = (..., corner, corner, corner)
+        expected = fastreg.warp(m[at].contiguous(), u[at].contiguous())
+        inner = (..., *[slice(3, -3)] * 3)
+        torch.testing.assert_close(out[at][inner], expected[inner])
+    del u
+    loss = fastreg.mse_loss(m, out)
+    assert loss.isfinite()
+    window = fastreg.lcc_loss(m, out, 5, reduction="none")
+    for corner in (slice(0, 24), slice(-24, None)):
+        at = (..., corner, corner, corner)
+        expected = fastreg.lcc_loss(m[at].contiguous(), out[at].contiguous(), 5, reduction="none")
+        inner = (..., *[slice(3, -3)] * 3)
+        torch.testing.assert_close(window[at][inner], expected[inner], rtol=1e-4, atol=1e-5)
