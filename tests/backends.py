@@ -9,6 +9,9 @@ cuda            everything on a GPU, where there is one
 import os
 
 BACKEND = os.environ.get("FASTREG_TEST_BACKEND") or "cpu"
+if BACKEND == "triton":
+    # Read where triton is imported, and torch._inductor imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def install():
@@ -22,7 +25,6 @@ def install():
         return
     os.environ["FASTREG_REFERENCE"] = "1"
     if BACKEND == "triton":
-        os.environ["TRITON_INTERPRET"] = "1"
         from fastreg import _ext, kernels
 
         for op in kernels.LAUNCHERS:
