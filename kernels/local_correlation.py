@@ -52,6 +52,8 @@ def _local_correlation_fwd_kernel(
     H,
     W,
     V,
+    n_blocks,
+    n_tiles,
     RZ: tl.constexpr,
     RY: tl.constexpr,
     RX: tl.constexpr,
@@ -70,7 +72,6 @@ def _local_correlation_fwd_kernel(
     CZ: tl.constexpr = (NZ + KZ - 1) // KZ
     CX: tl.constexpr = (NX + KX - 1) // KX
     plane = H * W
-    n_blocks, n_tiles = tl.cdiv(plane, BLOCK), tl.cdiv(D, TZ)
     pid = tl.program_id(0)
     first_x, oy, first_z = pid % CX * KX, pid // CX % NY, pid // (CX * NY) % CZ * KZ
     pid = pid // (CX * NY * CZ)
@@ -97,7 +98,7 @@ def _local_correlation_fwd_kernel(
         else:
             at = at + (y * W + x + k,)
             masks = masks + ((y >= 0) & (y < H) & (x + k >= 0) & (x + k < W),)
-    sums, outside, zero = (), (), tl.zeros((BLOCK,), A)
+    sums, outside, zero = (), (), tl.full((BLOCK,), 0, A)
     for _ in tl.static_range(TZ * KZ * KX):
         sums = sums + (zero,)
     for _ in tl.static_range(TZ):
@@ -171,6 +172,9 @@ def _local_correlation_bwd_kernel(
     TH,
     TW,
     TV,
+    n_channels,
+    n_blocks,
+    n_tiles,
     RZ: tl.constexpr,
     RY: tl.constexpr,
     RX: tl.constexpr,
@@ -192,7 +196,6 @@ def _local_correlation_bwd_kernel(
     CLAMPED: tl.constexpr = BORDER and not MOVING
     SUMS: tl.constexpr = NORMALIZE and not MOVING
     plane, target_plane = H * W, TH * TW
-    n_channels, n_blocks, n_tiles = tl.cdiv(C, CB), tl.cdiv(target_plane, BLOCK), tl.cdiv(TD, TZ)
     pid = tl.program_id(0)
     c0 = pid % n_channels * CB
     c = c0 + tl.arange(0, CB)
@@ -209,7 +212,7 @@ def _local_correlation_bwd_kernel(
     m_ptr += (n * C + c0) * V
     g_ptr += n * (NZ * NY * NX) * V
     sums, ones = (), ()
-    zeros, zero = tl.zeros((CB, BLOCK), A), tl.zeros((BLOCK,), A)
+    zeros, zero = tl.full((CB, BLOCK), 0, A), tl.full((BLOCK,), 0, A)
     own, own_masks = (), ()
     for t in tl.static_range(TZ):
         sums, ones = sums + (zeros,), ones + (zero,)
@@ -272,7 +275,11 @@ def _local_correlation_bwd_kernel(
                         more, more_ones = more + (more_t,), more_ones + (ones_t,)
                     sums, ones = more, more_ones
 
-    totals = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    totals = (
+        tl.full((BLOCK,), 0, tl.float64),
+        tl.full((BLOCK,), 0, tl.float64),
+        tl.full((BLOCK,), 0, tl.float64),
+    )
     for t in tl.static_range(TZ):
         value = sums[t] * FACTOR
         at = (n * C + c)[:, None] * TV + own[t][None, :]
@@ -339,7 +346,7 @@ def _local_correlation_moments_kernel(x_ptr, out_ptr, count, pieces, PER: tl.con
     x_ptr += n * count + start
     length = tl.minimum(count - start, PER).to(tl.int32)
     shift = tl.load(x_ptr).to(tl.float64)
-    total, squares = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    total, squares = tl.full((BLOCK,), 0, tl.float64), tl.full((BLOCK,), 0, tl.float64)
     for i in range(0, length, BLOCK):
         at = i + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + at, mask=at < length, other=0.0).to(tl.float64)
@@ -461,10 +468,10 @@ def local_correlation(fixed, moving, radius, displacement, normalize, scale, pad
     out = fixed.new_empty(shape)
     kz, kx = _even(nz, 5), _even(nx, 5)
     block, warps = _lanes(height * width)
-    tiles = blocks(height * width, block) * blocks(depth, call.planes)
+    n_blocks, n_tiles = blocks(height * width, block), blocks(depth, call.planes)
     launch(
         _local_correlation_fwd_kernel,
-        (blocks(nz, kz) * ny * blocks(nx, kx) * tiles * fixed.shape[0],),
+        (blocks(nz, kz) * ny * blocks(nx, kx) * n_blocks * n_tiles * fixed.shape[0],),
         call.fixed,
         call.moved,
         statistics if normalize else None,
@@ -472,6 +479,8 @@ def local_correlation(fixed, moving, radius, displacement, normalize, scale, pad
         fixed.shape[1],
         *call.size,
         math.prod(call.size),
+        n_blocks,
+        n_tiles,
         RZ=call.radius[0],
         RY=call.radius[1],
         RX=call.radius[2],
@@ -494,12 +503,13 @@ def _gather(call, grad, statistics, out, size, moving, border):
     channels_at_once = min(8 if call.dtype == torch.float64 else 16, triton.next_power_of_2(channels))
     planes = min(call.planes, triton.next_power_of_2(size[0]))
     block, warps = _lanes(size[1] * size[2])
-    tiles = blocks(size[1] * size[2], block) * blocks(size[0], planes) * blocks(channels, channels_at_once)
+    tiles = blocks(channels, channels_at_once), blocks(size[1] * size[2], block), blocks(size[0], planes)
+    programs = math.prod(tiles)  # of a sample
     need_sums = statistics is not None and not moving
-    sums = statistics.new_empty((call.fixed.shape[0], tiles, 3)) if need_sums else None
+    sums = statistics.new_empty((call.fixed.shape[0], programs, 3)) if need_sums else None
     launch(
         _local_correlation_bwd_kernel,
-        (tiles * call.fixed.shape[0],),
+        (programs * call.fixed.shape[0],),
         grad,
         call.fixed if moving else call.moved,
         call.fixed if need_sums else None,
@@ -511,6 +521,7 @@ def _gather(call, grad, statistics, out, size, moving, border):
         math.prod(call.size),
         *size,
         math.prod(size),
+        *tiles,
         RZ=call.radius[0],
         RY=call.radius[1],
         RX=call.radius[2],
