@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import COMPILED, DTYPES, assert_close, check_against_reference, layouts
+from common import COMPILED, DTYPES, assert_close, check_against_reference, double, gradients, layouts
 from scipy.ndimage import map_coordinates
 
 import fastreg
@@ -62,6 +62,30 @@ def test_against_reference(shape, radius, dtype, displaced, normalize, padding):
     check_against_reference(
         correlate(radius, **options), reference(radius, shape, **options), inputs, tolerance
     )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalize"])
+def test_across_tiles(normalize, padding):
+    """More channels, planes and voxels of a plane than a tile of a GPU kernel, offsets in pieces of unequal size."""
+    shape, radius = (1, 19, 6, 2, 67), (3, 0, 1)
+    options = {"normalize": normalize, "padding": padding, "scale": "mean"}
+    check_against_reference(
+        correlate(radius, **options), reference(radius, shape, **options), make(shape, torch.float32), 1e-4
+    )
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_offsets_in_pieces_pass_on_no_nan(padding):
+    shape, radius = (1, 2, 9, 2, 5), (3, 0, 1)
+    for i, place in itertools.product(range(2), ((0, 0, 0), (4, 1, 2), (8, 0, 4))):
+        given = make(shape, torch.float32)
+        with torch.no_grad():
+            given[i][(0, 1, *place)] = math.nan
+        out, grads = gradients(correlate(radius, padding=padding), given)
+        truth, truth_grads = gradients(reference(radius, shape, padding=padding), [double(t) for t in given])
+        for a, b in zip((out, *grads), (truth, *truth_grads), strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
 
 
 def by_loops(fixed, moving, radius, displacement, normalize, scale, padding):
