@@ -497,12 +497,14 @@ def local_correlation(fixed, moving, radius, displacement, normalize, scale, pad
 def _gather(call, grad, statistics, out, size, moving, border):
     """Gradient to one of the maps into `out`, of `size`; where normalised, the three sums of the gradient to fixed, (N, 3)."""
     channels = call.fixed.shape[1]
-    channels_at_once = min(8 if call.dtype == torch.float64 else 16, triton.next_power_of_2(channels))
+    need_sums = statistics is not None and not moving
+    # Twice as many would spill where numbers or what is summed beside them take more registers.
+    most = 8 if need_sums or call.dtype == torch.float64 else 16
+    channels_at_once = min(most, triton.next_power_of_2(channels))
     planes = min(call.planes, triton.next_power_of_2(size[0]))
     block, warps = _lanes(size[1] * size[2])
     tiles = blocks(channels, channels_at_once), blocks(size[1] * size[2], block), blocks(size[0], planes)
     programs = math.prod(tiles)  # of a sample
-    need_sums = statistics is not None and not moving
     sums = statistics.new_empty((call.fixed.shape[0], programs, 3)) if need_sums else None
     launch(
         _local_correlation_bwd_kernel,
