@@ -10,6 +10,9 @@ import importlib
 LAUNCHERS = {
     "local_correlation": "local_correlation",
     "local_correlation_bwd": "local_correlation",
+    "lcc_loss": "lcc_loss",
+    "lcc_map": "lcc_loss",
+    "lcc_map_bwd": "lcc_loss",
 }
 
 

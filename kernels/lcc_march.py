@@ -1,0 +1,390 @@
+"""LCC over windows of at most MOST_RADIUS to each side, in fp32: two marches through registers, three launches a slab.
+
+  moments    a program marches along y through a tile of 32 rows: a row's sums along x by direct loads (L1), its sums along y
+             in registers. Writes 5 maps (with a mask 6: the weight).
+  windows    marches along z through 32 planes and the halo of the adjoints: sums along z in registers, LCC, its sum, and the
+             adjoint maps already summed along z in registers. Writes 3 maps (both gradients 5). No LCC map is written.
+  gradient   marches along y as the first: adjoint maps along x by direct loads, along y in registers, and the gradient.
+
+Sums in registers are filters in transposed form: state[j] is what the window j voxels ahead holds so far, so a new row costs one
+multiply-add a state and the states move on as they are written. Nothing is subtracted, so a NaN stays in its windows.
+Shift: sums are about the shift of the 32 x 32 x 32 tile of their centre; what is read from another tile is moved over:
+S1 + n d, S2 + d (S1 + S1'), no larger than if it had been summed about this tile's shift. Means in the adjoint maps likewise.
+Memory layout: scratch maps (maps, n c, slots, H, W), plane z in slot z % slots: 5 rings of a slab of 64 planes and 4 radius,
+3 maps of a slab. A lane owns one column; 128 lanes are 128 voxels along x or, in smaller images, some planes.
+Bytes, window 9, one gradient, in volumes: 2 + 5 out; 7.5 in (halo of 16 planes to 32) + 3 out; 3 + 2 in, 1 out: 23.5, so 0.53 ms at
+3 TB/s for 256^3. Arithmetic: some 200 + 260 + 230 instructions a voxel: 11.6 G, 0.45 ms at the 26 G/ms an H100 issues.
+Memory beyond inputs, outputs and gradients: 5 (64 + 4 radius) + 3 * 64 planes (both: + 2 * 64): 2.3 volumes (2.8) at 256^3.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastreg.kernels.launch import blocks, launch
+from fastreg.kernels.lcc_terms import TILE, outside_weight, shift_kernel, weighted_value, window_terms
+
+SLAB = 64  # a multiple of TILE
+MOST_RADIUS = 5  # above it the states do not fit the registers
+TAU = 2.0**-18
+BLOCK = 128
+
+
+@triton.jit
+def _weights(taps, RADIUS: tl.constexpr):
+    weights = (tl.load(taps),)
+    for k in tl.static_range(1, RADIUS + 1):
+        weights = weights + (tl.load(taps + k),)
+    return weights
+
+
+@triton.jit
+def _rest(zero, RADIUS: tl.constexpr):
+    """State of a sum over no rows."""
+    state = (zero,)
+    for _ in tl.static_range(1, 2 * RADIUS):
+        state = state + (zero,)
+    return state
+
+
+@triton.jit
+def _scaled(value, weight, BOX: tl.constexpr):
+    if BOX:
+        return value
+    else:
+        return weight * value
+
+
+@triton.jit
+def _push(state, value, weights, RADIUS: tl.constexpr, BOX: tl.constexpr):
+    """(sum of the window that `value` completes, *new state): the window's centre lies RADIUS rows behind."""
+    if RADIUS == 0:
+        return (_scaled(value, weights[0], BOX),) + state
+    else:
+        edge = _scaled(value, weights[RADIUS], BOX)
+        moved = (state[0] + edge,)
+        for j in tl.static_range(1, 2 * RADIUS):
+            moved = moved + (state[j] + _scaled(value, weights[RADIUS - j if j < RADIUS else j - RADIUS], BOX),)
+        return moved + (edge,)
+
+
+@triton.jit
+def _within(inside, position, begin, end):
+    """inside, where the scalar position is in [begin, end)."""
+    # The interpreter loses the type of a scalar's comparisons.
+    position = position + tl.zeros(inside.shape, tl.int64)
+    return inside & (position >= begin) & (position < end)
+
+
+@triton.jit
+def _lanes(planes, z_first, H, W, n_x, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Lanes over planes and x, and a tile of rows: channel, z, x, first row, end."""
+    n_y, n_z = tl.cdiv(H, TILE), tl.cdiv(planes, BLOCK // BLOCK_X)
+    lane = tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    x = pid % n_x * BLOCK_X + lane % BLOCK_X
+    y = (pid // n_x % n_y).to(tl.int64) * TILE
+    z = pid // n_x // n_y % n_z * (BLOCK // BLOCK_X) + lane // BLOCK_X
+    nc = (pid // n_x // n_y // n_z).to(tl.int64)
+    return nc, z_first + z.to(tl.int64), x, y, tl.minimum(y + TILE, H), (z < planes) & (x < W)
+
+
+@triton.jit
+def _moments_kernel(
+    fixed, moved, mask, shift, taps_y, taps_x, target, channels, C, z_first, planes, slots, D, H, W, n_x,
+    RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr, BOX: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Sums along x and y of f, m, f^2, m^2, fm and, with a mask, its weight."""
+    nc, z, x, y0, y1, inside = _lanes(planes, z_first, H, W, n_x, BLOCK, BLOCK_X)
+    tiles_z, tiles_y, tiles_x = tl.cdiv(D, TILE), tl.cdiv(H, TILE), tl.cdiv(W, TILE)
+    tile = ((nc * tiles_z + z // TILE) * tiles_y + y0 // TILE) * tiles_x + x // TILE
+    tiles = channels.to(tl.int64) * tiles_z * tiles_y * tiles_x
+    cf, cm = tl.load(shift + tile, mask=inside, other=0), tl.load(shift + tiles + tile, mask=inside, other=0)
+    image, masked = (nc * D + z) * H * W + x, (nc // C * D + z) * H * W + x
+    out = target + (nc * slots + z % slots) * H * W + x
+    step = channels.to(tl.int64) * slots * H * W
+    weights_y, weights_x = _weights(taps_y, RADIUS_Y), _weights(taps_x, RADIUS_X)
+    zero = tl.zeros([BLOCK], tl.float32)
+    sum_f = _rest(zero, RADIUS_Y)
+    sum_m, sum_ff, sum_mm, sum_fm, sum_n = sum_f, sum_f, sum_f, sum_f, sum_f
+    for i in range(0, y1 - y0 + 2 * RADIUS_Y):
+        row = y0 + i - RADIUS_Y
+        row_inside = _within(inside, row, 0, H)
+        s1, t1, s2, t2, st, n = zero, zero, zero, zero, zero, zero
+        for k in tl.static_range(-RADIUS_X, RADIUS_X + 1):
+            here = row_inside & (x + k >= 0) & (x + k < W)
+            if HAS_MASK:
+                weight = tl.load(mask + masked + (row * W + k), mask=here, other=0)
+                here = here & (weight != 0)
+            f = tl.load(fixed + image + (row * W + k), mask=here, other=0).to(tl.float32)
+            m = tl.load(moved + image + (row * W + k), mask=here, other=0).to(tl.float32)
+            f, m = tl.where(here, f - cf, 0), tl.where(here, m - cm, 0)
+            kf = _scaled(f, weights_x[k if k >= 0 else -k], BOX)
+            km = _scaled(m, weights_x[k if k >= 0 else -k], BOX)
+            if HAS_MASK:
+                kf, km = weight * kf, weight * km
+                n += _scaled(weight, weights_x[k if k >= 0 else -k], BOX)
+            s1 += kf
+            t1 += km
+            s2 += kf * f
+            t2 += km * m
+            st += kf * m
+        sum_f, sum_m = _push(sum_f, s1, weights_y, RADIUS_Y, BOX), _push(sum_m, t1, weights_y, RADIUS_Y, BOX)
+        sum_ff, sum_mm = _push(sum_ff, s2, weights_y, RADIUS_Y, BOX), _push(sum_mm, t2, weights_y, RADIUS_Y, BOX)
+        sum_fm = _push(sum_fm, st, weights_y, RADIUS_Y, BOX)
+        y = row - RADIUS_Y
+        done = _within(inside, y, y0, y1)
+        at = out + y * W
+        tl.store(at, sum_f[0], mask=done)
+        tl.store(at + step, sum_m[0], mask=done)
+        tl.store(at + 2 * step, sum_ff[0], mask=done)
+        tl.store(at + 3 * step, sum_mm[0], mask=done)
+        tl.store(at + 4 * step, sum_fm[0], mask=done)
+        if HAS_MASK:
+            sum_n = _push(sum_n, n, weights_y, RADIUS_Y, BOX)
+            tl.store(at + 5 * step, sum_n[0], mask=done)
+            sum_n = sum_n[1:]
+        sum_f, sum_m, sum_ff, sum_mm, sum_fm = sum_f[1:], sum_m[1:], sum_ff[1:], sum_mm[1:], sum_fm[1:]
+
+
+@triton.jit
+def _windows_kernel(
+    source, target, mask, upstream, shift, taps_z, edge_z, edge_y, edge_x, rule, value_map, sums, channels, C, z_first, z_end,
+    slots, slots_out, D, H, W, n_v, TAU: tl.constexpr, VALID: tl.constexpr, SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_UPSTREAM: tl.constexpr, WANT_MAP: tl.constexpr, WANT_FIXED: tl.constexpr,
+    WANT_MOVED: tl.constexpr, RADIUS: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums along z, LCC, and the sums along z of the adjoint maps e, a, a mean, b, b mean that are wanted."""
+    WANT: tl.constexpr = WANT_FIXED or WANT_MOVED
+    HALO: tl.constexpr = RADIUS if WANT else 0
+    n_z = tl.cdiv(z_end - z_first, TILE)
+    pid = tl.program_id(0)
+    v = (pid % n_v).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z0 = z_first + (pid // n_v % n_z).to(tl.int64) * TILE
+    z1 = tl.minimum(z0 + TILE, z_end)
+    nc = (pid // n_v // n_z).to(tl.int64)
+    plane = H.to(tl.int64) * W
+    inside = v < plane
+    y, x = v // W, v % W
+    tiles_z, tiles_y, tiles_x = tl.cdiv(D, TILE), tl.cdiv(H, TILE), tl.cdiv(W, TILE)
+    tile = shift + (nc * tiles_z * tiles_y + y // TILE) * tiles_x + x // TILE
+    tiles, per_z = channels.to(tl.int64) * tiles_z * tiles_y * tiles_x, tiles_y * tiles_x
+    at = tile + z0 // TILE * per_z
+    cf, cm = tl.load(at, mask=inside, other=0), tl.load(at + tiles, mask=inside, other=0)
+    in_y, out_y = tl.load(edge_y + y, mask=inside, other=0), tl.load(edge_y + H + y, mask=inside, other=0)
+    in_x, out_x = tl.load(edge_x + x), tl.load(edge_x + W + x)
+    weights = _weights(taps_z, RADIUS)
+    from_map = source + nc * slots * plane + v
+    step = channels.to(tl.int64) * slots * plane
+    out = target + nc * slots_out * plane + v
+    step_out = channels.to(tl.int64) * slots_out * plane
+    image, masked = nc * D * plane + v, nc // C * D * plane + v
+    zero = tl.zeros([BLOCK], tl.float32)
+    sum_f = _rest(zero, RADIUS)
+    sum_m, sum_ff, sum_mm, sum_fm, sum_n = sum_f, sum_f, sum_f, sum_f, sum_f
+    sum_e, sum_a, sum_p, sum_b, sum_q = sum_f, sum_f, sum_f, sum_f, sum_f
+    loss = zero
+    for i in range(0, z1 - z0 + 2 * (RADIUS + HALO)):
+        z_in = z0 + i - (RADIUS + HALO)
+        here = _within(inside, z_in, 0, D)
+        at = from_map + z_in % slots * plane
+        s1 = tl.load(at, mask=here, other=0)
+        t1 = tl.load(at + step, mask=here, other=0)
+        s2 = tl.load(at + 2 * step, mask=here, other=0)
+        t2 = tl.load(at + 3 * step, mask=here, other=0)
+        st = tl.load(at + 4 * step, mask=here, other=0)
+        if HAS_MASK:
+            n = tl.load(at + 5 * step, mask=here, other=0)
+        else:
+            n = tl.where(here, in_y * in_x, 0)
+        at = tile + z_in // TILE * per_z
+        df = tl.load(at, mask=here, other=0) - cf
+        dm = tl.load(at + tiles, mask=here, other=0) - cm
+        f, m = s1 + n * df, t1 + n * dm
+        st += df * t1 + dm * f
+        s2 += df * (s1 + f)
+        t2 += dm * (t1 + m)
+        sum_f, sum_m = _push(sum_f, f, weights, RADIUS, BOX), _push(sum_m, m, weights, RADIUS, BOX)
+        sum_ff, sum_mm = _push(sum_ff, s2, weights, RADIUS, BOX), _push(sum_mm, t2, weights, RADIUS, BOX)
+        sum_fm = _push(sum_fm, st, weights, RADIUS, BOX)
+        z = z_in - RADIUS
+        real = _within(inside, z, tl.maximum(z0 - HALO, 0), D)
+        at = edge_z + tl.minimum(tl.maximum(z, 0), D - 1)
+        in_z, out_z = tl.load(at), tl.load(at + D)
+        if HAS_MASK:
+            sum_n = _push(sum_n, n, weights, RADIUS, BOX)
+            n, sum_n = sum_n[0], sum_n[1:]
+            weight = tl.load(mask + masked + z * plane, mask=real, other=0)
+        else:
+            n = in_z * in_y * in_x
+            weight = zero + 1
+        if HAS_UPSTREAM:
+            g = -tl.load(upstream + masked + z * plane, mask=real, other=0) / C
+        else:
+            g = -weight
+        value, e, a, p, b, q = window_terms(
+            sum_f[0], sum_m[0], sum_ff[0], sum_mm[0], sum_fm[0], n,
+            outside_weight(in_z, out_z, in_y, out_y, out_x, rule), cf, cm, g, rule, TAU, VALID, SQUARED, DENOMINATOR,
+        )  # fmt: skip
+        sum_f, sum_m, sum_ff, sum_mm, sum_fm = sum_f[1:], sum_m[1:], sum_ff[1:], sum_mm[1:], sum_fm[1:]
+        own = _within(inside, z, z0, z1)
+        if WANT_MAP:
+            tl.store(value_map + image + z * plane, -value / C, mask=own)
+        else:
+            loss += tl.where(own, weighted_value(value, weight), 0)
+        z_out = z - RADIUS
+        done = _within(inside, z_out, z0, z1)
+        at = out + z_out % slots_out * plane
+        if WANT:
+            sum_e = _push(sum_e, tl.where(real, e, 0), weights, RADIUS, BOX)
+            tl.store(at, sum_e[0], mask=done)
+            sum_e = sum_e[1:]
+        if WANT_FIXED:
+            sum_a = _push(sum_a, tl.where(real, a, 0), weights, RADIUS, BOX)
+            sum_p = _push(sum_p, tl.where(real, p, 0), weights, RADIUS, BOX)
+            tl.store(at + step_out, sum_a[0], mask=done)
+            tl.store(at + 2 * step_out, sum_p[0], mask=done)
+            sum_a, sum_p, at = sum_a[1:], sum_p[1:], at + 2 * step_out
+        if WANT_MOVED:
+            sum_b = _push(sum_b, tl.where(real, b, 0), weights, RADIUS, BOX)
+            sum_q = _push(sum_q, tl.where(real, q, 0), weights, RADIUS, BOX)
+            tl.store(at + step_out, sum_b[0], mask=done)
+            tl.store(at + 2 * step_out, sum_q[0], mask=done)
+            sum_b, sum_q = sum_b[1:], sum_q[1:]
+    if not WANT_MAP:
+        tl.store(sums + pid, -tl.sum(loss))
+
+
+@triton.jit
+def _gradient_of(own, other, a, e, mean):
+    # A sample that is not finite must not meet a window that passes 0 to it; the others carry the NaN.
+    own, other = tl.where(own - own == 0, own, 0), tl.where(other - other == 0, other, 0)
+    return own * a + other * e - mean
+
+
+@triton.jit
+def _gradient_kernel(
+    source, fixed, moved, mask, shift, taps_y, taps_x, grad_fixed, grad_moved, channels, C, z_first, planes, slots, D, H, W, n_x,
+    WANT_FIXED: tl.constexpr, WANT_MOVED: tl.constexpr, RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr, BOX: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Sums along x and y of the adjoint maps, and own * a + other * e - mean."""
+    nc, z, x, y0, y1, inside = _lanes(planes, z_first, H, W, n_x, BLOCK, BLOCK_X)
+    tiles_z, tiles_y, tiles_x = tl.cdiv(D, TILE), tl.cdiv(H, TILE), tl.cdiv(W, TILE)
+    tile = shift + (nc * tiles_z + z // TILE) * tiles_y * tiles_x
+    tiles = channels.to(tl.int64) * tiles_z * tiles_y * tiles_x
+    at = tile + y0 // TILE * tiles_x + x // TILE
+    cf, cm = tl.load(at, mask=inside, other=0), tl.load(at + tiles, mask=inside, other=0)
+    image, masked = (nc * D + z) * H * W + x, (nc // C * D + z) * H * W + x
+    from_map = source + (nc * slots + z % slots) * H * W + x
+    step = channels.to(tl.int64) * slots * H * W
+    weights_y, weights_x = _weights(taps_y, RADIUS_Y), _weights(taps_x, RADIUS_X)
+    zero = tl.zeros([BLOCK], tl.float32)
+    sum_e = _rest(zero, RADIUS_Y)
+    sum_a, sum_p, sum_b, sum_q = sum_e, sum_e, sum_e, sum_e
+    for i in range(0, y1 - y0 + 2 * RADIUS_Y):
+        row = y0 + i - RADIUS_Y
+        row_inside = _within(inside, row, 0, H)
+        e, a, p, b, q = zero, zero, zero, zero, zero
+        for k in tl.static_range(-RADIUS_X, RADIUS_X + 1):
+            here = row_inside & (x + k >= 0) & (x + k < W)
+            at = tile + row // TILE * tiles_x + (x + k) // TILE
+            df, dm = tl.load(at, mask=here, other=0) - cf, tl.load(at + tiles, mask=here, other=0) - cm
+            at = from_map + (row * W + k)
+            weight = weights_x[k if k >= 0 else -k]
+            ke = _scaled(tl.load(at, mask=here, other=0), weight, BOX)
+            e += ke
+            if WANT_FIXED:
+                ka = _scaled(tl.load(at + step, mask=here, other=0), weight, BOX)
+                a += ka
+                p += _scaled(tl.load(at + 2 * step, mask=here, other=0), weight, BOX) + ka * df + ke * dm
+                at += 2 * step
+            if WANT_MOVED:
+                kb = _scaled(tl.load(at + step, mask=here, other=0), weight, BOX)
+                b += kb
+                q += _scaled(tl.load(at + 2 * step, mask=here, other=0), weight, BOX) + kb * dm + ke * df
+        sum_e = _push(sum_e, e, weights_y, RADIUS_Y, BOX)
+        y = row - RADIUS_Y
+        done = _within(inside, y, y0, y1)
+        f = tl.load(fixed + image + y * W, mask=done, other=0).to(tl.float32) - cf
+        m = tl.load(moved + image + y * W, mask=done, other=0).to(tl.float32) - cm
+        if HAS_MASK:
+            weight = tl.load(mask + masked + y * W, mask=done, other=0)
+        else:
+            weight = zero + 1
+        if WANT_FIXED:
+            sum_a = _push(sum_a, a, weights_y, RADIUS_Y, BOX)
+            sum_p = _push(sum_p, p, weights_y, RADIUS_Y, BOX)
+            result = weighted_value(_gradient_of(f, m, sum_a[0], sum_e[0], sum_p[0]), weight)
+            tl.store(grad_fixed + image + y * W, result, mask=done)
+            sum_a, sum_p = sum_a[1:], sum_p[1:]
+        if WANT_MOVED:
+            sum_b = _push(sum_b, b, weights_y, RADIUS_Y, BOX)
+            sum_q = _push(sum_q, q, weights_y, RADIUS_Y, BOX)
+            result = weighted_value(_gradient_of(m, f, sum_b[0], sum_e[0], sum_q[0]), weight)
+            tl.store(grad_moved + image + y * W, result, mask=done)
+            sum_b, sum_q = sum_b[1:], sum_q[1:]
+        sum_e = sum_e[1:]
+
+
+def march(p):
+    """LCC sums per sample, or the map, and the gradients of a `fastreg.kernels.lcc_loss.Problem`."""
+    D, H, W = p.size
+    channels, (radius, radius_y, radius_x) = p.n * p.c, p.windows.radius
+    new = dict(dtype=torch.float32, device=p.fixed.device)
+    tile = TILE.value
+    tiles = blocks(D, tile), blocks(H, tile), blocks(W, tile)
+    flags = dict(HAS_MASK=p.mask is not None)
+    fallback = None
+    if p.mask is not None:
+        # A tile whose samples are all masked out still has windows.
+        fallback = torch.empty(2, channels, **new)
+        launch(
+            shift_kernel, (channels,), p.fixed, p.moved, p.mask, None, fallback, p.c, D, H, W, 1, 1, 1, WHOLE=True,
+            HAS_FALLBACK=False, BLOCK=1024, **flags,
+        )  # fmt: skip
+    shift = torch.empty(2, channels, *tiles, **new)
+    launch(
+        shift_kernel, (channels * tiles[0] * tiles[1] * tiles[2],), p.fixed, p.moved, p.mask, fallback, shift, p.c, D, H, W, *tiles,
+        WHOLE=False, HAS_FALLBACK=p.mask is not None, BLOCK=1024, **flags,
+    )  # fmt: skip
+    n_adjoints = {0: 0, 1: 3, 2: 5}[len(p.wanted)]
+    reach = 2 * radius if p.wanted else radius
+    slab = min(SLAB, D)
+    ring = min(slab + 2 * reach, D)
+    moments = torch.empty(5 + (p.mask is not None), channels, ring, H, W, **new)
+    adjoints = torch.empty(n_adjoints, channels, slab, H, W, **new)
+    block_x = min(triton.next_power_of_2(W), BLOCK)
+    n_x, n_v = blocks(W, block_x), blocks(H * W, BLOCK)
+    flags |= dict(BOX=p.box, BLOCK=BLOCK)
+    lanes = dict(RADIUS_Y=radius_y, RADIUS_X=radius_x, BLOCK_X=block_x)
+    slabs, done = [], 0
+
+    def grid(planes):
+        return (channels * blocks(planes, BLOCK // block_x) * tiles[1] * n_x,)
+
+    for z in range(0, D, slab):
+        end = min(z + slab, D)
+        ready = min(end + reach, D)
+        if done < ready:
+            launch(
+                _moments_kernel, grid(ready - done), p.fixed, p.moved, p.mask, shift, *p.windows.taps[1:], moments, channels, p.c,
+                done, ready - done, ring, D, H, W, n_x, **lanes, **flags,
+            )  # fmt: skip
+        done = ready
+        n_z = blocks(end - z, tile)
+        sums = torch.empty(p.n, p.c * n_z * n_v, **new)
+        slabs.append(sums)
+        launch(
+            _windows_kernel, (channels * n_z * n_v,), moments, adjoints, p.mask, p.upstream, shift, p.windows.taps[0],
+            *p.windows.edges, p.windows.rule, p.map, sums, channels, p.c, z, end, ring, slab, D, H, W, n_v, TAU=TAU,
+            RADIUS=radius, **p.options, **flags,
+        )  # fmt: skip
+        if p.wanted:
+            launch(
+                _gradient_kernel, grid(end - z), adjoints, p.fixed, p.moved, p.mask, shift, *p.windows.taps[1:], p.wanted.get(0),
+                p.wanted.get(1), channels, p.c, z, end - z, slab, D, H, W, n_x, WANT_FIXED=0 in p.wanted,
+                WANT_MOVED=1 in p.wanted, **lanes, **flags,
+            )  # fmt: skip
+    return torch.cat(slabs, 1).sum(1, dtype=torch.float64)

@@ -1,0 +1,138 @@
+"""What the Triton kernels of lcc_loss share: the shift of a tile, and the LCC of a window from its sums with its derivatives.
+
+csrc/common/lcc_loss.h has the same formulas in C++.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(32)  # voxels an axis that share a shift
+SAMPLES = tl.constexpr(8)  # of a tile's axis, from which its shift is taken
+
+
+@triton.jit
+def _finite_sums(fixed, moved, mask, at_image, at_mask, inside, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
+    """Sums of fixed and moved over the finite, unmasked samples of a block, and their number."""
+    f = tl.load(fixed + at_image, mask=inside, other=0).to(DTYPE)
+    m = tl.load(moved + at_image, mask=inside, other=0).to(DTYPE)
+    keep = inside & (f - f == 0) & (m - m == 0)
+    if HAS_MASK:
+        keep = keep & (tl.load(mask + at_mask, mask=inside, other=0) != 0)
+    count = tl.sum(tl.where(keep, 1, 0).to(DTYPE))
+    return tl.sum(tl.where(keep, f, 0)), tl.sum(tl.where(keep, m, 0)), count
+
+
+@triton.jit
+def shift_kernel(
+    fixed, moved, mask, fallback, shift, C, D, H, W, tiles_z, tiles_y, tiles_x, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_FALLBACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What sums of fixed and moved are shifted by: shift (2, n c, tiles) is the mean of 8 x 8 x 8 samples of each tile.
+
+    One program per tile. Samples that are masked out or not finite do not count; where that leaves none, all of the tile's
+    samples are asked, then ``fallback`` (2, n c). WHOLE: one tile, amid the image, with the image for its second try.
+    Bytes: with stride 4 along the lines, 1/16 of the sectors of both images.
+    """
+    dtype = shift.dtype.element_ty
+    tiles = tiles_z * tiles_y * tiles_x
+    channels = tl.num_programs(0) // tiles
+    tile, nc = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if WHOLE:
+        z0, y0, x0 = tl.maximum(D // 2 - TILE // 2, 0), tl.maximum(H // 2 - TILE // 2, 0), tl.maximum(W // 2 - TILE // 2, 0)
+    else:
+        z0, y0, x0 = tile // (tiles_y * tiles_x) * TILE, tile // tiles_x % tiles_y * TILE, tile % tiles_x * TILE
+    nz, ny, nx = tl.minimum(D - z0, TILE), tl.minimum(H - y0, TILE), tl.minimum(W - x0, TILE)
+    image, masked = nc.to(tl.int64) * D * H * W, (nc // C).to(tl.int64) * D * H * W
+    i = tl.arange(0, SAMPLES * SAMPLES * SAMPLES)
+    z = z0 + i // (SAMPLES * SAMPLES) * nz // SAMPLES
+    y = y0 + i // SAMPLES % SAMPLES * ny // SAMPLES
+    x = x0 + i % SAMPLES * nx // SAMPLES
+    at = (z.to(tl.int64) * H + y) * W + x
+    f, m, count = _finite_sums(fixed, moved, mask, image + at, masked + at, i >= 0, HAS_MASK, dtype)
+    if count == 0:
+        if WHOLE:
+            z0, y0, x0, nz, ny, nx = 0, 0, 0, D, H, W
+        volume = tl.cast(nz, tl.int64) * ny * nx
+        for start in range(0, volume, BLOCK):
+            j = start + tl.arange(0, BLOCK).to(tl.int64)
+            every = ((z0 + j // (ny * nx)) * H + y0 + j // nx % ny) * W + x0 + j % nx
+            more = _finite_sums(fixed, moved, mask, image + every, masked + every, j < volume, HAS_MASK, dtype)
+            f, m, count = f + more[0], m + more[1], count + more[2]
+    f, m = f / tl.maximum(count, 1), m / tl.maximum(count, 1)
+    if HAS_FALLBACK:
+        f = tl.where(count > 0, f, tl.load(fallback + nc))
+        m = tl.where(count > 0, m, tl.load(fallback + channels + nc))
+    tl.store(shift + nc.to(tl.int64) * tiles + tile, f)
+    tl.store(shift + (channels + nc).to(tl.int64) * tiles + tile, m)
+
+
+@triton.jit
+def outside_weight(in_z, out_z, in_y, out_y, out_x, rule):
+    """Weight of a window's padded samples, from what is inside and outside along each axis: exactly 0 where there are none."""
+    total_y, total_x = tl.load(rule + 3), tl.load(rule + 4)
+    return (out_z * total_y + in_z * out_y) * total_x + in_z * in_y * out_x
+
+
+@triton.jit
+def _lcc(v, w, c, rule, SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr):
+    """LCC of v, w, c (0 where the window is flat), at most 1, and its derivatives by them."""
+    nr, dr = tl.load(rule), tl.load(rule + 1)
+    if DENOMINATOR == "product":
+        d, d_by_v, d_by_w = v * w + dr, w, v
+    elif DENOMINATOR == "each":
+        d_by_v, d_by_w = w + dr, v + dr
+        d = d_by_v * d_by_w
+    else:
+        floored_v, floored_w = tl.maximum(v, dr), tl.maximum(w, dr)
+        d = floored_v * floored_w
+        d_by_v, d_by_w = tl.where(v > dr, floored_w, 0), tl.where(w > dr, floored_v, 0)
+    inverse = tl.where(d > 0, 1 / tl.where(d > 0, d, 1), 0)
+    if SQUARED:
+        value = (c * c + nr) * inverse
+        by_c = 2 * c * inverse
+        common = -value * inverse
+    else:
+        by_c = tl.sqrt(inverse)
+        value = c * by_c
+        common = -0.5 * value * inverse
+    below = value <= 1
+    common = tl.where(below, common, 0)
+    return tl.where(below, value, 1), common * d_by_v, common * d_by_w, tl.where(below, by_c, 0)
+
+
+@triton.jit
+def window_terms(
+    s1, t1, s2, t2, st, n, outside, cf, cm, g, rule, TAU: tl.constexpr, VALID: tl.constexpr, SQUARED: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+):  # fmt: skip
+    """LCC of windows from their sums about (cf, cm), and what they pass back along g, relative to (cf, cm).
+
+    d LCC / d f_q = a (f_q - f_mean) + e (m_q - m_mean), a = 2 dLCC/dv, e = dLCC/dc, so the adjoint maps are e, a and
+    a f_mean + e m_mean (for the moved image e, b and b m_mean + e f_mean).
+    """
+    if not VALID:
+        s1, t1 = s1 - outside * cf, t1 - outside * cm
+        s2, t2, st = s2 + outside * cf * cf, t2 + outside * cm * cm, st + outside * cf * cm
+        n += outside
+    inverse = tl.where(n > 0, 1 / tl.where(n > 0, n, 1), 0)
+    f_mean, m_mean = s1 * inverse, t1 * inverse
+    v, w, c = s2 - s1 * f_mean, t2 - t1 * m_mean, st - s1 * m_mean
+    counted = n >= tl.load(rule + 2)
+    resolved = (v > TAU * s2) & (w > TAU * t2) & counted
+    v, w, c = tl.where(resolved, v, 0), tl.where(resolved, w, 0), tl.where(resolved, c, 0)
+    value, by_v, by_w, by_c = _lcc(v, w, c, rule, SQUARED, DENOMINATOR)
+    # A window that holds a non-finite sample is NaN, and so is what it passes back.
+    probe = s2 + t2 + n
+    bad = probe - probe != 0
+    nan = float("nan")
+    value = tl.where(bad, nan, tl.where(counted, value, 0))
+    f_mean, m_mean = tl.where(bad, 0, f_mean), tl.where(bad, 0, m_mean)
+    g = tl.where(bad & (g != 0), nan, tl.where(resolved, g, 0))
+    e, a, b = g * by_c, 2 * g * by_v, 2 * g * by_w
+    return value, e, a, a * f_mean + e * m_mean, b, b * m_mean + e * f_mean
+
+
+@triton.jit
+def weighted_value(value, weight):
+    """mask * LCC; where the mask is 0 not even a NaN counts."""
+    return tl.where(weight == 0, 0, weight * value)
