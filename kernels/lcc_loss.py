@@ -18,7 +18,9 @@ class Windows:
     radius: list  # taps reach that far inside the image
     taps: list  # (radius + 1,): weight of the samples so many voxels from the centre
     edges: list  # (2, size): weight of a window's samples inside and outside the image
-    rule: torch.Tensor  # smooth_nr, smooth_dr, n below which a window counts as empty, whole weight along y, along x
+    rule: (
+        torch.Tensor
+    )  # smooth_nr, smooth_dr, n below which a window counts as empty, whole weight along y, along x
 
 
 @functools.lru_cache(maxsize=64)
@@ -26,7 +28,9 @@ def _windows(window, kernel, sigma, size, nr, dr, whole, dtype, device):
     radius, taps, edges, total, peak = [], [], [], [], 1.0
     for n, present in size:
         if not present or kernel == "box":
-            side = torch.ones(min(window // 2, max(n, MOST_RADIUS)) + 1 if present else 1, dtype=torch.float64)
+            side = torch.ones(
+                min(window // 2, max(n, MOST_RADIUS)) + 1 if present else 1, dtype=torch.float64
+            )
             beyond = window // 2 + 1 - len(side) if present else 0
         else:
             side = _taps(window, kernel, sigma)
@@ -57,7 +61,6 @@ class Problem:
     c: int
     size: tuple
     windows: Windows
-    box: bool
     solve: Callable  # march or separable
     options: dict  # constants of the kernels
     map: torch.Tensor | None = None  # -LCC / c
@@ -81,7 +84,7 @@ def _problem(fixed, moved, mask, upstream, options, need, want_map=False, dtype=
             window, kernel, sigma, tuple(zip(size, present, strict=True)), nr, dr, marches,
             torch.float32 if marches else torch.float64, fixed.device,
         ),
-        kernel == "box", march if marches else separable,
+        march if marches else separable,
         dict(
             VALID=padding == "valid", SQUARED=squared, DENOMINATOR=denominator, HAS_UPSTREAM=upstream is not None,
             WANT_MAP=want_map, WANT_FIXED=need[0], WANT_MOVED=need[1],
@@ -101,9 +104,7 @@ def lcc_loss(fixed, moved, mask, *options_and_needs):
     *options, need_fixed, need_moved = options_and_needs
     like = fixed.new_zeros(fixed.shape[0], dtype=_arithmetic(fixed))
     if fixed.numel() == 0:
-        return like, *(
-            like.new_empty(fixed.shape if need else 0) for need in (need_fixed, need_moved)
-        )
+        return like, *(like.new_empty(fixed.shape if need else 0) for need in (need_fixed, need_moved))
     p = _problem(fixed, moved, mask, None, options, (need_fixed, need_moved))
     return p.solve(p).to(like.dtype), *_gradients(p, like)
 

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton does not unpack into tuples)
 """LCC over windows of at most MOST_RADIUS to each side, in fp32: two marches through registers, three launches a slab.
 
   moments    a program marches along y through a tile of 32 rows: a row's sums along x by direct loads (L1), its sums along y
@@ -11,7 +12,7 @@ multiply-add a state and the states move on as they are written. Nothing is subt
 Shift: sums are about the shift of the 32 x 32 x 32 tile of their centre; what is read from another tile is moved over:
 S1 + n d, S2 + d (S1 + S1'), no larger than if it had been summed about this tile's shift. Means in the adjoint maps likewise.
 Memory layout: scratch maps (maps, n c, slots, H, W), plane z in slot z % slots: 5 rings of a slab of 64 planes and 4 radius,
-3 maps of a slab. A lane owns one column; 128 lanes are 128 voxels along x or, in smaller images, some planes.
+3 maps of a slab. A lane owns one column; the 256 lanes of a program are 32 voxels along x in 8 planes.
 Bytes, window 9, one gradient, in volumes: 2 + 5 out; 7.5 in (halo of 16 planes to 32) + 3 out; 3 + 2 in, 1 out: 23.5, so 0.53 ms at
 3 TB/s for 256^3. Arithmetic: some 200 + 260 + 230 instructions a voxel: 11.6 G, 0.45 ms at the 26 G/ms an H100 issues.
 Memory beyond inputs, outputs and gradients: 5 (64 + 4 radius) + 3 * 64 planes (both: + 2 * 64): 2.3 volumes (2.8) at 256^3.
@@ -22,12 +23,12 @@ import triton
 import triton.language as tl
 
 from fastreg.kernels.launch import blocks, launch
-from fastreg.kernels.lcc_terms import TILE, outside_weight, shift_kernel, weighted_value, window_terms
+from fastreg.kernels.lcc_terms import TILE, shift_kernel, window_terms
 
 SLAB = 64  # a multiple of TILE
 MOST_RADIUS = 5  # above it the states do not fit the registers
 TAU = 2.0**-18
-BLOCK = 128
+BLOCK = 256
 
 
 @triton.jit
@@ -39,41 +40,35 @@ def _weights(taps, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _rest(zero, RADIUS: tl.constexpr):
-    """State of a sum over no rows."""
+def _rest(zero, COUNT: tl.constexpr, RADIUS: tl.constexpr):
+    """State of COUNT sums over no rows."""
     state = (zero,)
-    for _ in tl.static_range(1, 2 * RADIUS):
+    for _ in tl.static_range(1, COUNT * max(2 * RADIUS, 1)):
         state = state + (zero,)
     return state
 
 
 @triton.jit
-def _scaled(value, weight, BOX: tl.constexpr):
-    if BOX:
-        return value
-    else:
-        return weight * value
-
-
-@triton.jit
-def _push(state, value, weights, RADIUS: tl.constexpr, BOX: tl.constexpr):
-    """(sum of the window that `value` completes, *new state): the window's centre lies RADIUS rows behind."""
+def _push(state, values, weights, COUNT: tl.constexpr, RADIUS: tl.constexpr):
+    """(*sums of the windows that the COUNT values complete, *new state): the windows' centre lies RADIUS rows behind."""
     if RADIUS == 0:
-        return (_scaled(value, weights[0], BOX),) + state
+        sums = (weights[0] * values[0],)
+        for i in tl.static_range(1, COUNT):
+            sums = sums + (weights[0] * values[i],)
+        return sums + state
     else:
-        edge = _scaled(value, weights[RADIUS], BOX)
-        moved = (state[0] + edge,)
+        edge = (weights[RADIUS] * values[0],)
+        for i in tl.static_range(1, COUNT):
+            edge = edge + (weights[RADIUS] * values[i],)
+        sums = (state[0] + edge[0],)
+        for i in tl.static_range(1, COUNT):
+            sums = sums + (state[i] + edge[i],)
         for j in tl.static_range(1, 2 * RADIUS):
-            moved = moved + (state[j] + _scaled(value, weights[RADIUS - j if j < RADIUS else j - RADIUS], BOX),)
-        return moved + (edge,)
-
-
-@triton.jit
-def _within(inside, position, begin, end):
-    """inside, where the scalar position is in [begin, end)."""
-    # The interpreter loses the type of a scalar's comparisons.
-    position = position + tl.zeros(inside.shape, tl.int64)
-    return inside & (position >= begin) & (position < end)
+            for i in tl.static_range(COUNT):
+                sums = sums + (
+                    state[j * COUNT + i] + weights[RADIUS - j if j < RADIUS else j - RADIUS] * values[i],
+                )
+        return sums + edge
 
 
 @triton.jit
@@ -92,8 +87,7 @@ def _lanes(planes, z_first, H, W, n_x, BLOCK: tl.constexpr, BLOCK_X: tl.constexp
 @triton.jit
 def _moments_kernel(
     fixed, moved, mask, shift, taps_y, taps_x, target, channels, C, z_first, planes, slots, D, H, W, n_x,
-    RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr, BOX: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """Sums along x and y of f, m, f^2, m^2, fm and, with a mask, its weight."""
     nc, z, x, y0, y1, inside = _lanes(planes, z_first, H, W, n_x, BLOCK, BLOCK_X)
@@ -105,47 +99,43 @@ def _moments_kernel(
     out = target + (nc * slots + z % slots) * H * W + x
     step = channels.to(tl.int64) * slots * H * W
     weights_y, weights_x = _weights(taps_y, RADIUS_Y), _weights(taps_x, RADIUS_X)
-    zero = tl.zeros([BLOCK], tl.float32)
-    sum_f = _rest(zero, RADIUS_Y)
-    sum_m, sum_ff, sum_mm, sum_fm, sum_n = sum_f, sum_f, sum_f, sum_f, sum_f
+    zero, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int64)
+    MAPS: tl.constexpr = 6 if HAS_MASK else 5
+    state = _rest(zero, MAPS, RADIUS_Y)
     for i in range(0, y1 - y0 + 2 * RADIUS_Y):
         row = y0 + i - RADIUS_Y
-        row_inside = _within(inside, row, 0, H)
+        # Spread, as the interpreter loses the type of a scalar's comparisons.
+        rows = row + spread
+        row_inside = inside & (rows >= 0) & (rows < H)
         s1, t1, s2, t2, st, n = zero, zero, zero, zero, zero, zero
         for k in tl.static_range(-RADIUS_X, RADIUS_X + 1):
             here = row_inside & (x + k >= 0) & (x + k < W)
             if HAS_MASK:
-                weight = tl.load(mask + masked + (row * W + k), mask=here, other=0)
-                here = here & (weight != 0)
+                sample = tl.load(mask + masked + (row * W + k), mask=here, other=0)
+                here = here & (sample != 0)
             f = tl.load(fixed + image + (row * W + k), mask=here, other=0).to(tl.float32)
             m = tl.load(moved + image + (row * W + k), mask=here, other=0).to(tl.float32)
             f, m = tl.where(here, f - cf, 0), tl.where(here, m - cm, 0)
-            kf = _scaled(f, weights_x[k if k >= 0 else -k], BOX)
-            km = _scaled(m, weights_x[k if k >= 0 else -k], BOX)
+            weight = weights_x[k if k >= 0 else -k]
             if HAS_MASK:
-                kf, km = weight * kf, weight * km
-                n += _scaled(weight, weights_x[k if k >= 0 else -k], BOX)
+                weight = weight * sample
+                n += weight
+            kf, km = weight * f, weight * m
             s1 += kf
             t1 += km
             s2 += kf * f
             t2 += km * m
             st += kf * m
-        sum_f, sum_m = _push(sum_f, s1, weights_y, RADIUS_Y, BOX), _push(sum_m, t1, weights_y, RADIUS_Y, BOX)
-        sum_ff, sum_mm = _push(sum_ff, s2, weights_y, RADIUS_Y, BOX), _push(sum_mm, t2, weights_y, RADIUS_Y, BOX)
-        sum_fm = _push(sum_fm, st, weights_y, RADIUS_Y, BOX)
-        y = row - RADIUS_Y
-        done = _within(inside, y, y0, y1)
-        at = out + y * W
-        tl.store(at, sum_f[0], mask=done)
-        tl.store(at + step, sum_m[0], mask=done)
-        tl.store(at + 2 * step, sum_ff[0], mask=done)
-        tl.store(at + 3 * step, sum_mm[0], mask=done)
-        tl.store(at + 4 * step, sum_fm[0], mask=done)
         if HAS_MASK:
-            sum_n = _push(sum_n, n, weights_y, RADIUS_Y, BOX)
-            tl.store(at + 5 * step, sum_n[0], mask=done)
-            sum_n = sum_n[1:]
-        sum_f, sum_m, sum_ff, sum_mm, sum_fm = sum_f[1:], sum_m[1:], sum_ff[1:], sum_mm[1:], sum_fm[1:]
+            values = (s1, t1, s2, t2, st, n)
+        else:
+            values = (s1, t1, s2, t2, st)
+        state = _push(state, values, weights_y, MAPS, RADIUS_Y)
+        at = out + (row - RADIUS_Y) * W
+        done = inside & (rows >= y0 + RADIUS_Y)
+        for j in tl.static_range(MAPS):
+            tl.store(at + j * step, state[j], mask=done)
+        state = state[MAPS:]
 
 
 @triton.jit
@@ -153,7 +143,7 @@ def _windows_kernel(
     source, target, mask, upstream, shift, taps_z, edge_z, edge_y, edge_x, rule, value_map, sums, channels, C, z_first, z_end,
     slots, slots_out, D, H, W, n_v, TAU: tl.constexpr, VALID: tl.constexpr, SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_UPSTREAM: tl.constexpr, WANT_MAP: tl.constexpr, WANT_FIXED: tl.constexpr,
-    WANT_MOVED: tl.constexpr, RADIUS: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
+    WANT_MOVED: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums along z, LCC, and the sums along z of the adjoint maps e, a, a mean, b, b mean that are wanted."""
     WANT: tl.constexpr = WANT_FIXED or WANT_MOVED
@@ -180,14 +170,15 @@ def _windows_kernel(
     out = target + nc * slots_out * plane + v
     step_out = channels.to(tl.int64) * slots_out * plane
     image, masked = nc * D * plane + v, nc // C * D * plane + v
-    zero = tl.zeros([BLOCK], tl.float32)
-    sum_f = _rest(zero, RADIUS)
-    sum_m, sum_ff, sum_mm, sum_fm, sum_n = sum_f, sum_f, sum_f, sum_f, sum_f
-    sum_e, sum_a, sum_p, sum_b, sum_q = sum_f, sum_f, sum_f, sum_f, sum_f
+    zero, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int64)
+    MAPS: tl.constexpr = 6 if HAS_MASK else 5
+    ADJOINTS: tl.constexpr = 5 if WANT_FIXED and WANT_MOVED else 3 if WANT else 1
+    state, adjoint = _rest(zero, MAPS, RADIUS), _rest(zero, ADJOINTS, RADIUS)
     loss = zero
     for i in range(0, z1 - z0 + 2 * (RADIUS + HALO)):
         z_in = z0 + i - (RADIUS + HALO)
-        here = _within(inside, z_in, 0, D)
+        planes = z_in + spread
+        here = inside & (planes >= 0) & (planes < D)
         at = from_map + z_in % slots * plane
         s1 = tl.load(at, mask=here, other=0)
         t1 = tl.load(at + step, mask=here, other=0)
@@ -205,16 +196,18 @@ def _windows_kernel(
         st += df * t1 + dm * f
         s2 += df * (s1 + f)
         t2 += dm * (t1 + m)
-        sum_f, sum_m = _push(sum_f, f, weights, RADIUS, BOX), _push(sum_m, m, weights, RADIUS, BOX)
-        sum_ff, sum_mm = _push(sum_ff, s2, weights, RADIUS, BOX), _push(sum_mm, t2, weights, RADIUS, BOX)
-        sum_fm = _push(sum_fm, st, weights, RADIUS, BOX)
-        z = z_in - RADIUS
-        real = _within(inside, z, tl.maximum(z0 - HALO, 0), D)
-        at = edge_z + tl.minimum(tl.maximum(z, 0), D - 1)
-        in_z, out_z = tl.load(at), tl.load(at + D)
         if HAS_MASK:
-            sum_n = _push(sum_n, n, weights, RADIUS, BOX)
-            n, sum_n = sum_n[0], sum_n[1:]
+            values = (f, m, s2, t2, st, n)
+        else:
+            values = (f, m, s2, t2, st)
+        state = _push(state, values, weights, MAPS, RADIUS)
+        z = z_in - RADIUS
+        planes -= RADIUS
+        real = inside & (planes >= tl.maximum(z0 - HALO, 0)) & (planes < D)
+        edge = edge_z + tl.minimum(tl.maximum(z, 0), D - 1)
+        in_z, out_z = tl.load(edge), tl.load(edge + D)
+        if HAS_MASK:
+            n = state[5]
             weight = tl.load(mask + masked + z * plane, mask=real, other=0)
         else:
             n = in_z * in_y * in_x
@@ -224,49 +217,38 @@ def _windows_kernel(
         else:
             g = -weight
         value, e, a, p, b, q = window_terms(
-            sum_f[0], sum_m[0], sum_ff[0], sum_mm[0], sum_fm[0], n,
-            outside_weight(in_z, out_z, in_y, out_y, out_x, rule), cf, cm, g, rule, TAU, VALID, SQUARED, DENOMINATOR,
+            state[0], state[1], state[2], state[3], state[4], n, in_z, out_z, in_y, out_y, out_x, cf, cm, g, rule, TAU, VALID,
+            SQUARED, DENOMINATOR,
         )  # fmt: skip
-        sum_f, sum_m, sum_ff, sum_mm, sum_fm = sum_f[1:], sum_m[1:], sum_ff[1:], sum_mm[1:], sum_fm[1:]
-        own = _within(inside, z, z0, z1)
+        state = state[MAPS:]
+        own = real & (planes >= z0) & (planes < z1)
         if WANT_MAP:
             tl.store(value_map + image + z * plane, -value / C, mask=own)
         else:
-            loss += tl.where(own, weighted_value(value, weight), 0)
-        z_out = z - RADIUS
-        done = _within(inside, z_out, z0, z1)
-        at = out + z_out % slots_out * plane
+            loss += tl.where(own & (weight != 0), weight * value, 0)
         if WANT:
-            sum_e = _push(sum_e, tl.where(real, e, 0), weights, RADIUS, BOX)
-            tl.store(at, sum_e[0], mask=done)
-            sum_e = sum_e[1:]
-        if WANT_FIXED:
-            sum_a = _push(sum_a, tl.where(real, a, 0), weights, RADIUS, BOX)
-            sum_p = _push(sum_p, tl.where(real, p, 0), weights, RADIUS, BOX)
-            tl.store(at + step_out, sum_a[0], mask=done)
-            tl.store(at + 2 * step_out, sum_p[0], mask=done)
-            sum_a, sum_p, at = sum_a[1:], sum_p[1:], at + 2 * step_out
-        if WANT_MOVED:
-            sum_b = _push(sum_b, tl.where(real, b, 0), weights, RADIUS, BOX)
-            sum_q = _push(sum_q, tl.where(real, q, 0), weights, RADIUS, BOX)
-            tl.store(at + step_out, sum_b[0], mask=done)
-            tl.store(at + 2 * step_out, sum_q[0], mask=done)
-            sum_b, sum_q = sum_b[1:], sum_q[1:]
+            e, a, p = tl.where(real, e, 0), tl.where(real, a, 0), tl.where(real, p, 0)
+            b, q = tl.where(real, b, 0), tl.where(real, q, 0)
+            if WANT_FIXED and WANT_MOVED:
+                passed = (e, a, p, b, q)
+            elif WANT_FIXED:
+                passed = (e, a, p)
+            else:
+                passed = (e, b, q)
+            adjoint = _push(adjoint, passed, weights, ADJOINTS, RADIUS)
+            at = out + (z - RADIUS) % slots_out * plane
+            done = inside & (planes >= z0 + RADIUS)
+            for j in tl.static_range(ADJOINTS):
+                tl.store(at + j * step_out, adjoint[j], mask=done)
+            adjoint = adjoint[ADJOINTS:]
     if not WANT_MAP:
         tl.store(sums + pid, -tl.sum(loss))
 
 
 @triton.jit
-def _gradient_of(own, other, a, e, mean):
-    # A sample that is not finite must not meet a window that passes 0 to it; the others carry the NaN.
-    own, other = tl.where(own - own == 0, own, 0), tl.where(other - other == 0, other, 0)
-    return own * a + other * e - mean
-
-
-@triton.jit
 def _gradient_kernel(
     source, fixed, moved, mask, shift, taps_y, taps_x, grad_fixed, grad_moved, channels, C, z_first, planes, slots, D, H, W, n_x,
-    WANT_FIXED: tl.constexpr, WANT_MOVED: tl.constexpr, RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr, BOX: tl.constexpr,
+    WANT_FIXED: tl.constexpr, WANT_MOVED: tl.constexpr, RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """Sums along x and y of the adjoint maps, and own * a + other * e - mean."""
@@ -280,12 +262,14 @@ def _gradient_kernel(
     from_map = source + (nc * slots + z % slots) * H * W + x
     step = channels.to(tl.int64) * slots * H * W
     weights_y, weights_x = _weights(taps_y, RADIUS_Y), _weights(taps_x, RADIUS_X)
-    zero = tl.zeros([BLOCK], tl.float32)
-    sum_e = _rest(zero, RADIUS_Y)
-    sum_a, sum_p, sum_b, sum_q = sum_e, sum_e, sum_e, sum_e
+    zero, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int64)
+    ADJOINTS: tl.constexpr = 5 if WANT_FIXED and WANT_MOVED else 3
+    state = _rest(zero, ADJOINTS, RADIUS_Y)
     for i in range(0, y1 - y0 + 2 * RADIUS_Y):
         row = y0 + i - RADIUS_Y
-        row_inside = _within(inside, row, 0, H)
+        # Spread, as the interpreter loses the type of a scalar's comparisons.
+        rows = row + spread
+        row_inside = inside & (rows >= 0) & (rows < H)
         e, a, p, b, q = zero, zero, zero, zero, zero
         for k in tl.static_range(-RADIUS_X, RADIUS_X + 1):
             here = row_inside & (x + k >= 0) & (x + k < W)
@@ -293,39 +277,43 @@ def _gradient_kernel(
             df, dm = tl.load(at, mask=here, other=0) - cf, tl.load(at + tiles, mask=here, other=0) - cm
             at = from_map + (row * W + k)
             weight = weights_x[k if k >= 0 else -k]
-            ke = _scaled(tl.load(at, mask=here, other=0), weight, BOX)
+            ke = weight * tl.load(at, mask=here, other=0)
             e += ke
             if WANT_FIXED:
-                ka = _scaled(tl.load(at + step, mask=here, other=0), weight, BOX)
+                ka = weight * tl.load(at + step, mask=here, other=0)
                 a += ka
-                p += _scaled(tl.load(at + 2 * step, mask=here, other=0), weight, BOX) + ka * df + ke * dm
+                p += weight * tl.load(at + 2 * step, mask=here, other=0) + ka * df + ke * dm
                 at += 2 * step
             if WANT_MOVED:
-                kb = _scaled(tl.load(at + step, mask=here, other=0), weight, BOX)
+                kb = weight * tl.load(at + step, mask=here, other=0)
                 b += kb
-                q += _scaled(tl.load(at + 2 * step, mask=here, other=0), weight, BOX) + kb * dm + ke * df
-        sum_e = _push(sum_e, e, weights_y, RADIUS_Y, BOX)
+                q += weight * tl.load(at + 2 * step, mask=here, other=0) + kb * dm + ke * df
+        if WANT_FIXED and WANT_MOVED:
+            values = (e, a, p, b, q)
+        elif WANT_FIXED:
+            values = (e, a, p)
+        else:
+            values = (e, b, q)
+        state = _push(state, values, weights_y, ADJOINTS, RADIUS_Y)
         y = row - RADIUS_Y
-        done = _within(inside, y, y0, y1)
+        done = inside & (rows >= y0 + RADIUS_Y)
         f = tl.load(fixed + image + y * W, mask=done, other=0).to(tl.float32) - cf
         m = tl.load(moved + image + y * W, mask=done, other=0).to(tl.float32) - cm
+        # A sample that is not finite must not meet a window that passes 0 to it; the others carry the NaN.
+        f, m = tl.where(f - f == 0, f, 0), tl.where(m - m == 0, m, 0)
         if HAS_MASK:
-            weight = tl.load(mask + masked + y * W, mask=done, other=0)
-        else:
-            weight = zero + 1
+            sample = tl.load(mask + masked + y * W, mask=done, other=0)
         if WANT_FIXED:
-            sum_a = _push(sum_a, a, weights_y, RADIUS_Y, BOX)
-            sum_p = _push(sum_p, p, weights_y, RADIUS_Y, BOX)
-            result = weighted_value(_gradient_of(f, m, sum_a[0], sum_e[0], sum_p[0]), weight)
+            result = f * state[1] + m * state[0] - state[2]
+            if HAS_MASK:
+                result = tl.where(sample == 0, 0, sample * result)
             tl.store(grad_fixed + image + y * W, result, mask=done)
-            sum_a, sum_p = sum_a[1:], sum_p[1:]
         if WANT_MOVED:
-            sum_b = _push(sum_b, b, weights_y, RADIUS_Y, BOX)
-            sum_q = _push(sum_q, q, weights_y, RADIUS_Y, BOX)
-            result = weighted_value(_gradient_of(m, f, sum_b[0], sum_e[0], sum_q[0]), weight)
+            result = m * state[ADJOINTS - 2] + f * state[0] - state[ADJOINTS - 1]
+            if HAS_MASK:
+                result = tl.where(sample == 0, 0, sample * result)
             tl.store(grad_moved + image + y * W, result, mask=done)
-            sum_b, sum_q = sum_b[1:], sum_q[1:]
-        sum_e = sum_e[1:]
+        state = state[ADJOINTS:]
 
 
 def march(p):
@@ -355,9 +343,9 @@ def march(p):
     ring = min(slab + 2 * reach, D)
     moments = torch.empty(5 + (p.mask is not None), channels, ring, H, W, **new)
     adjoints = torch.empty(n_adjoints, channels, slab, H, W, **new)
-    block_x = min(triton.next_power_of_2(W), BLOCK)
+    block_x = min(triton.next_power_of_2(W), tile)
     n_x, n_v = blocks(W, block_x), blocks(H * W, BLOCK)
-    flags |= dict(BOX=p.box, BLOCK=BLOCK)
+    flags |= dict(BLOCK=BLOCK, num_warps=BLOCK // 32)
     lanes = dict(RADIUS_Y=radius_y, RADIUS_X=radius_x, BLOCK_X=block_x)
     slabs, done = [], 0
 

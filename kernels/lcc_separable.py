@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastreg.kernels.launch import blocks, launch
-from fastreg.kernels.lcc_terms import outside_weight, shift_kernel, weighted_value, window_terms
+from fastreg.kernels.lcc_terms import shift_kernel, window_terms
 
 SLAB = 32
 TAU = 2.0**-42
@@ -141,13 +141,12 @@ def _windows_z_kernel(
         g = -weight
     cf, cm = tl.load(shift + nc), tl.load(shift + channels + nc)
     value, e, a, f_mean, b, m_mean = window_terms(
-        s1, t1, s2, t2, st, n, outside_weight(in_z, out_z, in_y, out_y, out_x, rule), cf, cm, g, rule, TAU, VALID, SQUARED,
-        DENOMINATOR,
+        s1, t1, s2, t2, st, n, in_z, out_z, in_y, out_y, out_x, cf, cm, g, rule, TAU, VALID, SQUARED, DENOMINATOR
     )  # fmt: skip
     if WANT_MAP:
         tl.store(value_map + nc * D * plane + at, -value / C, mask=inside)
     else:
-        tl.store(sums + tl.program_id(0), -tl.sum(tl.where(inside, weighted_value(value, weight), 0)))
+        tl.store(sums + tl.program_id(0), -tl.sum(tl.where(inside & (weight != 0), weight * value, 0)))
     out = target + (nc * slots_out + z % slots_out) * plane + v
     step = channels.to(tl.int64) * slots_out * plane
     if WANT_FIXED or WANT_MOVED:
@@ -187,7 +186,8 @@ def _gradient_z_kernel(
     result = f * a + m * e - mean
     if HAS_MASK:
         sample = (nc // C * D + z) * plane + v
-        result = weighted_value(result, tl.load(mask + sample, mask=inside, other=0).to(tl.float64))
+        weight = tl.load(mask + sample, mask=inside, other=0).to(tl.float64)
+        result = tl.where(weight == 0, 0, weight * result)
     tl.store(grad + at, result, mask=inside)
 
 

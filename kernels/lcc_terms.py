@@ -38,9 +38,17 @@ def shift_kernel(
     channels = tl.num_programs(0) // tiles
     tile, nc = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if WHOLE:
-        z0, y0, x0 = tl.maximum(D // 2 - TILE // 2, 0), tl.maximum(H // 2 - TILE // 2, 0), tl.maximum(W // 2 - TILE // 2, 0)
+        z0, y0, x0 = (
+            tl.maximum(D // 2 - TILE // 2, 0),
+            tl.maximum(H // 2 - TILE // 2, 0),
+            tl.maximum(W // 2 - TILE // 2, 0),
+        )
     else:
-        z0, y0, x0 = tile // (tiles_y * tiles_x) * TILE, tile // tiles_x % tiles_y * TILE, tile % tiles_x * TILE
+        z0, y0, x0 = (
+            tile // (tiles_y * tiles_x) * TILE,
+            tile // tiles_x % tiles_y * TILE,
+            tile % tiles_x * TILE,
+        )
     nz, ny, nx = tl.minimum(D - z0, TILE), tl.minimum(H - y0, TILE), tl.minimum(W - x0, TILE)
     image, masked = nc.to(tl.int64) * D * H * W, (nc // C).to(tl.int64) * D * H * W
     i = tl.arange(0, SAMPLES * SAMPLES * SAMPLES)
@@ -56,7 +64,9 @@ def shift_kernel(
         for start in range(0, volume, BLOCK):
             j = start + tl.arange(0, BLOCK).to(tl.int64)
             every = ((z0 + j // (ny * nx)) * H + y0 + j // nx % ny) * W + x0 + j % nx
-            more = _finite_sums(fixed, moved, mask, image + every, masked + every, j < volume, HAS_MASK, dtype)
+            more = _finite_sums(
+                fixed, moved, mask, image + every, masked + every, j < volume, HAS_MASK, dtype
+            )
             f, m, count = f + more[0], m + more[1], count + more[2]
     f, m = f / tl.maximum(count, 1), m / tl.maximum(count, 1)
     if HAS_FALLBACK:
@@ -67,50 +77,20 @@ def shift_kernel(
 
 
 @triton.jit
-def outside_weight(in_z, out_z, in_y, out_y, out_x, rule):
-    """Weight of a window's padded samples, from what is inside and outside along each axis: exactly 0 where there are none."""
-    total_y, total_x = tl.load(rule + 3), tl.load(rule + 4)
-    return (out_z * total_y + in_z * out_y) * total_x + in_z * in_y * out_x
-
-
-@triton.jit
-def _lcc(v, w, c, rule, SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr):
-    """LCC of v, w, c (0 where the window is flat), at most 1, and its derivatives by them."""
-    nr, dr = tl.load(rule), tl.load(rule + 1)
-    if DENOMINATOR == "product":
-        d, d_by_v, d_by_w = v * w + dr, w, v
-    elif DENOMINATOR == "each":
-        d_by_v, d_by_w = w + dr, v + dr
-        d = d_by_v * d_by_w
-    else:
-        floored_v, floored_w = tl.maximum(v, dr), tl.maximum(w, dr)
-        d = floored_v * floored_w
-        d_by_v, d_by_w = tl.where(v > dr, floored_w, 0), tl.where(w > dr, floored_v, 0)
-    inverse = tl.where(d > 0, 1 / tl.where(d > 0, d, 1), 0)
-    if SQUARED:
-        value = (c * c + nr) * inverse
-        by_c = 2 * c * inverse
-        common = -value * inverse
-    else:
-        by_c = tl.sqrt(inverse)
-        value = c * by_c
-        common = -0.5 * value * inverse
-    below = value <= 1
-    common = tl.where(below, common, 0)
-    return tl.where(below, value, 1), common * d_by_v, common * d_by_w, tl.where(below, by_c, 0)
-
-
-@triton.jit
 def window_terms(
-    s1, t1, s2, t2, st, n, outside, cf, cm, g, rule, TAU: tl.constexpr, VALID: tl.constexpr, SQUARED: tl.constexpr,
-    DENOMINATOR: tl.constexpr,
+    s1, t1, s2, t2, st, n, in_z, out_z, in_y, out_y, out_x, cf, cm, g, rule, TAU: tl.constexpr, VALID: tl.constexpr,
+    SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr,
 ):  # fmt: skip
     """LCC of windows from their sums about (cf, cm), and what they pass back along g, relative to (cf, cm).
 
+    in, out: weight of a window's samples inside and outside the image along an axis. rule: fastreg.kernels.lcc_loss.Windows.
     d LCC / d f_q = a (f_q - f_mean) + e (m_q - m_mean), a = 2 dLCC/dv, e = dLCC/dc, so the adjoint maps are e, a and
     a f_mean + e m_mean (for the moved image e, b and b m_mean + e f_mean).
     """
+    nr, dr = tl.load(rule), tl.load(rule + 1)
     if not VALID:
+        # The padded samples stand for -(cf, cm). A sum of positive terms: exactly 0 where there are none.
+        outside = (out_z * tl.load(rule + 3) + in_z * out_y) * tl.load(rule + 4) + in_z * in_y * out_x
         s1, t1 = s1 - outside * cf, t1 - outside * cm
         s2, t2, st = s2 + outside * cf * cf, t2 + outside * cm * cm, st + outside * cf * cm
         n += outside
@@ -120,19 +100,30 @@ def window_terms(
     counted = n >= tl.load(rule + 2)
     resolved = (v > TAU * s2) & (w > TAU * t2) & counted
     v, w, c = tl.where(resolved, v, 0), tl.where(resolved, w, 0), tl.where(resolved, c, 0)
-    value, by_v, by_w, by_c = _lcc(v, w, c, rule, SQUARED, DENOMINATOR)
+    if DENOMINATOR == "product":
+        d, d_by_v, d_by_w = v * w + dr, w, v
+    elif DENOMINATOR == "each":
+        d_by_v, d_by_w = w + dr, v + dr
+        d = d_by_v * d_by_w
+    else:
+        floored_v, floored_w = tl.where(v > dr, v, dr), tl.where(w > dr, w, dr)
+        d = floored_v * floored_w
+        d_by_v, d_by_w = tl.where(v > dr, floored_w, 0), tl.where(w > dr, floored_v, 0)
+    inverse = tl.where(d > 0, 1 / tl.where(d > 0, d, 1), 0)
+    if SQUARED:
+        value = (c * c + nr) * inverse
+        by_c = 2 * c * inverse
+        common = -2 * value * inverse
+    else:
+        by_c = tl.sqrt(inverse)
+        value = c * by_c
+        common = -value * inverse
     # A window that holds a non-finite sample is NaN, and so is what it passes back.
     probe = s2 + t2 + n
     bad = probe - probe != 0
     nan = float("nan")
-    value = tl.where(bad, nan, tl.where(counted, value, 0))
+    g = tl.where(bad, tl.where(g != 0, nan, 0), tl.where(resolved & (value <= 1), g, 0))
+    value = tl.where(bad, nan, tl.where(counted, tl.where(value <= 1, value, 1), 0))
     f_mean, m_mean = tl.where(bad, 0, f_mean), tl.where(bad, 0, m_mean)
-    g = tl.where(bad & (g != 0), nan, tl.where(resolved, g, 0))
-    e, a, b = g * by_c, 2 * g * by_v, 2 * g * by_w
+    e, a, b = g * by_c, g * common * d_by_v, g * common * d_by_w
     return value, e, a, a * f_mean + e * m_mean, b, b * m_mean + e * f_mean
-
-
-@triton.jit
-def weighted_value(value, weight):
-    """mask * LCC; where the mask is 0 not even a NaN counts."""
-    return tl.where(weight == 0, 0, weight * value)

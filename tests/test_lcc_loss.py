@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, assert_close, check_against_reference, double, layouts
+from common import BACKEND, DTYPES, assert_close, check_against_reference, double, layouts
 
 import fastreg
 from fastreg.ops.lcc_loss import DENOMINATORS, KERNELS, PADDINGS, lcc_loss_ref, lcc_map_ref
 
+QUICK = (
+    BACKEND != "cpu"
+)  # lanes that take a second for what the CPU kernels do in a millisecond: smaller images, fewer cases
 OPTIONS = {
     "window": 5,
     "kernel": "box",
@@ -138,7 +141,10 @@ def test_against_reference(shape, padding, masked):
         kernels,
         strict=True,
     )
-    for i, (denominator, squared, window, kernel) in enumerate(options):
+    # Other lanes: each shape takes its own quarter of the options.
+    for i, (denominator, squared, window, kernel) in list(enumerate(options))[
+        slice(sum(shape) % 4, None, 4) if QUICK else slice(None)
+    ]:
         o = kernel | {
             "denominator": denominator,
             "squared": squared,
@@ -161,11 +167,53 @@ def test_against_reference(shape, padding, masked):
             assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("shape", "window", "kernel", "squared", "padding", "denominator"),
+    [
+        ((1, 1, 34, 3, 5), 3, "box", True, "zeros", "product"),
+        ((1, 1, 3, 35, 4), 5, "gaussian", False, "valid", "each"),
+        ((1, 2, 3, 3, 67), 7, "triangular", True, "zeros", "clamp"),
+        ((2, 1, 67, 3, 3), 5, "box", True, "valid", "clamp"),
+        ((1, 1, 34, 34), 11, "box", False, "zeros", "each"),
+        ((1, 1, 66, 3), 5, "gaussian", True, "valid", "product"),
+        ((1, 1, 4, 3, 5), 13, "gaussian", True, "zeros", "product"),
+    ],
+    ids=str,
+)
+def test_fp32_across_tiles(shape, window, kernel, squared, padding, denominator, masked):
+    """Shapes a little beyond 32 and 64 voxels an axis, whose tiles lie at very different values."""
+    fixed, moved = (x.detach() for x in pair(shape))
+    for axis in range(2, len(shape)):
+        step = (torch.arange(shape[axis]) // 32 * 20.0).view(
+            [-1 if k == axis else 1 for k in range(len(shape))]
+        )
+        fixed, moved = fixed + step, moved - step
+    mask = (torch.rand(shape[0], 1, *shape[2:]) - 0.3).clamp_min(0) if masked else None
+    options = (
+        window,
+        kernel,
+        1.5 if kernel == "gaussian" else None,
+        squared,
+        padding,
+        0.0,
+        1e-3,
+        denominator,
+    )
+    fixed, moved = fixed.float(), moved.float()
+    images = fixed.double(), moved.double(), None if mask is None else mask.double()
+    for needs in ((True, True), (False, True)) if window < 7 else ((True, False),):
+        out = torch.ops.fastreg.lcc_loss(fixed, moved, mask, *options, *needs)
+        truth = lcc_loss_ref(*images, *options, *needs)
+        for actual, expected in zip(out, truth, strict=True):
+            assert_close(actual, expected, floor=0.1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_dtypes(dtype, padding, kernel):
-    fixed, moved = pair((2, 2, 9, 11, 20), dtype)
+    fixed, moved = pair((1, 2, 5, 6, 20) if QUICK else (2, 2, 9, 11, 20), dtype)
     o = {"padding": padding, "kernel": kernel}
     out = ours(**o)(fixed, moved)
     assert out.dtype == torch.float32
@@ -195,13 +243,14 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize(("axis", "flat_last"), HALVES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "axis", "flat_last", "scale"),
+    [(k, *half, scale) for k in KERNELS for half in HALVES for scale in SCALES][:: 11 if QUICK else 1],
+)
 def test_half_flat_volumes(axis, flat_last, scale, kernel):
     """fp32 against the two-pass truth where half the volume is exactly flat, before or after the texture along each axis."""
     factor, offset = SCALES[scale]
-    n = 16
+    n = 12 if QUICK else 16
     position = torch.arange(n).view([-1 if k == axis else 1 for k in range(3)])
     textured = (position < n // 2 if flat_last else position >= n // 2).expand(1, 1, n, n, n)
     texture = torch.rand(1, 1, n, n, n)
@@ -209,7 +258,7 @@ def test_half_flat_volumes(axis, flat_last, scale, kernel):
     moved = torch.where(textured, texture + 0.02 * torch.randn(texture.shape), 0.5)
     fixed, moved = ((factor * x + offset).float().requires_grad_() for x in (fixed, moved))
     truth_inputs = double(fixed), double(moved)
-    window = 7
+    window = 5 if QUICK else 7
     for padding in PADDINGS:
         o = {"window": window, "kernel": kernel, "padding": padding}
         truth = two_pass(*truth_inputs, **o)
@@ -235,7 +284,7 @@ def test_half_flat_volumes(axis, flat_last, scale, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_offset_does_not_change_valid(kernel):
-    fixed, moved = (x.detach().float() for x in pair((1, 1, 14, 12, 40)))
+    fixed, moved = (x.detach().float() for x in pair((1, 1, 7, 8, 36) if QUICK else (1, 1, 14, 12, 40)))
     o = {"window": 7, "kernel": kernel, "padding": "valid"}
     plain = fastreg.lcc_loss(fixed.double(), moved.double(), **o)
     for offset in (1.0, 2.0**10, 2.0**20):
@@ -254,21 +303,23 @@ def test_offset_does_not_change_valid(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_non_finite_stays_in_its_windows(padding, bad, masked, kernel):
     o = {"window": 5, "padding": padding, "kernel": kernel}
-    fixed, moved = (x.detach().float() for x in pair((2, 1, 40, 20, 30)))
-    mask = torch.rand(2, 1, 40, 20, 30) + 0.1 if masked else None
+    # Quick: its windows lie in two tiles.
+    shape, (z, y, x) = ((1, 1, 9, 9, 38), (4, 4, 31)) if QUICK else ((2, 1, 40, 20, 30), (17, 9, 20))
+    fixed, moved = (x.detach().float() for x in pair(shape))
+    mask = torch.rand(shape) + 0.1 if masked else None
     f = fixed.clone()
-    f[0, 0, 17, 9, 20] = bad
+    f[0, 0, z, y, x] = bad
     f.requires_grad_()
     clean_f = fixed.clone().requires_grad_()
     out, clean = ours(**o)(f, moved, mask), ours(**o)(clean_f, moved, mask)
     expected = torch.zeros_like(out, dtype=torch.bool)
-    expected[0, 0, 15:20, 7:12, 18:23] = True
+    expected[0, 0, z - 2 : z + 3, y - 2 : y + 3, x - 2 : x + 3] = True
     assert torch.equal(out.isnan(), expected)
     assert_close(out[~expected], clean[~expected].double())
     (grad,) = torch.autograd.grad(out.nan_to_num().sum(), f)
     assert torch.equal(out.isnan().any(), torch.tensor(True))
     touched = torch.zeros_like(expected)
-    touched[0, 0, 13:22, 5:14, 16:25] = True
+    touched[0, 0, z - 4 : z + 5, y - 4 : y + 5, x - 4 : x + 5] = True
     assert not grad[~touched].isnan().any()
     (clean_grad,) = torch.autograd.grad(clean.sum(), clean_f)
     assert_close(grad[~touched], clean_grad[~touched].double(), floor=0.1)
@@ -307,18 +358,20 @@ def test_mask_excludes(kernel):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1.0, 1000.0])
 def test_constant_images(dtype, value):
-    texture = torch.rand(1, 1, 9, 10, 11).to(dtype).requires_grad_()
-    constant = torch.full((1, 1, 9, 10, 11), value, dtype=dtype, requires_grad=True)
-    for denominator, kernel in itertools.product(DENOMINATORS, KERNELS):
+    shape, window = ((1, 1, 3, 4, 5), 5) if QUICK else ((1, 1, 9, 10, 11), 9)
+    texture = torch.rand(shape).to(dtype).requires_grad_()
+    constant = torch.full(shape, value, dtype=dtype, requires_grad=True)
+    cases = zip(DENOMINATORS, KERNELS, strict=True) if QUICK else itertools.product(DENOMINATORS, KERNELS)
+    for denominator, kernel in cases:
         for f, m in ((constant, texture), (texture, constant), (constant, constant)):
-            loss = fastreg.lcc_loss(f, m, kernel=kernel, padding="valid", denominator=denominator)
+            loss = fastreg.lcc_loss(f, m, window, kernel=kernel, padding="valid", denominator=denominator)
             assert abs(loss) < 1e-6
             for grad in torch.autograd.grad(loss, {f, m}):
                 assert grad.eq(0).all()
 
 
 def test_identical_images_reach_one():
-    image = torch.rand(1, 1, 12, 12, 12)
+    image = torch.rand(1, 1, *[5 if QUICK else 12] * 3)
     for denominator, squared, kernel in itertools.product(DENOMINATORS, (True, False), KERNELS):
         o = {"kernel": kernel, "denominator": denominator, "squared": squared, "smooth_dr": 1e-8}
         out = fastreg.lcc_loss(image, image, reduction="none", **o)
@@ -420,7 +473,8 @@ def test_gradcheck():
         ((1, 2, 3, 4, 3), "zeros", None),
         ((2, 1, 4, 3), "valid", torch.rand(2, 1, 4, 3).double()),
     ):
-        for squared, denominator, kernel in itertools.product((True, False), DENOMINATORS, KERNELS):
+        cases = itertools.product((True, False), DENOMINATORS, KERNELS)
+        for squared, denominator, kernel in list(cases)[:: 5 if QUICK else 1]:
             for reduction in ("mean", "none"):
                 o = {"squared": squared, "denominator": denominator, "reduction": reduction, "kernel": kernel}
                 assert torch.autograd.gradcheck(
@@ -433,7 +487,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("kernel", ["gaussian", "triangular"])
 def test_threads_do_not_change_weighted_windows(kernel):
-    fixed, moved = pair((1, 2, 70, 9, 23), torch.float32)
+    fixed, moved = pair((1, 2, 7, 6, 9) if QUICK else (1, 2, 70, 9, 23), torch.float32)
     results = []
     before = torch.get_num_threads()
     try:
