@@ -14,7 +14,7 @@ S1 + n d, S2 + d (S1 + S1'), no larger than if it had been summed about this til
 Memory layout: scratch maps (maps, n c, slots, H, W), plane z in slot z % slots: 5 rings of a slab of 64 planes and 4 radius,
 3 maps of a slab. A lane owns one column; the 256 lanes of a program are 32 voxels along x in 8 planes.
 Bytes, window 9, one gradient, in volumes: 2 + 5 out; 7.5 in (halo of 16 planes to 32) + 3 out; 3 + 2 in, 1 out: 23.5, so 0.53 ms at
-3 TB/s for 256^3. Arithmetic: some 200 + 260 + 230 instructions a voxel: 11.6 G, 0.45 ms at the 26 G/ms an H100 issues.
+3 TB/s for 256^3. Arithmetic: some 250 + 250 + 330 instructions a voxel: 14 G, 0.5 ms at the 28 G/ms an H100 issues.
 Memory beyond inputs, outputs and gradients: 5 (64 + 4 radius) + 3 * 64 planes (both: + 2 * 64): 2.3 volumes (2.8) at 256^3.
 """
 
@@ -28,7 +28,8 @@ from fastreg.kernels.lcc_terms import TILE, shift_kernel, window_terms
 SLAB = 64  # a multiple of TILE
 MOST_RADIUS = 5  # above it the states do not fit the registers
 TAU = 2.0**-18
-BLOCK = 256
+BLOCK = 256  # a column a thread
+WARP = 64 if torch.version.hip else 32
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _weights(taps, RADIUS: tl.constexpr):
 def _rest(zero, COUNT: tl.constexpr, RADIUS: tl.constexpr):
     """State of COUNT sums over no rows."""
     state = (zero,)
-    for _ in tl.static_range(1, COUNT * max(2 * RADIUS, 1)):
+    for _ in tl.static_range(1, COUNT * (2 * RADIUS if RADIUS > 0 else 1)):
         state = state + (zero,)
     return state
 
@@ -345,7 +346,7 @@ def march(p):
     adjoints = torch.empty(n_adjoints, channels, slab, H, W, **new)
     block_x = min(triton.next_power_of_2(W), tile)
     n_x, n_v = blocks(W, block_x), blocks(H * W, BLOCK)
-    flags |= dict(BLOCK=BLOCK, num_warps=BLOCK // 32)
+    flags |= dict(BLOCK=BLOCK, num_warps=BLOCK // WARP)
     lanes = dict(RADIUS_Y=radius_y, RADIUS_X=radius_x, BLOCK_X=block_x)
     slabs, done = [], 0
 
