@@ -9,7 +9,7 @@ def calls():
 
     volume, plane = (1, 2, 4, 5, 6), (1, 1, 5, 6)
     box = (9, "box", None, True, "zeros", 0.0, 1e-5, "product")
-    gaussian = (5, "gaussian", 1.7, False, "valid", 0.0, 1e-5, "each")
+    gaussian = (11, "gaussian", 1.7, False, "valid", 0.0, 1e-5, "each")
     mask = torch.zeros(1, 1, 4, 5, 6)
     yield "lcc_loss", *images(volume, torch.float32), None, *box, False, True
     yield "lcc_loss", *images(volume, torch.float16), mask.half(), *gaussian, True, True
