@@ -13,6 +13,12 @@ LAUNCHERS = {
     "lcc_loss": "lcc_loss",
     "lcc_map": "lcc_loss",
     "lcc_map_bwd": "lcc_loss",
+    "warp": "warp",
+    "warp_bwd": "warp",
+    "compose": "integrate_velocity",
+    "compose_bwd": "integrate_velocity",
+    "integrate_velocity": "integrate_velocity",
+    "integrate_velocity_bwd": "integrate_velocity",
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from common import COMPILED, DTYPES, assert_close, check_against_reference, layouts
+from common import BACKEND, COMPILED, DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
 from fastreg.ops.integrate_velocity import MAX_STEPS, integrate_velocity_ref
@@ -17,6 +17,13 @@ SHAPES = [
     pytest.param((1, 3, 1, 1, 5), id="one-voxel-axes"),
     pytest.param((1, 2, 1, 4), id="one-voxel-axis-2d"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes 0.1 s a program of any size."""
+    if BACKEND == "triton":
+        monkeypatch.setattr("fastreg.kernels.warp._TILE", (8, 16, 64))
 
 
 def make(shape, dtype=torch.float64, amplitude=4.0):

@@ -56,8 +56,10 @@ def sources(calls):
         found[key] = (kernel, types, constants, {"num_warps": num_warps, "num_stages": num_stages})
 
     with launch.recording(note):
-        for op, *args in calls:
-            getattr(importlib.import_module(f"fastreg.kernels.{kernels.LAUNCHERS[op]}"), op)(*args)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic, warn_only=True)
+            for op, *args in calls:
+                getattr(importlib.import_module(f"fastreg.kernels.{kernels.LAUNCHERS[op]}"), op)(*args)
     return list(found.values())
 
 

@@ -3,7 +3,7 @@ import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from common import COMPILED, DTYPES, assert_close, check_against_reference, layouts
+from common import BACKEND, COMPILED, DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
 from fastreg.ops.warp import MODES, PADDINGS, warp_ref
@@ -14,6 +14,13 @@ SHAPES = [
     pytest.param((2, 2, 9, 67), id="n2c2h9w67"),
     pytest.param((1, 2, 1, 1, 5), id="one-voxel-axes"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes 0.1 s a program of any size."""
+    if BACKEND == "triton":
+        monkeypatch.setattr("fastreg.kernels.warp._TILE", (8, 16, 64))
 
 
 def make(shape, dtype=torch.float64, amplitude=2.0):
@@ -98,11 +105,12 @@ def test_gradcheck(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_displacement_is_the_identity(dtype):
-    image = torch.randn(2, 3, 5, 66, 67).to(dtype)
+    rows = 66 if BACKEND == "cpu" else 6
+    image = torch.randn(2, 3, 5, rows, 67).to(dtype)
     image[0, 0, 2, 3, 4] = float("nan")
     image[0, 1, 2, 3, 4] = float("inf")
     for u_dtype in {dtype, torch.float32}:
-        u = torch.zeros(2, 3, 5, 66, 67, dtype=u_dtype)
+        u = torch.zeros(2, 3, 5, rows, 67, dtype=u_dtype)
         for padding in PADDINGS:
             assert torch.equal(fastreg.warp(image, u, padding=padding).nan_to_num(7), image.nan_to_num(7))
 
@@ -317,6 +325,47 @@ def test_layouts(shape):
         expanded, torch.autograd.grad(fastreg.warp(image, u), (image, u), torch.ones(shape)), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 3, 9, 40), (1, 3, 19, 40)])
+def test_tiles(shape, wide, monkeypatch):
+    """Voxels that share corners with their neighbours, across the borders of what kernels take together."""
+    if BACKEND == "triton":
+        for name, value in (("_TILE", (1, 8, 32)), ("_ENOUGH", 2), ("_WIDE_FROM", 0 if wide else 2**31)):
+            monkeypatch.setattr(f"fastreg.kernels.warp.{name}", value)
+    image, u = make(shape, torch.float32)
+    rough = torch.rand(shape[0], 1, *shape[2:]) < 0.2
+    u = torch.where(rough, u.detach(), 0.3 - 0.01 * torch.arange(shape[-1])).requires_grad_()
+    padding = "border" if wide else "zeros"
+    check_against_reference(
+        lambda i, d: fastreg.warp(i, d, padding=padding), reference("linear", padding), (image, u)
+    )
+
+
+@pytest.mark.skipif(BACKEND == "cpu", reason="the reference multiplies an infinite gradient by weights of 0")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_gradients_stay_where_they_are(dtype):
+    image = torch.rand(1, 2, 3, 4, 40).to(dtype).requires_grad_()
+    grad = torch.randn(image.shape).to(dtype)
+    grad[0, 0, 1, 2, 3], grad[0, 0, 1, 2, 7], grad[0, 1, 1, 0, 0] = float("inf"), float("nan"), -float("inf")
+    out = fastreg.warp(image, torch.zeros(1, 3, 3, 4, 40, dtype=dtype))
+    ours = torch.autograd.grad(out, image, grad)[0]
+    assert torch.equal(ours.nan_to_num(7), grad.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_image_gradients_of_any_size(dtype):
+    """What sums in fixed point must allow for: all samples in one voxel, large, small and no gradients."""
+    image = torch.rand(3, 1, 6, 70).to(dtype).requires_grad_()
+    u = torch.full((3, 2, 6, 70), -1e3, dtype=dtype)
+    grad = torch.randn(image.shape).to(dtype) * torch.tensor([1e30, 1e-30, 0]).view(3, 1, 1, 1)
+    ours = torch.autograd.grad(fastreg.warp(image, u, padding="border"), image, grad)[0].double()
+    for n, scale in enumerate((1e30, 1e-30)):
+        truth = torch.zeros(6, 70).double()
+        truth[0, 0] = grad[n].double().sum() / scale
+        assert_close(ours[n, 0] / scale, truth, 1e-4 if dtype == torch.float32 else 1e-9)
+    assert ours[2].eq(0).all()
 
 
 @pytest.mark.parametrize("image_dtype", DTYPES, ids=str)
