@@ -105,6 +105,14 @@ def _displacement(u, matrix, axis: tl.constexpr, u_c, at, z, y, x, active, A: tl
 
 
 @triton.jit
+def _store(pointers, value, mask):
+    # The interpreter does not round fp64 to bf16.
+    if pointers.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _tile(n_slow, n_rows, n_lanes):
     """Sample and the tile's place along the march, rows and lanes."""
     tile = tl.program_id(0)
@@ -204,7 +212,7 @@ def _warp_fwd_kernel(
             value = tl.where(nan, float("nan"), value)
             if COMPOSE:
                 value += tl.load(u + c * u_c.to(tl.int64) + at * u_v, mask=inside, other=0).to(A)
-            tl.store(out + c * out_c.to(tl.int64) + at * out_v, value.to(out.dtype.element_ty), mask=inside)
+            _store(out + c * out_c.to(tl.int64) + at * out_v, value, inside)
         if PAD:
             zero = tl.zeros([DEPTH * ROWS, LANES], A).to(out.dtype.element_ty)
             tl.store(out + channels * out_c.to(tl.int64) + at * out_v, zero, mask=inside)
@@ -256,11 +264,6 @@ def _pair(source, offset, off_x, stride, has, has_x, fraction, A: tl.constexpr):
     low = tl.load(source + (offset + off_x[0]) * stride, mask=has & has_x[0], other=0).to(A)
     high = tl.load(source + (offset + off_x[1]) * stride, mask=has & has_x[1], other=0).to(A)
     return high - low, low + fraction * (high - low)
-
-
-@triton.jit
-def _store_gradient(grad_u, at, sum, inside):
-    tl.store(grad_u + at, sum.to(grad_u.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -390,10 +393,10 @@ def _warp_bwd_kernel(
                     du_z += tl.load(grad + at, mask=inside, other=0).to(A)
             if grad_u is not None:
                 target = grad_u + n * ND * n_out
-                _store_gradient(target, (ND - 2) * n_out + at, du_y, inside)
-                _store_gradient(target, (ND - 1) * n_out + at, du_x, inside)
+                _store(target + (ND - 2) * n_out + at, du_y, inside)
+                _store(target + (ND - 1) * n_out + at, du_x, inside)
                 if ND == 3:
-                    _store_gradient(target, at, du_z, inside)
+                    _store(target + at, du_z, inside)
             if grad_affine is not None:
                 along = (z if ND == 3 else y).to(tl.float64)
                 plain_y += du_y.to(tl.float64)
