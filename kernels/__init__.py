@@ -19,6 +19,12 @@ LAUNCHERS = {
     "compose_bwd": "integrate_velocity",
     "integrate_velocity": "integrate_velocity",
     "integrate_velocity_bwd": "integrate_velocity",
+    "mind": "mind",
+    "mind_bwd": "mind",
+    "mind_mean_variance": "mind",
+    "mind_loss": "mind",
+    "mind_map": "mind",
+    "mind_map_bwd": "mind",
 }
 
 
