@@ -53,7 +53,7 @@ def _squares_kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr, USED: tl.constexpr, NC: tl.constexpr, RX: tl.constexpr,
     A: tl.constexpr, K: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
 ):  # fmt: skip
-    """Squared differences of the channels, windowed along x: planes of the image -> (N, slots, H, NC, W).
+    """Squared differences of the channels, windowed along x: planes of the image -> (N, slots, H, W / TX, NC, TX).
 
     A program is a tile of one plane. Each sample is loaded once for all channels that compare it.
     """
@@ -99,8 +99,9 @@ def _squares_kernel(
         else:
             windowed += tl.load(weights + (t + RX)) * squares
     k = tl.arange(0, K)[:, None]
-    base = out + ((n * slots + z % slots) * H + y)[None, :] * (NC * row) + x[None, :]
-    tl.store(base + k * W, windowed, mask=inside[None, :] & (k < NC))
+    row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
+    at = ((n * slots + z % slots) * H + y) * row_size + x // TX * (NC * TX) + x % TX
+    tl.store(out + at[None, :] + k * TX, windowed, mask=inside[None, :] & (k < NC))
 
 
 @triton.jit
@@ -110,15 +111,16 @@ def _plane(
     K: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
 ):  # fmt: skip
     """Channels of a tile of plane z, windowed along y. Rows and planes outside repeat the border's; ADJOINT: are 0."""
-    row_size = NC * tl.cast(W, tl.int64)
+    row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
     inner = tl.minimum(tl.maximum(z, 0), D - 1)
     source += (n * slots + inner % slots) * H * row_size
     k = tl.arange(0, K)[:, None]
+    column = x // TX * (NC * TX) + x % TX
     keep = (k < NC) & (tl.full((TY * TX,), 0, tl.int32) == ((z - inner) if ADJOINT else 0))[None, :]
     d = tl.full((K, TY * TX), 0, A)
     for t in tl.range(-RY, RY + 1, loop_unroll_factor=2 * RY + 1 if RY <= 2 else 1):
         row = tl.minimum(tl.maximum(y + t, 0), H - 1)
-        at = source + (row * row_size + x)[None, :] + k * W
+        at = source + (row * row_size + column)[None, :] + k * TX
         if RY == 0:
             d = tl.load(at, mask=keep, other=0)
         elif ADJOINT:
@@ -215,7 +217,8 @@ def _march_kernel(
     valid = (k < NC) & (y >= 0)[None, :]
     row = tl.cast(W, tl.int64)
     plane = row * H
-    at_out = y * (NC * row) + x
+    row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
+    at_scratch = y * row_size + x // TX * (NC * TX) + x % TX
     stored = inside[None, :] & (k < NC)
     f3 = tl.full((K, TY * TX), 0, A)
     f0, f1, f2 = f3, f3, f3
@@ -257,7 +260,7 @@ def _march_kernel(
                     plane_m = _plane(moved, weights, n, z + t, y, x, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
                     dm += plane_m if RZ == 0 else w * plane_m
 
-        target = (n * slots_out + z % slots_out) * (plane * NC) + at_out[None, :] + k * row
+        target = (n * slots_out + z % slots_out) * H * row_size + at_scratch[None, :] + k * TX
         if TASK == "rows" or TASK == "columns":
             tl.store(to_fixed + target, d, mask=stored)
         elif TASK == "variance":
@@ -315,7 +318,7 @@ def _image_kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr, NC: tl.constexpr, RX: tl.constexpr,
     A: tl.constexpr, K: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the image from the adjoints of its squares, yet to be windowed along x, (N, slots, H, NC, W).
+    """Gradient of the image from the adjoints of its squares, yet to be windowed along x, (N, slots, H, W / TX, NC, TX).
 
     A program is a tile of one plane, of one image channel. A voxel p gathers from the two voxels q of each MIND channel whose
     first or second sample it is, q = p - offset. A voxel at a face is also the sample of the voxels q nearer to that face than
@@ -329,6 +332,7 @@ def _image_kernel(
     plane = row * H
     y, x = y[None, :], x[None, :]
     p_z = tl.full((1, TY * TX), 0, tl.int32) + z
+    row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
     image += nc * D * plane
     here = tl.load(image + z * plane + y * row + x).to(A)
     faces = ((z == 0) | (z == D - 1)).to(tl.int32) * step_z
@@ -357,11 +361,12 @@ def _image_kernel(
             ox = tl.minimum(tl.maximum(qx + other_x, 0), W - 1)
             partner = tl.load(image + oz * plane + oy * row + ox, mask=keep, other=0).to(A)
             slot = tl.maximum(qz, 0) % slots
-            source = adjoint + (n * slots + slot) * (plane * NC) + qy * (NC * row) + k * W
+            source = adjoint + ((n * slots + slot) * H + qy) * row_size + k * TX
             g = tl.full((K, TY * TX), 0, A)
             for t in tl.range(-RX, RX + 1, loop_unroll_factor=2 * RX + 1 if RX <= 2 else 1):
                 near = qx + t
-                sample = tl.load(source + near, mask=keep & (near >= 0) & (near < W), other=0)
+                column = near // TX * (NC * TX) + near % TX
+                sample = tl.load(source + column, mask=keep & (near >= 0) & (near < W), other=0)
                 if RX > 0:
                     at_face = ((qx == 0) & (near >= qx)) | ((qx == W - 1) & (near <= qx))
                     tail = tl.load(weights + (2 * RX + 1 + tl.maximum(t, -t)))
@@ -413,6 +418,7 @@ class _Mind:
         TX = _power_of_two(self.W, 32 if self.H > 1 else 256)
         TY = _power_of_two(self.H, 256 // TX)
         self.tiles = blocks(self.W, TX) * blocks(self.H, TY)
+        self.a_plane = self.N * self.H * blocks(self.W, TX) * TX * self.NC
         self.tile = {
             "NC": self.NC, "A": _TYPES[self.dtype], "K": triton.next_power_of_2(self.NC), "TY": TY, "TX": TX,
             "num_warps": max(1, TY * TX // 32),
@@ -426,7 +432,7 @@ class _Mind:
 
         stages: planes that a stage reads ahead of those it makes; buffers: how many scratches are behind it.
         """
-        a_plane = self.N * self.H * self.W * self.NC * self.dtype.itemsize
+        a_plane = self.a_plane * self.dtype.itemsize
         budget = max(SCRATCH_BYTES, 3 * self.image.numel() * self.dtype.itemsize)
         kept = sum(n * (stages[i] + stages[i + 1]) for i, n in enumerate(buffers) if n)
         step = max(_LEAST_PLANES, (budget // a_plane - kept) // max(sum(buffers), 1))
@@ -462,7 +468,7 @@ class _Mind:
         steps, slots = self.schedule([ahead.get(s, 0) for s in stages], behind)
         scratch = [
             {
-                i: self.weights.new_empty(self.N * slots[j] * self.H * self.NC * self.W)
+                i: self.weights.new_empty(slots[j] * self.a_plane)
                 for i in (range(len(images)) if s in ("squares", "rows") else wanted)
             }
             for j, s in enumerate(stages)
