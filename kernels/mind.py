@@ -4,18 +4,22 @@ A tensor of a kernel is (channels, voxels of a tile): one voxel a thread, its ch
 channel alone folds into constants. (The x index is clamped, not only masked: were its contiguity known, the compiler would
 load four voxels a thread and spread channels over warps.) 2D is a volume of one row a plane: the march goes along y.
 
+Stages: squares windowed along x -> windows along y and z, and what each voxel does with its distances -> transposed windows
+of their adjoints along z and y -> the same along x, and the gradient of the image. Between two stages stand as many planes as
+the later one reads behind the earlier: slab by slab, every plane is made once. Windows are sums of their samples, never
+subtractive; gradients are gathers: results do not depend on the order of programs.
+
 At 256^3, fp32, ssc, radius 2, gradient to moved, in volumes of 67 MB (22 us at 3 TB/s):
-  squares x4   write 12; 30 L1 loads and 260 operations a voxel
-  voxels  x4   read 12: variance of each image, then the comparison of both, which writes the adjoint of 12 distances
+  squares x4   write 12; 31 words from L1 and 260 operations a voxel
+  voxels  x4   read 12: variance of each image, then the comparison of both, which writes the adjoints of 12 distances
   windows      read 12, write 12
-  image        read 12, 24 channels x 5 samples of them from L1
-  floor by bytes: 144 volumes, 3.2 ms; by arithmetic: 2,900 operations a voxel at 33 T/s, 1.5 ms; by L1: 660 loads, 1.5 ms.
-Memory beyond results: the scratch, at most 3 images' worth or SCRATCH_BYTES, whichever is more (or 8 planes).
+  image        read 12, in 24 places of 5 samples from L1
+  floor by bytes: 144 volumes, 3.2 ms; by arithmetic: 2,900 operations a voxel at 33 T/s, 1.5 ms; by L1: 650 words, 1.5 ms.
+Memory beyond results: the scratch, the most of 3 images' worth, SCRATCH_BYTES and 8 planes a step.
 """
 
 import functools
 import math
-from types import SimpleNamespace
 
 import torch
 import triton
@@ -32,13 +36,15 @@ _TYPES = {torch.float64: tl.float64, torch.float32: tl.float32}
 
 
 @triton.jit
-def _tile(H, W, TY: tl.constexpr, TX: tl.constexpr):
-    """Rows and columns of the voxels of a tile, clamped, and which lie inside."""
+def _tile(first, last, H, W, TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr):
+    """Planes (of first ... last - 1), rows and columns of the voxels of a tile, clamped, and which lie inside."""
     columns = (W + TX - 1) // TX
-    v = tl.arange(0, TY * TX)
-    y = (tl.program_id(0) // columns) * TY + v // TX
+    v = tl.arange(0, TZ * TY * TX)
+    z = first + v // (TY * TX)
+    y = (tl.program_id(0) // columns) * TY + v // TX % TY
     x = (tl.program_id(0) % columns) * TX + v % TX
-    return tl.minimum(y, H - 1), tl.minimum(x, W - 1), (y < H) & (x < W)
+    inside = (z < last) & (y < H) & (x < W)
+    return tl.minimum(z, last - 1), tl.minimum(y, H - 1), tl.minimum(x, W - 1), inside
 
 
 @triton.jit
@@ -47,33 +53,39 @@ def _codes(CODES: tl.constexpr, K: tl.constexpr):
     return ((CODES >> (3 * k.to(tl.int64))) & 7).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["begin", "slots"])
+@triton.jit(do_not_specialize=["begin", "end", "slots"])
 def _squares_kernel(
-    image, out, weights, C, D, H, W, step_z, step_y, step_x, slots, begin,
+    image, out, weights, C, D, H, W, step_z, step_y, step_x, slots, begin, end,
     FIRST: tl.constexpr, SECOND: tl.constexpr, USED: tl.constexpr, NC: tl.constexpr, RX: tl.constexpr,
-    A: tl.constexpr, K: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    A: tl.constexpr, K: tl.constexpr, TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
 ):  # fmt: skip
     """Squared differences of the channels, windowed along x: planes of the image -> (N, slots, H, W / TX, NC, TX).
 
-    A program is a tile of one plane. Each sample is loaded once for all channels that compare it.
+    A program is a tile of one plane; of TZ planes where these are small. Each sample is loaded once for all channels that compare it.
     """
-    y, x, inside = _tile(H, W, TY, TX)
-    z, n = begin + tl.program_id(1), tl.program_id(2).to(tl.int64)
+    z, y, x, inside = _tile(begin + tl.program_id(1) * TZ, end, H, W, TZ, TY, TX)
+    n = tl.program_id(2).to(tl.int64)
     first, second = _codes(FIRST, K), _codes(SECOND, K)
     row = tl.cast(W, tl.int64)
     plane = row * H
     # Rows of the samples along z and y; samples along x share the voxel's.
     here = z * plane + y * row
-    z_down, z_up = tl.maximum(z - step_z, 0) * plane + y * row, tl.minimum(z + step_z, D - 1) * plane + y * row
-    y_down, y_up = z * plane + tl.maximum(y - step_y, 0) * row, z * plane + tl.minimum(y + step_y, H - 1) * row
-    windowed = tl.full((K, TY * TX), 0, A)
+    z_down, z_up = (
+        tl.maximum(z - step_z, 0) * plane + y * row,
+        tl.minimum(z + step_z, D - 1) * plane + y * row,
+    )
+    y_down, y_up = (
+        z * plane + tl.maximum(y - step_y, 0) * row,
+        z * plane + tl.minimum(y + step_y, H - 1) * row,
+    )
+    windowed = tl.full((K, TZ * TY * TX), 0, A)
     for t in range(-RX, RX + 1):
         column = tl.minimum(tl.maximum(x + t, 0), W - 1)
-        squares = tl.full((K, TY * TX), 0, A)
+        squares = tl.full((K, TZ * TY * TX), 0, A)
         for c in range(C):
             source = image + (n * C + c) * D * plane
-            a = tl.full((K, TY * TX), 0, A)
-            b = tl.full((K, TY * TX), 0, A)
+            a = tl.full((K, TZ * TY * TX), 0, A)
+            b = tl.full((K, TZ * TY * TX), 0, A)
             for s in tl.static_range(7):
                 if (USED >> s) & 1:
                     if s == 0:
@@ -209,10 +221,10 @@ def _march_kernel(
     plane is read once, each row by the 2 RY + 1 rows near it, from L1. RZ > 2: each window is summed anew.
     """
     TRANSPOSED: tl.constexpr = TASK == "columns"
-    y, x, inside = _tile(H, W, TY, TX)
     n = tl.program_id(2).to(tl.int64)
     first = begin + tl.program_id(1) * _MARCH
     last = tl.minimum(first + _MARCH, end)
+    _, y, x, inside = _tile(first, last, H, W, 1, TY, TX)
     k = tl.arange(0, K)[:, None]
     valid = (k < NC) & (y >= 0)[None, :]
     row = tl.cast(W, tl.int64)
@@ -226,10 +238,46 @@ def _march_kernel(
     if RZ == 1 or RZ == 2:
         for t in range(1 - 2 * RZ, 1):
             f0, f1, f2 = f1, f2, f3
-            f3 = _plane(fixed, weights, n, first + t + RZ - 1, y, x, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX)
+            f3 = _plane(
+                fixed,
+                weights,
+                n,
+                first + t + RZ - 1,
+                y,
+                x,
+                D,
+                H,
+                W,
+                slots_in,
+                NC,
+                RY,
+                TRANSPOSED,
+                A,
+                K,
+                TY,
+                TX,
+            )
             if TASK == "compare":
                 m0, m1, m2 = m1, m2, m3
-                m3 = _plane(moved, weights, n, first + t + RZ - 1, y, x, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
+                m3 = _plane(
+                    moved,
+                    weights,
+                    n,
+                    first + t + RZ - 1,
+                    y,
+                    x,
+                    D,
+                    H,
+                    W,
+                    slots_in,
+                    NC,
+                    RY,
+                    False,
+                    A,
+                    K,
+                    TY,
+                    TX,
+                )
     sums = tl.full((TY * TX,), 0, A)
     for z in range(first, last):
         if RZ == 1 or RZ == 2:
@@ -254,10 +302,14 @@ def _march_kernel(
                 if TRANSPOSED:
                     at_face = ((z == 0) & (t >= 0)) | ((z == D - 1) & (t <= 0))
                     w = tl.load(weights + tl.where(at_face, 2 * RZ + 1 + tl.maximum(t, -t), RZ + t))
-                plane_f = _plane(fixed, weights, n, z + t, y, x, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX)
+                plane_f = _plane(
+                    fixed, weights, n, z + t, y, x, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX
+                )
                 d += plane_f if RZ == 0 else w * plane_f
                 if TASK == "compare":
-                    plane_m = _plane(moved, weights, n, z + t, y, x, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
+                    plane_m = _plane(
+                        moved, weights, n, z + t, y, x, D, H, W, slots_in, NC, RY, False, A, K, TY, TX
+                    )
                     dm += plane_m if RZ == 0 else w * plane_m
 
         target = (n * slots_out + z % slots_out) * H * row_size + at_scratch[None, :] + k * TX
@@ -267,9 +319,7 @@ def _march_kernel(
             least = tl.min(tl.where(valid, d, float("inf")), 0)[None, :]
             sums += tl.sum(d if SIX else tl.where(valid, d - least, 0.0), 0) * (1.0 / NC)
         else:
-            e, by, inverse, back, bounded = _describe(
-                d, valid, tl.load(fixed_mean + n), NC, SIX, TINY, A
-            )
+            e, by, inverse, back, bounded = _describe(d, valid, tl.load(fixed_mean + n), NC, SIX, TINY, A)
             of_channel = ((n * NC + k) * D + z) * plane + (y * row + x)[None, :]
             if TASK == "describe":
                 tl.store(out + of_channel, e, mask=stored)
@@ -312,33 +362,32 @@ def _march_kernel(
         tl.store(partial + segment * tl.num_programs(0) + tl.program_id(0), total)
 
 
-@triton.jit(do_not_specialize=["begin", "slots"])
+@triton.jit(do_not_specialize=["begin", "end", "slots"])
 def _image_kernel(
-    adjoint, image, grad, weights, C, D, H, W, step_z, step_y, step_x, slots, begin,
+    adjoint, image, grad, weights, C, D, H, W, step_z, step_y, step_x, slots, begin, end,
     FIRST: tl.constexpr, SECOND: tl.constexpr, NC: tl.constexpr, RX: tl.constexpr,
-    A: tl.constexpr, K: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    A: tl.constexpr, K: tl.constexpr, TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the image from the adjoints of its squares, yet to be windowed along x, (N, slots, H, W / TX, NC, TX).
 
-    A program is a tile of one plane, of one image channel. A voxel p gathers from the two voxels q of each MIND channel whose
+    A program is a tile as that of the squares, of one image channel. A voxel p gathers from the two voxels q of each MIND channel whose
     first or second sample it is, q = p - offset. A voxel at a face is also the sample of the voxels q nearer to that face than
     the offset is long: only tiles at faces take these steps.
     """
-    y, x, inside = _tile(H, W, TY, TX)
-    z, nc = begin + tl.program_id(1), tl.program_id(2).to(tl.int64)
+    z, y, x, inside = _tile(begin + tl.program_id(1) * TZ, end, H, W, TZ, TY, TX)
+    nc = tl.program_id(2).to(tl.int64)
     n = nc // C
     k = tl.arange(0, K)[:, None]
     row = tl.cast(W, tl.int64)
     plane = row * H
-    y, x = y[None, :], x[None, :]
-    p_z = tl.full((1, TY * TX), 0, tl.int32) + z
+    z, y, x = z[None, :], y[None, :], x[None, :]
     row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
     image += nc * D * plane
     here = tl.load(image + z * plane + y * row + x).to(A)
-    faces = ((z == 0) | (z == D - 1)).to(tl.int32) * step_z
+    faces = tl.max(((z == 0) | (z == D - 1)).to(tl.int32) * step_z)
     faces = tl.maximum(faces, tl.max(((y == 0) | (y == H - 1)).to(tl.int32) * step_y))
     faces = tl.maximum(faces, tl.max(((x == 0) | (x == W - 1)).to(tl.int32) * step_x))
-    total = tl.full((K, TY * TX), 0, A)
+    total = tl.full((K, TZ * TY * TX), 0, A)
     for side in tl.static_range(2):
         mine = _codes(FIRST if side == 0 else SECOND, K)
         other = _codes(SECOND if side == 0 else FIRST, K)
@@ -349,11 +398,11 @@ def _image_kernel(
         other_y = step_y * ((other == 4).to(tl.int32) - (other == 3).to(tl.int32))
         other_x = step_x * ((other == 6).to(tl.int32) - (other == 5).to(tl.int32))
         # How far, in steps m, p stands for the voxels beyond its face.
-        reach = tl.where(((sz < 0) & (p_z == 0)) | ((sz > 0) & (p_z == D - 1)), step_z, 0)
+        reach = tl.where(((sz < 0) & (z == 0)) | ((sz > 0) & (z == D - 1)), step_z, 0)
         reach = tl.where(((sy < 0) & (y == 0)) | ((sy > 0) & (y == H - 1)), step_y, reach)
         reach = tl.where(((sx < 0) & (x == 0)) | ((sx > 0) & (x == W - 1)), step_x, reach)
         for m in range(0, faces + 1):
-            qz, qy, qx = p_z - sz * (step_z - m), y - sy * (step_y - m), x - sx * (step_x - m)
+            qz, qy, qx = z - sz * (step_z - m), y - sy * (step_y - m), x - sx * (step_x - m)
             keep = (reach >= m) & (k < NC)
             keep = keep & (qz >= 0) & (qz < D) & (qy >= 0) & (qy < H) & (qx >= 0) & (qx < W)
             oz = tl.minimum(tl.maximum(qz + other_z, 0), D - 1)
@@ -362,7 +411,7 @@ def _image_kernel(
             partner = tl.load(image + oz * plane + oy * row + ox, mask=keep, other=0).to(A)
             slot = tl.maximum(qz, 0) % slots
             source = adjoint + ((n * slots + slot) * H + qy) * row_size + k * TX
-            g = tl.full((K, TY * TX), 0, A)
+            g = tl.full((K, TZ * TY * TX), 0, A)
             for t in tl.range(-RX, RX + 1, loop_unroll_factor=2 * RX + 1 if RX <= 2 else 1):
                 near = qx + t
                 column = near // TX * (NC * TX) + near % TX
@@ -421,8 +470,9 @@ class _Mind:
         self.a_plane = self.N * self.H * blocks(self.W, TX) * TX * self.NC
         self.tile = {
             "NC": self.NC, "A": _TYPES[self.dtype], "K": triton.next_power_of_2(self.NC), "TY": TY, "TX": TX,
-            "num_warps": max(1, TY * TX // 32),
         }  # fmt: skip
+        self.TZ = 256 // (TY * TX)
+        self.march_warps = max(1, TY * TX // 32)
         self.march = {
             "SIX": neighbourhood == "six", "TINY": torch.finfo(self.dtype).tiny,
         }  # fmt: skip
@@ -455,7 +505,7 @@ class _Mind:
         masked=False, l1=False,
     ):  # fmt: skip
         """One task over all planes: (N,) sums in fp64 of what it adds up, if it does."""
-        rz, ry, rx = self.radii
+        rz, ry, _ = self.radii
         # Beyond radius 2 windows along y are passes of their own.
         wide = ry > 2
         wanted = [i for i, g in enumerate(grads) if g is not None]
@@ -500,7 +550,7 @@ class _Mind:
                         _march_kernel, grid, before[0], two, *means, weight, upstream, out, partial,
                         scratch[j].get(0), scratch[j].get(1), self.weights, self.D, self.H, self.W,
                         slots[j - 1], slots[j], begin, end, segment, n_segments,
-                        TASK=task, RZ=rz, RY=0 if wide else ry, MASKED=masked, L1=l1, **self.march, **self.tile,
+                        TASK=task, RZ=rz, RY=0 if wide else ry, MASKED=masked, L1=l1, num_warps=self.march_warps, **self.march, **self.tile,
                     )  # fmt: skip
                     segment += grid[1]
                 else:
@@ -515,21 +565,22 @@ class _Mind:
 
     def squares(self, image, out, slots, begin, end):
         launch(
-            _squares_kernel, (self.tiles, end - begin, self.N), image, out, self.weights, self.C, self.D, self.H, self.W,
-            *self.steps, slots, begin, USED=self.used, RX=self.radii[2], **self.pairs, **self.tile,
+            _squares_kernel, (self.tiles, blocks(end - begin, self.TZ), self.N), image, out, self.weights, self.C, self.D, self.H, self.W,
+            *self.steps, slots, begin, end, USED=self.used, RX=self.radii[2], TZ=self.TZ, num_warps=8, **self.pairs, **self.tile,
         )  # fmt: skip
 
     def windows(self, source, out, slots_in, slots_out, begin, end, rz, ry, task):
         launch(
             _march_kernel, (self.tiles, blocks(end - begin, _MARCH.value), self.N), source, *[None] * 7, out, None,
             self.weights, self.D, self.H, self.W, slots_in, slots_out, begin, end, 0, 0,
-            TASK=task, RZ=rz, RY=ry, MASKED=False, L1=False, **self.march, **self.tile,
+            TASK=task, RZ=rz, RY=ry, MASKED=False, L1=False, num_warps=self.march_warps, **self.march, **self.tile,
         )  # fmt: skip
 
     def gather(self, adjoint, image, grad, slots, begin, end):
         launch(
-            _image_kernel, (self.tiles, end - begin, self.N * self.C), adjoint, image, grad, self.weights,
-            self.C, self.D, self.H, self.W, *self.steps, slots, begin, RX=self.radii[2], **self.pairs, **self.tile,
+            _image_kernel, (self.tiles, blocks(end - begin, self.TZ), self.N * self.C), adjoint, image, grad, self.weights,
+            self.C, self.D, self.H, self.W, *self.steps, slots, begin, end, RX=self.radii[2], TZ=self.TZ, num_warps=8,
+            **self.pairs, **self.tile,
         )  # fmt: skip
 
     def mean_variance(self, image):
@@ -603,9 +654,7 @@ def mind_map(fixed, moved, fixed_variance, *options_and_norm):
 def mind_map_bwd(grad, fixed, moved, fixed_variance, *options_and_needs):
     *options, norm, need_fixed, need_moved = options_and_needs
     fixed, moved = fixed.contiguous(), moved.contiguous()
-    grads = [
-        torch.empty_like(t) if need else None for t, need in ((fixed, need_fixed), (moved, need_moved))
-    ]
+    grads = [torch.empty_like(t) if need else None for t, need in ((fixed, need_fixed), (moved, need_moved))]
     if fixed.numel() and (need_fixed or need_moved):
         weight = grad.contiguous() / len(channels(options[2], fixed.dim() - 2))
         _compare(fixed, moved, fixed_variance, options, norm, weight=weight, grads=grads)
