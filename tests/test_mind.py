@@ -240,7 +240,7 @@ def test_losses(shape, options, masked):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("options", SETTINGS[:2])
 @pytest.mark.parametrize(
-    "shape", [size((2, 1, 9, 17, 70), (2, 1, 3, 9, 20)), size((2, 2, 20, 66), (2, 2, 17, 6))], ids=str
+    "shape", [size((2, 1, 9, 17, 70), (2, 1, 2, 3, 9)), size((2, 2, 20, 66), (2, 2, 5, 6))], ids=str
 )
 def test_dtypes(shape, options, dtype):
     """Tiles whole and cut, rows longer than a tile.
@@ -288,7 +288,7 @@ def test_constant_images(dtype, value):
 def test_flat_regions():
     """Half the volume is exactly flat: V is at its lower bound there and at the edge within it."""
     for axis, options in itertools.product(range(2, 5), (OPTIONS, F3RNET)):
-        fixed, moved = (x.detach() for x in pair(size((1, 1, 18, 18, 18), (1, 1, 10, 10, 10))))
+        fixed, moved = (x.detach() for x in pair(size((1, 1, 18, 18, 18), (1, 1, 6, 6, 6))))
         for image in (fixed, moved):
             half = image.shape[axis] // 2
             image.narrow(axis, half, half).fill_(0.25)
@@ -324,9 +324,9 @@ def test_equal_minima_share():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 def test_non_finite_stays_in_its_sample(bad):
-    fixed, moved = pair(size((3, 1, 9, 10, 70), (3, 1, 3, 4, 40)), torch.float32)
+    fixed, moved = pair(size((3, 1, 9, 10, 70), (3, 1, 3, 4, 5)), torch.float32)
     with torch.no_grad():
-        fixed[1, 0, 2, 3, 30] = bad
+        fixed[1, 0, 2, 3, 4] = bad
     for options in (OPTIONS, F3RNET, OPTIONS | {"radius": 0, "dilation": 1}):
         descriptors = fastreg.mind(fixed, **options)
         assert descriptors[1].isnan().all()
@@ -430,7 +430,7 @@ def test_layouts(shape):
 def test_deterministic():
     """Tiles whose gradients overlap, on one and several threads."""
     for shape, options in (
-        (size((2, 1, 26, 27, 30), (2, 1, 3, 9, 10)), OPTIONS),
+        (size((2, 1, 26, 27, 30), (2, 1, 1, 3, 10)), OPTIONS),
         (size((1, 1, 200, 40), (1, 1, 20, 4)), OPTIONS | {"radius": 1}),
     ):
         fixed, moved = pair(shape, torch.float32)
