@@ -54,4 +54,54 @@ FASTREG_HD LccTerms<A> lcc_terms(A v, A w, A c, A smooth_nr, A smooth_dr) {
           pass * by_c};
 }
 
+// Sums over a window of the samples inside the image less a shift, and of their products.
+template <class A>
+struct LccSums {
+  A f, m, ff, mm, fm;
+};
+
+// A window and what it passes back: d LCC / d f_q = a (f_q - mean_f) + e (m_q - mean_m), and b (m_q - mean_m)
+// + e (f_q - mean_f) for m_q, times the weight of sample q. Means are relative to the shift.
+template <class A>
+struct LccWindow {
+  A value, e, a, b, mean_f, mean_m;
+  bool finite;  // if not, the window holds a sample that is not
+};
+
+// `inside` and `outside`: weight of the samples inside the image and of the padded zeros, which stand for
+// -shift each. Their share of the variance is added as that between two groups: subtracting the means of all
+// samples from all sums, equal in exact arithmetic, cancels where the shift is far from 0.
+template <class A>
+FASTREG_HD LccWindow<A> lcc_window(const LccSums<A>& s, A inside, A outside, A shift_f, A shift_m, A least,
+                                   Denominator kind, bool squared, const LccRule& rule) {
+  const A per_inside = inside > A(0) ? A(1) / inside : A(0);
+  A mean_f = s.f * per_inside, mean_m = s.m * per_inside;
+  A v = s.ff - s.f * mean_f, w = s.mm - s.m * mean_m, c = s.fm - s.f * mean_m, ff = s.ff, mm = s.mm;
+  if (outside > A(0)) {
+    const A share = outside / (inside + outside), between = inside * share;
+    const A f = mean_f + shift_f, m = mean_m + shift_m;
+    v += between * f * f, w += between * m * m, c += between * f * m;
+    ff += outside * shift_f * shift_f, mm += outside * shift_m * shift_m;
+    mean_f -= share * f, mean_m -= share * m;
+  }
+  const A probe = (s.ff + s.mm + inside) * A(0);
+  const bool counted = inside + outside >= least;
+  const bool resolved = v > A(rule.tau) * ff && w > A(rule.tau) * mm && counted;
+  v = resolved ? v : A(0), w = resolved ? w : A(0), c = resolved ? c : A(0);
+  const A nr = A(rule.smooth_nr), dr = A(rule.smooth_dr);
+  LccTerms<A> t;
+  if (kind == Denominator::product)
+    t = squared ? lcc_terms<Denominator::product, true>(v, w, c, nr, dr)
+                : lcc_terms<Denominator::product, false>(v, w, c, nr, dr);
+  else if (kind == Denominator::clamp)
+    t = squared ? lcc_terms<Denominator::clamp, true>(v, w, c, nr, dr)
+                : lcc_terms<Denominator::clamp, false>(v, w, c, nr, dr);
+  else
+    t = squared ? lcc_terms<Denominator::each, true>(v, w, c, nr, dr)
+                : lcc_terms<Denominator::each, false>(v, w, c, nr, dr);
+  const A pass = resolved ? A(1) : A(0);
+  return {counted ? t.value : A(0), pass * t.by_c, pass * A(2) * t.by_v, pass * A(2) * t.by_w, mean_f,
+          mean_m,                   probe == A(0)};
+}
+
 }  // namespace fastreg
