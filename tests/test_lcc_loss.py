@@ -232,6 +232,67 @@ def test_dtypes(dtype, padding, kernel):
             assert_close(grad, true, floor=0.1 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.parametrize(
+    ("shape", "window", "kernel"),
+    [
+        ((1, 2, 39, 18, 33), 3, "box"),
+        ((1, 1, 33, 35, 17), 7, "box"),
+        ((1, 1, 38, 17, 34), 9, "box"),
+        ((2, 1, 20, 33, 18), 11, "box"),
+        ((1, 1, 35, 18, 20), 13, "box"),
+        ((1, 1, 24, 18, 30), 21, "box"),
+        ((1, 1, 70, 9, 18), 5, "triangular"),
+        ((1, 1, 36, 19, 33), 21, "gaussian"),
+        ((1, 1, 34, 7, 19), 23, "gaussian"),
+        ((1, 1, 40, 6, 18), 25, "box"),
+        ((1, 1, 5, 40, 6), 99, "box"),
+        ((2, 2, 35, 50), 9, "box"),
+        ((3, 1, 18, 33), 15, "gaussian"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_fp32_across_tiles(shape, window, kernel, masked):
+    """Borders of tiles and segments in every axis; windows that have kernels of their own, that share one, and beyond."""
+    fixed, moved = pair(shape, torch.float32)
+    mask = (torch.rand(shape[0], 1, *shape[2:]) + 0.1) * (torch.rand(shape[0], 1, *shape[2:]) > 0.2)
+    mask = mask if masked else None
+    padding, squared = PADDINGS[window // 2 % 2], window % 4 == 1
+    o = {"window": window, "kernel": kernel, "padding": padding, "squared": squared}
+    for f, m in ((fixed, moved), (fixed.detach(), moved), (fixed, moved.detach())):
+        needs = (f.requires_grad, m.requires_grad)
+        got = torch.ops.fastreg.lcc_loss(f.detach(), m.detach(), mask, *op_options(**o), *needs)
+        true = lcc_loss_ref(
+            f.detach().double(),
+            m.detach().double(),
+            None if mask is None else mask.double(),
+            *op_options(**o),
+            *needs,
+        )
+        for x, expected in zip(got, true, strict=True):
+            assert_close(x, expected, 1e-5, floor=0.2)
+    assert_close(ours(**o)(fixed, moved, mask), reference(**o)(double(fixed), double(moved), mask))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_distant_levels_in_one_image(kernel):
+    """Tiles 1000 apart in level: each is summed against its own, and their gradients meet at the border."""
+    shape = (1, 1, 36, 34, 40)
+    level = 1000 * (torch.arange(40) >= 21) + 500 * (torch.arange(36) >= 17).view(-1, 1, 1)
+    texture = torch.rand(shape)
+    fixed = (level + texture).float().requires_grad_()
+    moved = (level + texture + 0.1 * torch.rand(shape)).float().requires_grad_()
+    for padding in PADDINGS:
+        o = OPTIONS | {"kernel": kernel, "padding": padding}
+        truth = lcc_loss_ref(
+            fixed.detach().double(), moved.detach().double(), None, *op_options(**o), True, True
+        )
+        loss = fastreg.lcc_loss(fixed, moved, **(o | {"reduction": "sum"}))
+        assert abs(loss.item() - truth[0].item()) < 1e-5 * fixed.numel()
+        for grad, expected in zip(torch.autograd.grad(loss, (fixed, moved)), truth[1:], strict=True):
+            assert (grad - expected).norm() <= 1e-4 * expected.norm()
+
+
 HALVES = [(axis, last) for axis in range(3) for last in (False, True)]
 SCALES = {
     "unit": (1, 0),

@@ -22,13 +22,13 @@ struct LccTerms {
 };
 
 // v, w, c: variance sums of fixed and moved and their covariance sum, all 0 where the window is flat.
-// Written without branches: the CPU loop around it vectorises.
-template <Denominator kDenominator, bool kSquared, class A>
-FASTREG_HD LccTerms<A> lcc_terms(A v, A w, A c, A smooth_nr, A smooth_dr) {
+// Without branches but on the options: the CPU loop around it vectorises.
+template <class A>
+FASTREG_HD LccTerms<A> lcc_terms(Denominator kind, bool squared, A v, A w, A c, A smooth_nr, A smooth_dr) {
   A denominator, denominator_by_v, denominator_by_w;
-  if constexpr (kDenominator == Denominator::product) {
+  if (kind == Denominator::product) {
     denominator = v * w + smooth_dr, denominator_by_v = w, denominator_by_w = v;
-  } else if constexpr (kDenominator == Denominator::each) {
+  } else if (kind == Denominator::each) {
     denominator_by_v = w + smooth_dr, denominator_by_w = v + smooth_dr;
     denominator = denominator_by_v * denominator_by_w;
   } else {
@@ -39,7 +39,7 @@ FASTREG_HD LccTerms<A> lcc_terms(A v, A w, A c, A smooth_nr, A smooth_dr) {
   const bool positive = denominator > A(0);
   const A inverse = positive ? A(1) / (positive ? denominator : A(1)) : A(0);
   A value, by_c, common;
-  if constexpr (kSquared) {
+  if (squared) {
     value = (c * c + smooth_nr) * inverse;
     by_c = A(2) * c * inverse;
     common = -value * inverse;
@@ -52,6 +52,12 @@ FASTREG_HD LccTerms<A> lcc_terms(A v, A w, A c, A smooth_nr, A smooth_dr) {
   const A pass = below ? A(1) : A(0);
   return {below ? value : A(1), pass * common * denominator_by_v, pass * common * denominator_by_w,
           pass * by_c};
+}
+
+// Known when compiled.
+template <Denominator kDenominator, bool kSquared, class A>
+FASTREG_HD LccTerms<A> lcc_terms(A v, A w, A c, A smooth_nr, A smooth_dr) {
+  return lcc_terms(kDenominator, kSquared, v, w, c, smooth_nr, smooth_dr);
 }
 
 // Sums over a window of the samples inside the image less a shift, and of their products.
@@ -89,19 +95,15 @@ FASTREG_HD LccWindow<A> lcc_window(const LccSums<A>& s, A inside, A outside, A s
   const bool resolved = v > A(rule.tau) * ff && w > A(rule.tau) * mm && counted;
   v = resolved ? v : A(0), w = resolved ? w : A(0), c = resolved ? c : A(0);
   const A nr = A(rule.smooth_nr), dr = A(rule.smooth_dr);
-  LccTerms<A> t;
-  if (kind == Denominator::product)
-    t = squared ? lcc_terms<Denominator::product, true>(v, w, c, nr, dr)
-                : lcc_terms<Denominator::product, false>(v, w, c, nr, dr);
-  else if (kind == Denominator::clamp)
-    t = squared ? lcc_terms<Denominator::clamp, true>(v, w, c, nr, dr)
-                : lcc_terms<Denominator::clamp, false>(v, w, c, nr, dr);
-  else
-    t = squared ? lcc_terms<Denominator::each, true>(v, w, c, nr, dr)
-                : lcc_terms<Denominator::each, false>(v, w, c, nr, dr);
+  const LccTerms<A> t = lcc_terms(kind, squared, v, w, c, nr, dr);
   const A pass = resolved ? A(1) : A(0);
-  return {counted ? t.value : A(0), pass * t.by_c, pass * A(2) * t.by_v, pass * A(2) * t.by_w, mean_f,
-          mean_m,                   probe == A(0)};
+  return {counted ? t.value : A(0),
+          pass * t.by_c,
+          pass * A(2) * t.by_v,
+          pass * A(2) * t.by_w,
+          mean_f,
+          mean_m,
+          probe == A(0)};
 }
 
 }  // namespace fastreg

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/lcc_taps.h"
 #include "cpu/binding.h"
 #include "cpu/lcc_args.h"
 
@@ -28,36 +29,6 @@ struct Result {
 
 constexpr int64_t kPlanes = 32;  // of a chunk; a multiple of the planes whose gradient is gathered at once
 
-struct Taps {
-  std::vector<double> tap, tail;
-  double total = 0.0;
-};
-
-// Taps of a window, less those that are 0 and, but for what they weigh, those from the `longest`-th on.
-Taps taps_of(const Options& o, int64_t longest) {
-  const bool gaussian = o.kernel == "gaussian";
-  const int64_t half = (o.window + 1) / 2, f = half - (half % 2 == 0);
-  const int64_t length = gaussian ? half : f;
-  auto weight = [&](int64_t x) {
-    return gaussian ? std::exp(-0.5 * std::pow(double(x) / *o.sigma, 2))
-                    : double(f - x) / (double(f) * double(f));
-  };
-  Taps t;
-  double beyond = 0.0;
-  for (int64_t x = 0; x < length; ++x) {
-    const double w = weight(x);
-    if (!(w > 0.0)) break;
-    if (x < longest)
-      t.tap.push_back(w);
-    else
-      beyond += w;
-  }
-  t.tail.assign(t.tap.size() + 1, beyond);
-  for (int64_t x = int64_t(t.tap.size()) - 1; x >= 0; --x) t.tail[x] = t.tail[x + 1] + t.tap[x];
-  t.total = t.tap[0] + 2.0 * t.tail[1];
-  return t;
-}
-
 // One pass; units are slabs of planes.
 void box(LccArgs& a, Stored type, Result& out) {
   // Enough slabs for every thread; each repeats the statistics of 2 radius planes, so none thinner than that.
@@ -73,7 +44,9 @@ void box(LccArgs& a, Stored type, Result& out) {
 // Per channel, chunk by chunk: windows of the chunk's planes, then the gradient of the planes whose windows
 // are done.
 void weighted(LccArgs& a, Stored type, const Options& o, Result& out) {
-  const Taps taps = taps_of(o, *std::max_element(a.size, a.size + 3) + 1);
+  const Window kind = o.kernel == "gaussian" ? Window::gaussian : Window::triangular;
+  const LccTapList taps =
+      lcc_taps(kind, o.window, o.sigma.value_or(1.0), *std::max_element(a.size, a.size + 3) + 1);
   static const double one[] = {1.0}, nothing_more[] = {1.0, 0.0};
   a.volume = a.least = 1.0;
   for (int k = 0; k < 3; ++k) {

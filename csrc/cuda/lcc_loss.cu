@@ -71,7 +71,7 @@ Result run(const char* op, const Tensor& fixed_, const Tensor& moved_, const std
   if (want_map) a.map = out.map.mutable_data_ptr();
   if (need_fixed) a.grad_fixed = out.grad_fixed.mutable_data_ptr();
   if (need_moved) a.grad_moved = out.grad_moved.mutable_data_ptr();
-  const LccPlan plan = lcc_plan(a, kind, taps);
+  const LccPlan plan = lcc_plan(a, taps);
   const Tensor partial = at::empty({fixed.size(0), a.c * plan.parts}, fixed.options().dtype(at::kDouble));
   const Tensor scratch = at::empty({plan.scratch}, fixed.options().dtype(at::kByte));
   a.partial = partial.mutable_data_ptr<double>();
@@ -104,9 +104,10 @@ Tensor lcc_map_cuda(const Tensor& fixed, const Tensor& moved, const std::optiona
 
 std::tuple<Tensor, Tensor> lcc_map_bwd_cuda(const Tensor& grad, const Tensor& fixed, const Tensor& moved,
                                             const std::optional<Tensor>& mask, int64_t window,
-                                            c10::string_view kernel, std::optional<double> sigma, bool squared,
-                                            c10::string_view padding, double smooth_nr, double smooth_dr,
-                                            c10::string_view denominator, bool need_fixed, bool need_moved) {
+                                            c10::string_view kernel, std::optional<double> sigma,
+                                            bool squared, c10::string_view padding, double smooth_nr,
+                                            double smooth_dr, c10::string_view denominator, bool need_fixed,
+                                            bool need_moved) {
   const Options o{window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator};
   Result r = run("lcc_map_bwd", fixed, moved, mask, grad, o, false, need_fixed, need_moved);
   return {r.grad_fixed.to(fixed.scalar_type()), r.grad_moved.to(moved.scalar_type())};

@@ -128,14 +128,17 @@ __global__ void __launch_bounds__(kLccThreads)
 template <class A>
 __global__ void __launch_bounds__(kLccThreads) lcc_plane_kernel(LccSeparable s) {
   const int64_t plane = s.a.H * s.a.W, at = int64_t(blockIdx.x) * kLccThreads + threadIdx.x;
-  const int64_t nc = s.channel + blockIdx.z, z = s.begin + blockIdx.y, slot = blockIdx.z * s.planes + blockIdx.y;
+  const int64_t nc = s.channel + blockIdx.z, z = s.begin + blockIdx.y,
+                slot = blockIdx.z * s.planes + blockIdx.y;
   const int64_t volume = s.a.D * plane, here = nc * volume + z * plane + at,
                 shared = nc / s.a.c * volume + z * plane + at;
   double loss = 0;
   if (at < plane) {
     const double* sum = s.moments[0] + slot * s.n_moments * plane + at;
-    const double outside[3] = {s.axis[0].outside(z), s.axis[1].outside(at / s.a.W), s.axis[2].outside(at % s.a.W)};
-    const double inside_z = s.axis[0].total - outside[0], inside_zy = inside_z * (s.axis[1].total - outside[1]);
+    const double outside[3] = {s.axis[0].outside(z), s.axis[1].outside(at / s.a.W),
+                               s.axis[2].outside(at % s.a.W)};
+    const double inside_z = s.axis[0].total - outside[0],
+                 inside_zy = inside_z * (s.axis[1].total - outside[1]);
     // Sums of positive terms: exactly 0 where nothing is outside.
     const double beyond =
         (outside[0] * s.axis[1].total + inside_z * outside[1]) * s.axis[2].total + inside_zy * outside[2];
@@ -196,19 +199,25 @@ __global__ void __launch_bounds__(kLccThreads) lcc_gradient_plane_kernel(LccSepa
 
 inline int64_t lcc_separable_list(const LccTapList& taps) { return 2 * int64_t(taps.tap.size()) + 4; }
 
+// Voxels that fill the device.
+#ifdef FASTREG_EMULATION
+constexpr int64_t kLccVoxels = 1 << 10;  // small images then march too
+#else
+constexpr int64_t kLccVoxels = 1 << 20;
+#endif
+
 inline LccPlan lcc_separable_plan(const LccArgs& a, const LccTapList& taps) {
-  // Some million voxels fill the device.
-  constexpr int64_t kVoxels = 1 << 20;
   const int64_t plane = a.H * a.W, blocks = (plane + kLccThreads - 1) / kLccThreads, maps = lcc_adjoints(a);
   LccPlan p{};
-  p.planes = std::min<int64_t>(std::clamp<int64_t>(kVoxels / plane, 4, 64), a.D);
-  p.group = p.planes < a.D ? 1 : std::clamp<int64_t>(kVoxels / (a.D * plane), 1, std::min<int64_t>(a.nc, 65535));
+  p.planes = std::min<int64_t>(std::clamp<int64_t>(kLccVoxels / plane, 4, 64), a.D);
+  p.group =
+      p.planes < a.D ? 1 : std::clamp<int64_t>(kLccVoxels / (a.D * plane), 1, std::min<int64_t>(a.nc, 65535));
   const int64_t radius = a.flat ? 0 : std::min<int64_t>(taps.tap.size(), a.D) - 1;
   p.ring = maps ? std::min(p.planes + 2 * radius, a.D) : 0;
   p.parts = a.D * blocks;
   const int64_t widest = std::max<int64_t>(lcc_moments(a), maps);
-  p.scratch = int64_t(sizeof(double)) * (p.group * plane * (2 * p.planes * widest + p.ring * maps) + 2 * a.nc +
-                                         lcc_separable_list(taps));
+  p.scratch = int64_t(sizeof(double)) * (p.group * plane * (2 * p.planes * widest + p.ring * maps) +
+                                         2 * a.nc + lcc_separable_list(taps));
   return p;
 }
 
@@ -246,9 +255,11 @@ inline void lcc_separable(const LccArgs& a, const LccPlan& p, const LccTapList& 
     for (s.channel = 0; s.channel < a.nc; s.channel += p.group) {
       const unsigned channels = unsigned(std::min(p.group, a.nc - s.channel));
       for (int64_t z = 0, done = 0; z < a.D; z += p.planes) {
-        const int64_t end = std::min(z + p.planes, a.D), last = end == a.D ? a.D : std::max(end - s.axis[0].radius, done);
+        const int64_t end = std::min(z + p.planes, a.D),
+                      last = end == a.D ? a.D : std::max(end - s.axis[0].radius, done);
         const dim3 grid(unsigned(s.blocks), unsigned(end - z), channels);
-        const auto sum = [&](const double* in, double* out, int axis, int maps, int64_t out_planes, int64_t first) {
+        const auto sum = [&](const double* in, double* out, int axis, int maps, int64_t out_planes,
+                             int64_t first) {
           launch(lcc_sum_kernel, grid, kLccThreads, 0, stream, in, out, s.axis[axis], axis == 1 ? a.W : 1,
                  plane, maps, s.planes, out_planes, first);
         };
