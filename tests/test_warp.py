@@ -35,6 +35,13 @@ def reference(mode, padding):
     return lambda image, u: warp_ref(image, u, None, mode, padding)
 
 
+@pytest.fixture
+def reproducible(poison):
+    """A GPU scatters gradients with the same bits in every run under deterministic algorithms alone."""
+    if BACKEND != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,6 +51,55 @@ def test_against_reference(shape, dtype, padding):
     check_against_reference(
         lambda i, d: fastreg.warp(i, d, padding=padding), reference("linear", padding), (image, u)
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 19, 3, 5, 33), (2, 5, 3, 40)])
+def test_many_channels(shape):
+    check_against_reference(fastreg.warp, reference("linear", "zeros"), make(shape, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 37), (2, 2, 9, 67)])
+def test_reproducible_image_gradient(shape, dtype):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    image, u = (t.detach() for t in make(shape, amplitude=4.0))
+    image, u = image.to(dtype).requires_grad_(), u.to(dtype if dtype == torch.float64 else torch.float32)
+    # Samples whose gradients differ in scale, and within one.
+    grad = torch.randn(shape, dtype=torch.float64)
+    grad[0] *= 0.1
+    grad[1, :, 0] *= 30
+    grad = grad.to(dtype)
+    runs = [
+        torch.autograd.grad(fastreg.warp(image, u, padding="border"), image, grad)[0].detach()
+        for _ in range(3)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    exact = image.detach().double().requires_grad_()
+    truth = torch.autograd.grad(warp_ref(exact, u.double(), None, "linear", "border"), exact, grad.double())[
+        0
+    ]
+    for ours, theirs in zip(runs[0], truth, strict=True):
+        assert_close(ours, theirs, floor=0.1 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 5, 34), (1, 2, 5, 34)])
+def test_gradients_that_are_not_finite_reach_what_they_touch(shape, deterministic):
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    image, grad = torch.rand(shape, requires_grad=True), torch.rand(shape)
+    u = torch.zeros(1, len(shape) - 2, *shape[2:])
+    u[:, -1, ..., 31] = 0.5
+    exact = image.detach().double().requires_grad_()
+    expected = torch.autograd.grad(
+        warp_ref(exact, u.double(), None, "linear", "zeros"), exact, grad.double()
+    )[0]
+    grad[0, 0, ..., 3, 7], grad[0, 1, ..., 1, 31] = float("inf"), float("nan")
+    touched = torch.zeros(shape, dtype=torch.bool)
+    touched[0, 0, ..., 3, 7] = touched[0, 1, ..., 1, 31:33] = True
+    ours = torch.autograd.grad(fastreg.warp(image, u), image, grad)[0]
+    assert torch.equal(ours.isfinite(), ~touched)
+    assert_close(ours.masked_fill(touched, 0), expected.masked_fill(touched, 0))
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -93,6 +149,7 @@ def test_reference_is_scipy():
         assert_close(warp_ref(image, u, None, "linear", padding)[0, 0], torch.from_numpy(expected), 1e-9)
 
 
+@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("shape", [(1, 2, 3, 4, 3), (1, 2, 4, 3)])
 def test_gradcheck(shape):
     inputs = make(shape)
@@ -191,6 +248,7 @@ def test_affine_is_affine_grid():
     assert_close(fastreg.warp(image, None, affine=affine), expected, 1e-9)
 
 
+@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("shape", [(2, 1, 3, 4, 3), (1, 2, 4, 3)])
 def test_affine_gradcheck(shape):
     image, u = make(shape)
@@ -303,6 +361,7 @@ def test_composition():
     assert (twice - image)[..., 3:-3, 3:-3, 3:-3].abs().max() > 0.1
 
 
+@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 3, 8, 9)])
 def test_layouts(shape):
     image, u = (t.detach() for t in make(shape, torch.float32))

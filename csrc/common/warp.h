@@ -4,6 +4,7 @@
 // and u = 0 is exactly the identity.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/macros.h"
 
@@ -11,12 +12,13 @@ namespace fastreg {
 
 enum class Padding : int { zeros, border, reflection };
 
-// The index a corner reads, or -1 for "outside, counts as 0". n >= 1.
-FASTREG_HD int64_t corner_index(int64_t i, int64_t n, Padding padding) {
+// The index a corner reads, or -1 for "outside, counts as 0". n >= 1; 32 bits hold what `split` lets through.
+template <class I>
+FASTREG_HD I corner_index(I i, std::type_identity_t<I> n, Padding padding) {
   if (i >= 0 && i < n) return i;
   if (padding == Padding::zeros) return -1;
   if (padding == Padding::border || n == 1) return i < 0 ? 0 : n - 1;
-  int64_t period = 2 * (n - 1);
+  const I period = 2 * (n - 1);
   i = (i < 0 ? -i : i) % period;
   return i < n ? i : period - i;
 }

@@ -1,0 +1,170 @@
+#include <ATen/Context.h>
+
+#include "cuda/binding.h"
+#include "cuda/integrate_velocity.cuh"
+
+namespace fastreg {
+namespace {
+
+using at::Tensor;
+
+// Fields of all samples and the kernels between them. A field is a contiguous tensor (N, *spatial, width), or
+// one step of those kept: (N, steps - 1, *spatial, width) at [:, s].
+class Integration {
+ public:
+  Integration(const Device& device, const Tensor& v, int64_t steps, c10::string_view padding)
+      : nd_(int(v.dim()) - 2),
+        type_(stored(v)),
+        stream_(device.stream()),
+        scale_(std::ldexp(1.0, -int(steps))) {
+    FASTREG_CHECK((nd_ == 2 || nd_ == 3) && v.size(1) == nd_, "integrate_velocity",
+                  "v must have shape (N, nd, *spatial)");
+    FASTREG_CHECK(steps >= 0 && steps <= 64, "integrate_velocity", "steps must be from 0 to 64");
+    samples_ = v.size(0);
+    packed_sizes_.push_back(samples_);
+    int64_t size[3];
+    for (int k = 0; k < 3; ++k) {
+      size[k] = k < 3 - nd_ ? 1 : v.size(k + nd_ - 1);
+      FASTREG_CHECK(size[k] < (1 << 29), "integrate_velocity", "an axis must be shorter than 2^29");
+      if (k >= 3 - nd_) packed_sizes_.push_back(size[k]);
+    }
+    FASTREG_CHECK(size[1] * size[2] < (int64_t(1) << 32), "integrate_velocity",
+                  "a plane of v must be smaller than 2^32 voxels");
+    packed_sizes_.push_back(nd_ == 3 ? 4 : 2);
+    args_.grid = SamplingGrid(nd_, samples_, size, size);
+    args_.grid.padding = padding_of(padding);
+    FASTREG_CHECK(args_.grid.blocks < (int64_t(1) << 31), "integrate_velocity", "v has too many voxels");
+    options_ = v.options().dtype(arithmetic_of(v));
+  }
+
+  std::vector<int64_t> sizes_of_kept(int64_t count) const {
+    std::vector<int64_t> sizes{samples_, count};
+    sizes.insert(sizes.end(), packed_sizes_.begin() + 1, packed_sizes_.end());
+    return sizes;
+  }
+  Tensor kept(int64_t count) const { return at::empty(sizes_of_kept(count), options_); }
+  Tensor packed() const { return at::empty(packed_sizes_, options_); }
+
+  Tensor pack(const Tensor& planar, double scale) {
+    Tensor out = packed();
+    run(integrate_pack, planar, out, scale, false);
+    return out;
+  }
+  void unpack(const Tensor& field, const Tensor& planar) {
+    run(integrate_unpack, field, planar, scale_, false);
+  }
+  Tensor scaled(const Tensor& v) { return pack(v, scale_); }
+  void step(const Tensor& u, const Tensor& out, bool planar = false) {
+    run(integrate_step, u, out, 1, planar);
+  }
+  Tensor step(const Tensor& u) {
+    Tensor out = packed();
+    step(u, out);
+    return out;
+  }
+
+  Tensor step_bwd(const Tensor& u, const Tensor& grad) {
+    const bool fixed = at::globalContext().deterministicAlgorithms();
+    Tensor out = fixed ? packed() : packed().zero_(), sums, largest;
+    args_.grad = grad.const_data_ptr();
+    const int64_t elements = args_.grid.n_out * packed_sizes_.back();
+    if (fixed) {
+      const auto words = options_.dtype(at::kLong);
+      sums = at::zeros({type_ == Stored::f64 ? kFixedWords<double> : kFixedWords<float>, out.numel()}, words);
+      largest = at::zeros({samples_}, words);
+      args_.fixed.sums = static_cast<Word*>(sums.mutable_data_ptr());
+      args_.fixed.largest = static_cast<Word*>(largest.mutable_data_ptr());
+      args_.fixed.next = out.numel();
+      args_.fixed.log2_terms = 0;
+      while ((int64_t(1) << args_.fixed.log2_terms) < args_.grid.n_out) ++args_.fixed.log2_terms;
+      find_largest(type_ == Stored::f64 ? type_ : Stored::f32, args_.grad, samples_, elements,
+                   static_cast<Word*>(largest.mutable_data_ptr()), stream_);
+    }
+    run(integrate_step_bwd, u, out, 1, false);
+    if (fixed) settle(type_ == Stored::f64, args_.fixed, samples_, elements, args_.to, stream_);
+    return out;
+  }
+
+ private:
+  template <class Launcher>
+  void run(Launcher launcher, const Tensor& from, const Tensor& to, double scale, bool planar) {
+    args_.from = from.const_data_ptr(), args_.to = to.mutable_data_ptr();
+    args_.from_stride = from.stride(0), args_.to_stride = to.stride(0);
+    args_.scale = scale, args_.planar = planar;
+    launcher(type_, nd_, args_, stream_);
+  }
+
+  IntegrateArgs args_{};
+  int nd_;
+  Stored type_;
+  cudaStream_t stream_;
+  double scale_;
+  int64_t samples_ = 0;
+  std::vector<int64_t> packed_sizes_;
+  at::TensorOptions options_;
+};
+
+std::tuple<Tensor, Tensor> integrate_velocity_cuda(const Tensor& velocity, int64_t steps,
+                                                   c10::string_view padding, bool keep) {
+  const Device device("integrate_velocity", velocity);
+  Tensor v = velocity.contiguous();
+  Integration run(device, v, steps, padding);
+  Tensor fields = run.kept(keep ? std::max<int64_t>(steps - 1, 0) : 0);
+  if (steps == 0 || v.numel() == 0) return {v.clone(at::MemoryFormat::Contiguous), fields};
+  Tensor out = at::empty_like(v), u = run.scaled(v);
+  for (int64_t s = 1; s < steps; ++s) {
+    Tensor next = keep ? fields.select(1, s - 1) : run.packed();
+    run.step(u, next);
+    u = next;
+  }
+  run.step(u, out, true);
+  return {out, fields};
+}
+
+// Without kept fields those of every sqrt(steps)-th step are computed first, then, from the last to the
+// first, those between.
+Tensor integrate_velocity_bwd_cuda(const Tensor& grad, const Tensor& velocity, const Tensor& fields,
+                                   int64_t steps, c10::string_view padding) {
+  const Device device("integrate_velocity_bwd", velocity, grad, fields);
+  Tensor v = velocity.contiguous(), g = grad.to(v.scalar_type()).contiguous();
+  FASTREG_CHECK(g.sizes() == v.sizes(), "integrate_velocity_bwd", "grad must have the shape of v");
+  if (steps == 0 || v.numel() == 0) return g.clone(at::MemoryFormat::Contiguous);
+  Integration run(device, v, steps, padding);
+  const bool kept = fields.size(1) > 0 || steps == 1;
+  FASTREG_CHECK(!kept || (fields.sizes() == run.sizes_of_kept(steps - 1) && fields.is_contiguous() &&
+                          fields.scalar_type() == arithmetic_of(v)),
+                "integrate_velocity_bwd", "fields must be those of the forward");
+  const int64_t every = kept ? 1 : int64_t(std::ceil(std::sqrt(double(steps))));
+  const int64_t last = (steps - 1) / every * every;
+  std::vector<Tensor> u(steps);
+  if (kept) {
+    for (int64_t s = 1; s < steps; ++s) u[s] = fields.select(1, s - 1);
+  } else if (last > 0) {
+    u[0] = run.scaled(v);
+    for (int64_t s = 1; s <= last; ++s) {
+      u[s] = run.step(u[s - 1]);
+      if (s == 1 || (s - 1) % every != 0) u[s - 1] = Tensor();
+    }
+  }
+  Tensor flow = run.pack(g, 1);
+  for (int64_t first = last; first >= 0; first -= every) {
+    const int64_t stop = std::min(first + every, steps);
+    if (first == 0) u[0] = run.scaled(v);
+    for (int64_t s = first + 1; s < stop && !kept; ++s) u[s] = run.step(u[s - 1]);
+    for (int64_t s = stop - 1; s >= first; --s) {
+      flow = run.step_bwd(u[s], flow);
+      u[s] = Tensor();
+    }
+  }
+  Tensor out = at::empty_like(v);
+  run.unpack(flow, out);
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(fastreg, FASTREG_DEVICE_KEY, m) {
+  m.impl("integrate_velocity", integrate_velocity_cuda);
+  m.impl("integrate_velocity_bwd", integrate_velocity_bwd_cuda);
+}
+
+}  // namespace
+}  // namespace fastreg
