@@ -61,15 +61,19 @@ __device__ __forceinline__ void each_channel(int64_t first, int64_t last, Channe
   }
 }
 
+// Blocks an SM must hold: as many as go without spills.
+constexpr int fwd_blocks(size_t bytes, int channels) {
+  if (channels > 2) return 4;
+  return channels == 2 || bytes == 8 ? 6 : 10;
+}
+
 // Work: a thread per voxel (see SamplingGrid); position, corners and weights once, then the channels of its
 // group of channels, kChannels at a time. Bytes: nd + C volumes read, C written; corners that voxels share
 // come from L1, or L2 between tiles. Arithmetic: some 110 instructions a voxel and 30 a channel, of which 8
 // loads and 8 multiply-adds. At 256^3 fp32, C = 1: 336 MB, 112 us at 3 TB/s; 70 us of issue slots, 40 us of
 // L1. C = 32 at 128^3: 562 MB, 190 us; 70 us of issue. Memory: none.
 template <class T, int ND, int kChannels>
-__global__ void __launch_bounds__(kSamplingThreads, kChannels > 2                      ? 4
-                                                    : kChannels == 2 || sizeof(T) == 8 ? 6
-                                                                                       : 10)
+__global__ void __launch_bounds__(kSamplingThreads, fwd_blocks(sizeof(T), kChannels))
     warp_fwd_kernel(const __grid_constant__ WarpArgs a) {
   using A = arithmetic_t<T>;
   constexpr int kCorners = 1 << ND;
