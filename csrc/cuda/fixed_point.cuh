@@ -53,8 +53,12 @@ struct FixedPoint {
     remainders = power_of_two(60 - a.log2_terms), per_remainder = power_of_two(a.log2_terms - 60);
   }
 
-  // Adds a finite term to element i.
-  __device__ __forceinline__ void add(const FixedPointArgs& a, int64_t i, A term) const {
+  // Adds a term to element i, or to `result` if it is not finite.
+  __device__ __forceinline__ void add(const FixedPointArgs& a, int64_t i, A term, A* result) const {
+    if (!(term - term == A(0))) {
+      atomicAdd(result, term);
+      return;
+    }
     double rest = double(term) * units;
 #pragma unroll
     for (int word = 0; word < kFixedWords<A>; ++word) {

@@ -152,12 +152,8 @@ __global__ void __launch_bounds__(kSamplingThreads)
       if constexpr (kFixed) {
         const FixedPoint<A> fixed(a.fixed, p.n);
 #pragma unroll
-        for (int k = 0; k < ND; ++k) {
-          if (term.value[k] - term.value[k] == A(0))
-            fixed.add(a.fixed, p.n * a.grid.n_out * w + i + k, term.value[k]);
-          else
-            atomicAdd(to + i + k, term.value[k]);
-        }
+        for (int k = 0; k < ND; ++k)
+          fixed.add(a.fixed, p.n * a.grid.n_out * w + i + k, term.value[k], to + i + k);
       } else {
         atomic_add(to + i, term);
       }

@@ -20,12 +20,7 @@ struct Adder<Scatter::fixed, A> {
   FixedPoint<A> point;
   __device__ __forceinline__ Adder(const WarpArgs& a, int64_t n)
       : sums(static_cast<A*>(a.grad_image)), args(a.fixed), point(a.fixed, n) {}
-  __device__ __forceinline__ void operator()(int64_t i, A term) const {
-    if (term - term == A(0))
-      point.add(args, i, term);
-    else
-      atomicAdd(sums + i, term);
-  }
+  __device__ __forceinline__ void operator()(int64_t i, A term) const { point.add(args, i, term, sums + i); }
 };
 
 // Sums over a block of du [z y x 1]^T, one per entry of the matrix: along a warp only x varies.
