@@ -88,6 +88,26 @@ def test_offsets_in_pieces_pass_on_no_nan(padding):
             assert torch.equal(a.isnan(), b.isnan())
 
 
+# Kernels cut images, channels and offsets into pieces: sizes and radii beyond one piece, and not multiples of it.
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("shape", "radius", "dtype"),
+    [
+        pytest.param((1, 19, 3, 17, 35), 2, torch.float32, id="c19d3h17w35"),
+        pytest.param((1, 37, 18, 33), (2, 4), torch.float32, id="2d-c37"),
+        pytest.param((1, 18, 2, 9, 33), (1, 3, 1), torch.float64, id="c18-fp64"),
+        pytest.param((1, 3, 5, 2, 3), (4, 3, 3), torch.float16, id="offsets"),
+    ],
+)
+def test_beyond_one_tile(shape, radius, dtype, padding):
+    options = {"normalize": padding == "border", "padding": padding}
+    inputs = make(shape, dtype, displaced=padding == "border")
+    tolerance = 1e-4 if dtype == torch.float32 else None
+    check_against_reference(
+        correlate(radius, **options), reference(radius, shape, **options), inputs, tolerance
+    )
+
+
 def by_loops(fixed, moving, radius, displacement, normalize, scale, padding):
     n, channels, *size = fixed.shape
     out = np.zeros((n, int(np.prod([2 * r + 1 for r in radius])), *size))

@@ -33,8 +33,12 @@ struct Call {
                     r = k < missing ? 0 : radius[k - missing];
       FASTREG_CHECK(r >= 0 && r < (1 << 15), op, "radius must be in [0, 2^15)");
       FASTREG_CHECK(size < (1 << 29), op, "an axis must be shorter than 2^29");
-      args.size[k] = int(size), args.radius[k] = int(r);
+      args.size[k] = int(size), args.radius[k] = int(r), args.along[k] = int(2 * r + 1);
     }
+    args.plane = int64_t(args.size[1]) * args.size[2], args.voxels = args.size[0] * args.plane;
+    args.offsets = int64_t(args.along[0]) * args.along[1] * args.along[2];
+    FASTREG_CHECK(args.c < (int64_t(1) << 31), op, "there may be fewer than 2^31 channels");
+    FASTREG_CHECK(args.plane < (int64_t(1) << 31), op, "a plane must be smaller than 2^31 voxels");
     if (given_displacement) {
       displacement = given_displacement->to(arithmetic_of(fixed)).contiguous();
       FASTREG_CHECK(displacement.dim() == nd + 2 && displacement.size(0) == args.n &&
@@ -52,7 +56,7 @@ struct Call {
 
   std::vector<int64_t> output_size() const {
     auto size = fixed.sizes().vec();
-    size[1] = args.offsets();
+    size[1] = args.offsets;
     return size;
   }
 
@@ -93,17 +97,16 @@ struct Gradient {
     args.map = map, args.grad = grad.const_data_ptr(), args.to_moving = to_moving;
     args.groups =
         map.c > (arithmetic == at::kDouble ? kGatherChannels<double> : kGatherChannels<float>) ? 2 : 1;
-    std::vector<int64_t> size = {map.n, map.c};
     bool extends = false;
     for (int k = 0; k < 3; ++k) {
       args.extend[k] = to_moving && map.border ? map.radius[k] : 0;
       extends |= args.extend[k] > 0;
-      size.push_back(args.extent(k));
     }
+    args.set_sizes();
     finish = need && (extends || map.statistics);
     result = at::empty(need ? call.fixed.sizes() : at::IntArrayRef{0}, call.fixed.options().dtype(dtype));
     if (finish && (extends || dtype != arithmetic))
-      raw = at::empty(size, call.fixed.options().dtype(arithmetic));
+      raw = at::empty({map.n, map.c, args.voxels}, call.fixed.options().dtype(arithmetic));
     else
       raw = result;
     args.arithmetic = raw.scalar_type() == arithmetic;

@@ -25,7 +25,7 @@ __device__ __forceinline__ Moments block_moments(Moments m, Shared<double> scrat
 }
 
 inline int64_t correlation_moments_blocks(const CorrelationArgs& a) {
-  return (a.voxels() + kStatisticsThreads - 1) / kStatisticsThreads;
+  return (a.voxels + kStatisticsThreads - 1) / kStatisticsThreads;
 }
 
 // Count, mean and squared deviations of the channels of 256 voxels of a map not normalised, (n, map, block,
@@ -37,12 +37,11 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   using A = arithmetic_t<T>;
   FASTREG_SHARED(double, scratch, 3 * kStatisticsThreads / 32);
   const unsigned id = blockIdx.x / blocks;
-  const CorrelationMap<T> map(a, id / 2, id % 2);
+  const CorrelationMap<T> map(a, id / 2, id % 2, {});
   const int64_t voxel = int64_t(blockIdx.x % blocks) * kStatisticsThreads + threadIdx.x;
   Moments m{};
-  if (voxel < a.voxels()) {
-    const int64_t row = voxel / a.size[2];
-    const Place<A> place = map.place(int(row / a.size[1]), int(row % a.size[1]), int(voxel % a.size[2]));
+  if (voxel < a.voxels) {
+    const Place<A> place = map.place(int(voxel / a.plane), int(voxel % a.plane));
     const double shift = double(map.read(place, 0));
     double sum = 0, squares = 0;
 #pragma unroll 4
@@ -89,11 +88,12 @@ constexpr int kForwardThreads = 128, kForwardChannels = 8;
 // radius 2 all 25. It walks through the planes of moving that meet the tile: a plane with its halo passes
 // through shared memory 8 channels at a time, and a thread, 4 voxels along y, keeps the 4 K^2 sums of its z
 // offset in registers until all channels are in. At K = 5 a channel costs 40 shared loads, without bank
-// conflicts, and 4 global ones for 100 products. A warp stores 32 neighbours along x at a time.
-// Bytes: C volumes twice, the offsets written; tiles read moving 6.8 times and fixed 5 times, mostly from L2.
-// Radius 2, fp32, at 3 TB/s and 33 Tproducts/s:
-//   C = 32, 64^3:  198 MB, 66 us;   1.05 Gproducts, 31 us, 55 us by shared loads
-//   C = 16, 128^3: 1317 MB, 439 us; 4.2 Gproducts, 125 us, 220 us by shared loads
+// conflicts, and 4 global ones for 100 products. A warp stores 32 neighbours along x at a time; three blocks
+// an SM (168 registers) load, multiply and store by turns.
+// Bytes: C volumes twice, the offsets written. From L2: moving 6.8 times, fixed 5 times.
+// Radius 2, fp32, at 3 TB/s, 33 Tproducts/s and 261 G warp loads/s:
+//   C = 32, 64^3:  198 MB, 66 us;   1.05 Gproducts, 31 us, their loads 55 us
+//   C = 16, 128^3: 1317 MB, 439 us; 4.2 Gproducts, 125 us, their loads 221 us
 // Memory: none. A displaced map is interpolated once per voxel of a tile and its halo.
 template <class T, int K, bool kWarps>
 __global__ void __launch_bounds__(kForwardThreads, sizeof(T) == 8 || K == 5 ? 3 : 4)
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kForwardThreads, sizeof(T) == 8 || K == 5 ? 3 
   constexpr int kRows = kCorrelationRows, kPitch = kCorrelationLanes + K - 1;
   FASTREG_DYNAMIC_SHARED(A, tile);
   unsigned id = blockIdx.x;
-  const unsigned parts_x = (a.along(2) + K - 1) / K, parts_y = (a.along(1) + K - 1) / K;
+  const unsigned parts_x = (a.along[2] + K - 1) / K, parts_y = (a.along[1] + K - 1) / K;
   const int dx = int(id % parts_x) * K - a.radius[2];
   id /= parts_x;
   const int dy = int(id % parts_y) * K - a.radius[1];
@@ -115,34 +115,41 @@ __global__ void __launch_bounds__(kForwardThreads, sizeof(T) == 8 || K == 5 ? 3 
   const int warps_y = tiling.height / kRows, row = warp % warps_y * kRows;
   const int z = first[0] + warp / warps_y, y = first[1] + row, x = first[2] + lane;
   const bool here = z < a.size[0] && y < a.size[1] && x < a.size[2];
-  const int64_t line = a.size[2], voxels = a.voxels(), voxel = (int64_t(z) * a.size[1] + y) * line + x;
-  const int rows = tiling.height + K - 1, count = min(kRows, a.size[1] - y);
+  const int64_t line = a.size[2], voxel = n * a.c * a.voxels + z * a.plane + y * line + x;
+  const int rows = tiling.height + K - 1, positions = rows * kPitch, count = min(kRows, a.size[1] - y);
 
-  const CorrelationMap<T, kWarps> moving(a, n, true);
-  const T* fixed = static_cast<const T*>(a.fixed) + n * a.c * voxels + voxel;
-  const Normalization<A> own = a.statistics ? normalization<A>(a.statistics + 4 * n) : Normalization<A>{};
-  T* out = static_cast<T*>(result) + n * a.offsets() * voxels + voxel;
+  const Shared<int> places = shared_as<int>(tile + min(a.c, int64_t(kForwardChannels)) * positions);
+  locate_tile<kPitch>(a, a.border, first[1] + dy, first[2] + dx, rows, places);
+  const Normalization<A> normalization = normalization_of<A>(a, n);
+  const CorrelationMap<T, kWarps> moving(a, n, true, normalization);
+  const A factor = A(a.factor);
 
   for (int plane = first[0] - a.radius[0]; plane < first[0] + tiling.depth + a.radius[0]; ++plane) {
     const int dz = plane - z;
     const bool active = here && dz >= -a.radius[0] && dz <= a.radius[0];
+    const T* fixed = static_cast<const T*>(a.fixed) + voxel;
+    const auto next_channel = [&](A* f) {
+#pragma unroll
+      for (int v = 0; v < kRows; ++v) f[v] = v < count ? load(fixed[v * line]) : A(0);
+      if (a.statistics)
+#pragma unroll
+        for (int v = 0; v < kRows; ++v) f[v] = normalized(normalization, f[v]);
+      fixed += a.voxels;
+    };
     A sum[K][K][kRows] = {};  // offset along x, along y, voxel
     for (int64_t c0 = 0; c0 < a.c; c0 += kForwardChannels) {
       const int channels = int(min(int64_t(kForwardChannels), a.c - c0));
       __syncthreads();
-      load_tile<kPitch>(a, moving, a.border, c0, channels, plane, first[1] + dy, first[2] + dx, rows, tile);
+      load_tile(a, moving, a.border, c0, channels, plane, positions, places, tile);
       __syncthreads();
       if (!active) continue;
+      A f[kRows];
+      next_channel(f);
+      Shared<A> corner = tile + (row * kPitch + lane);
 #pragma unroll 1
       for (int c = 0; c < channels; ++c) {
-        const T* values = fixed + (c0 + c) * voxels;
-        A f[kRows];
-#pragma unroll
-        for (int v = 0; v < kRows; ++v) f[v] = v < count ? load(values[v * line]) : A(0);
-        if (a.statistics)
-#pragma unroll
-          for (int v = 0; v < kRows; ++v) f[v] = normalized(own, f[v]);
-        const Shared<A> corner = tile + ((c * rows + row) * kPitch + lane);
+        A ahead[kRows] = {};  // its latency passes under this channel's products
+        if (c + 1 < channels) next_channel(ahead);
 #pragma unroll
         for (int i = 0; i < K; ++i) {
           A m[kRows + K - 1];
@@ -153,21 +160,26 @@ __global__ void __launch_bounds__(kForwardThreads, sizeof(T) == 8 || K == 5 ? 3 
 #pragma unroll
             for (int v = 0; v < kRows; ++v) sum[i][j][v] += f[v] * m[v + j];
         }
+#pragma unroll
+        for (int v = 0; v < kRows; ++v) f[v] = ahead[v];
+        corner += positions;
       }
     }
     if (!active) continue;
-    const int64_t to =
-        (int64_t(dz + a.radius[0]) * a.along(1) + dy + a.radius[1]) * a.along(2) + dx + a.radius[2];
+    const int64_t offset =
+        (int64_t(dz + a.radius[0]) * a.along[1] + dy + a.radius[1]) * a.along[2] + dx + a.radius[2];
+    T* to = static_cast<T*>(result) + (n * a.offsets + offset) * a.voxels + z * a.plane + y * line + x;
 #pragma unroll
-    for (int j = 0; j < K; ++j)
+    for (int j = 0; j < K; ++j, to += a.along[2] * a.voxels) {
+      T* at = to;
 #pragma unroll
-      for (int i = 0; i < K; ++i) {
+      for (int i = 0; i < K; ++i, at += a.voxels) {
         if (dy + j > a.radius[1] || dx + i > a.radius[2]) continue;
-        T* at = out + (to + int64_t(j) * a.along(2) + i) * voxels;
 #pragma unroll
         for (int v = 0; v < kRows; ++v)
-          if (v < count) store(at[v * line], sum[i][j][v] * A(a.factor));
+          if (v < count) store(at[v * line], sum[i][j][v] * factor);
       }
+    }
   }
 }
 
@@ -175,10 +187,9 @@ inline void correlation_fwd(Stored type, const CorrelationArgs& a, void* result,
   const int64_t size[3] = {a.size[0], a.size[1], a.size[2]};
   const CorrelationTiling tiling = CorrelationTiling::of(size, kForwardThreads / 32);
   with_group(type, a, a.displacement, [&]<class T, int K, bool kWarps>() {
-    const int64_t parts = int64_t((a.along(1) + K - 1) / K) * ((a.along(2) + K - 1) / K);
+    const int64_t parts = int64_t((a.along[1] + K - 1) / K) * ((a.along[2] + K - 1) / K);
     const int64_t channels = std::min<int64_t>(a.c, kForwardChannels);
-    const size_t shared =
-        size_t(channels * (tiling.height + K - 1) * (kCorrelationLanes + K - 1)) * sizeof(arithmetic_t<T>);
+    const size_t shared = tile_bytes<arithmetic_t<T>, K>(tiling, channels);
     launch(correlation_fwd_kernel<T, K, kWarps>, correlation_blocks(a.n * tiling.count() * parts),
            kForwardThreads, shared, stream, a, tiling, result);
   });
