@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> local_correlation_cuda(const Tensor& fixed, const Ten
 struct Gradient {
   Tensor result, raw, sums;
   GatherArgs args{};
-  bool finish = false;
+  bool gather, finish;
 
   // `dtype` is that of the result.
   Gradient(const Call& call, const Tensor& grad, bool to_moving, bool need, at::ScalarType dtype) {
@@ -103,6 +103,8 @@ struct Gradient {
       extends |= args.extend[k] > 0;
     }
     args.set_sizes();
+    // Where normalised, both sums are needed whichever gradient is.
+    gather = need || map.statistics;
     finish = need && (extends || map.statistics);
     result = at::empty(need ? call.fixed.sizes() : at::IntArrayRef{0}, call.fixed.options().dtype(dtype));
     if (finish && (extends || dtype != arithmetic))
@@ -115,10 +117,7 @@ struct Gradient {
       sums = call.doubles({map.n, args.blocks(call.type), 2});
       args.sums = sums.mutable_data_ptr<double>();
     }
-    // Without sums to take, a gradient not asked for is not gathered.
-    gather = need || map.statistics;
   }
-  bool gather;
 };
 
 std::tuple<Tensor, Tensor> local_correlation_bwd_cuda(const Tensor& grad, const Tensor& fixed,
