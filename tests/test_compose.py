@@ -33,13 +33,6 @@ def make(shape, dtype=torch.float64):
     return u.to(dtype).requires_grad_(), v.to(dtype).requires_grad_()
 
 
-@pytest.fixture
-def reproducible(poison):
-    """A GPU scatters gradients with the same bits in every run under deterministic algorithms alone."""
-    if BACKEND != "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -38,13 +38,6 @@ def grad_of(v, weight, *args, **options):
     return torch.autograd.grad(fastreg.integrate_velocity(v, *args, **options), v, weight)[0]
 
 
-@pytest.fixture
-def reproducible(poison):
-    """A GPU scatters gradients with the same bits in every run under deterministic algorithms alone."""
-    if BACKEND != "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)

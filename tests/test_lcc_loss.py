@@ -252,7 +252,7 @@ def test_dtypes(dtype, padding, kernel):
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_fp32_across_tiles(shape, window, kernel, masked):
+def test_fp32_across_segments(shape, window, kernel, masked):
     """Borders of tiles and segments in every axis; windows that have kernels of their own, that share one, and beyond."""
     fixed, moved = pair(shape, torch.float32)
     mask = (torch.rand(shape[0], 1, *shape[2:]) + 0.1) * (torch.rand(shape[0], 1, *shape[2:]) > 0.2)

@@ -35,13 +35,6 @@ def reference(mode, padding):
     return lambda image, u: warp_ref(image, u, None, mode, padding)
 
 
-@pytest.fixture
-def reproducible(poison):
-    """A GPU scatters gradients with the same bits in every run under deterministic algorithms alone."""
-    if BACKEND != "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -400,17 +393,6 @@ def test_tiles(shape, wide, monkeypatch):
     check_against_reference(
         lambda i, d: fastreg.warp(i, d, padding=padding), reference("linear", padding), (image, u)
     )
-
-
-@pytest.mark.skipif(BACKEND == "cpu", reason="the reference multiplies an infinite gradient by weights of 0")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_non_finite_gradients_stay_where_they_are(dtype):
-    image = torch.rand(1, 2, 3, 4, 40).to(dtype).requires_grad_()
-    grad = torch.randn(image.shape).to(dtype)
-    grad[0, 0, 1, 2, 3], grad[0, 0, 1, 2, 7], grad[0, 1, 1, 0, 0] = float("inf"), float("nan"), -float("inf")
-    out = fastreg.warp(image, torch.zeros(1, 3, 3, 4, 40, dtype=dtype))
-    ours = torch.autograd.grad(out, image, grad)[0]
-    assert torch.equal(ours.nan_to_num(7), grad.nan_to_num(7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
