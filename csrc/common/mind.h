@@ -1,5 +1,8 @@
 #pragma once
 // MIND at one voxel: from the distances of its channels to the descriptor, and back.
+#include <cstdint>
+#include <limits>
+
 #include "common/macros.h"
 
 namespace fastreg {
@@ -26,12 +29,49 @@ constexpr MindPair kSix[6] = {
     {{0, 0, 0}, {0, 1, 0}},  {{0, 0, 0}, {0, 0, -1}}, {{0, 0, 0}, {0, 0, 1}},
 };
 
+// Direction of an offset: 0 where there is none, else 1 + 2 axis + (it is positive).
+FASTREG_HD constexpr int mind_direction(const int (&offset)[3]) {
+  for (int axis = 0; axis < 3; ++axis)
+    if (offset[axis]) return 1 + 2 * axis + (offset[axis] > 0);
+  return 0;
+}
+
+// The same pairs as directions: kernels cannot index the tables above.
+struct MindDirections {
+  int a[12] = {}, b[12] = {};
+};
+FASTREG_HD constexpr MindDirections mind_directions(const MindPair* pairs, int n_channels) {
+  MindDirections d;
+  for (int k = 0; k < n_channels; ++k)
+    d.a[k] = mind_direction(pairs[k].a), d.b[k] = mind_direction(pairs[k].b);
+  return d;
+}
+
+// Weight of sample b in the window around t, 0 beyond its radius. A sample at the border of the n stands for
+// all that lie outside. `window` holds the 2 radius + 1 weights, `cumulative` their running sums.
+template <class A>
+FASTREG_HD A mind_patch_weight(const A* window, const A* cumulative, int64_t radius, int64_t b, int64_t t,
+                               int64_t n) {
+  const int64_t distance = b < t ? t - b : b - t;
+  if (distance > radius) return A(0);
+  if (n == 1) return cumulative[2 * radius];
+  return b == 0 || b == n - 1 ? cumulative[radius - distance] : window[radius - distance];
+}
+
 // Bounds of V in a sample. All NaN where the sample's mean of V is not finite.
 template <class A>
 struct MindBounds {
   A lower, upper;
   A tiny;  // the smallest normal number: no bound lies below
 };
+
+template <class A>
+FASTREG_HD MindBounds<A> mind_bounds(double mean) {
+  constexpr A tiny = std::numeric_limits<A>::min();
+  // A NaN stays: it is not below tiny.
+  const double lower = 1e-3 * mean, upper = 1e3 * mean;
+  return {lower < tiny ? tiny : A(lower), upper < tiny ? tiny : A(upper), tiny};
+}
 
 // V is a number or a vector of them, A its scalar.
 template <class V>
@@ -94,6 +134,24 @@ FASTREG_HD void mind_adjoint(const V (&d)[kChannels], const V (&descriptor)[kCha
   const V through_mean = to_variance * (A(1) / kChannels);
   const V to_least = -(six ? sum : sum + to_variance) / ties;
   for (int k = 0; k < kChannels; ++k) adjoint[k] += through_mean + (d[k] == m.least ? to_least : zero);
+}
+
+// In `g`: the differences of the descriptors, moved - fixed. Out: their errors' sum and, in `g`, d loss / d
+// moved of weight w.
+template <int kChannels, class V>
+FASTREG_HD void mind_error(bool absolute, V w, V (&g)[kChannels], V& error) {
+  const V zero = {}, one = zero + 1;
+  error = zero;
+  for (int k = 0; k < kChannels; ++k) {
+    const V by = g[k];
+    if (absolute) {
+      const V sign = by > zero ? one : by < zero ? -one : by;
+      error += by * sign, g[k] = w * sign;
+    } else {
+      error += by * by, g[k] = (w + w) * by;
+    }
+    g[k] = w == zero ? zero : g[k];
+  }
 }
 
 }  // namespace fastreg
