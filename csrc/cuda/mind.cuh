@@ -62,6 +62,14 @@ __device__ __forceinline__ A* ring_plane(const MindRing& ring, int64_t map, int 
 
 __device__ __forceinline__ int clamp_index(int i, int n) { return i < 0 ? 0 : i < n ? i : n - 1; }
 
+// 0, which the compiler knows only here: what is added to it is not computed ahead of a march along z, where
+// addresses and weights by the dozen would each take a register.
+__device__ __forceinline__ int late_zero() {
+  int zero = 0;
+  asm volatile("" : "+r"(zero));
+  return zero;
+}
+
 constexpr int kMindVoxels = 128;  // of an image, per block
 
 template <class T>
@@ -94,8 +102,8 @@ __device__ __forceinline__ void mind_at_voxel(const MindArgs& a, const MindVoxel
   };
   A e[kChannels], g[kChannels];
   const MindScale<A> m = mind_describe<A>(d, a.six, bounds, exponential, e);
-  const int64_t plane = a.plane(), voxel = (v.n * a.size[0] + v.z) * plane + v.at;
-  const auto channel = [&](int k) { return ((v.n * kChannels + k) * a.size[0] + v.z) * plane + v.at; };
+  const int64_t n = v.n + late_zero(), plane = a.plane(), voxel = (n * a.size[0] + v.z) * plane + v.at;
+  const auto channel = [&](int k) { return ((n * kChannels + k) * a.size[0] + v.z) * plane + v.at; };
   if (a.task == MindTask::describe) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k)
@@ -127,7 +135,7 @@ __device__ __forceinline__ void mind_at_voxel(const MindArgs& a, const MindVoxel
   mind_adjoint<A>(d, e, a.six, m, g);
 #pragma unroll
   for (int k = 0; k < kChannels; ++k)
-    if (v.inside) ring_plane<A>(a.adjoint[v.image], v.n * kChannels + k, v.z, plane)[v.at] = g[k];
+    if (v.inside) ring_plane<A>(a.adjoint[v.image], n * kChannels + k, v.z, plane)[v.at] = g[k];
 }
 
 // Mean of V of each sample from its partial sums, NaN where it is not finite. A block a sample.

@@ -109,7 +109,7 @@ class MindSquares {
   static_assert(kJobs <= kMindVoxels);
 
   __device__ __forceinline__ MindSquares(const MindArgs& a, const MindBlock& block, int job)
-      : group(job / kWidth), column(job % kWidth), top(block.y - kRadius) {
+      : group(job / kWidth), column(job % kWidth), first(block.y - kRadius) {
     const int x = clamp_index(block.x + column - kRadius, a.size[2]);
     // Samples: -u, +u, and -v, +v or none.
     const int u = !kSsc ? group : group == 1 ? 1 : 0, v = group == 0 ? 1 : 2;
@@ -124,56 +124,50 @@ class MindSquares {
     whole = block.y - reach >= 0 && block.y + kTileY - 1 + reach < a.size[1];
   }
 
-  // Windows of plane p to `out`, (channels, kTileY, kWidth).
+  // Windows of plane p to `out`, (channels, kTileY, kWidth): channel after channel, or the samples of all
+  // would not fit in registers beside the windows in flight. What channels share comes from L1 again.
   template <class Memory>
   __device__ __forceinline__ void plane(const MindTileArgs<A>& t, const T* image, int p, Memory out) const {
-    const MindArgs& a = t.a;
-    A s[kEach][kSpan] = {};
-#pragma unroll 1
-    for (int64_t c = 0; c < a.c; ++c, image += a.size[0] * a.plane()) {
-      const T* from[kSamples];
-#pragma unroll
-      for (int i = 0; i < kSamples; ++i)
-        from[i] = image + clamp_index(p + step_z[i], a.size[0]) * a.plane() + at_x[i];
-      if (whole) {
-#pragma unroll
-        for (int i = 0; i < kSamples; ++i) from[i] += (top + step_y[i]) * a.size[2];
-        squares(s, [&](int i, int j) { return load(from[i][j * a.size[2]]); });
-      } else {
-        squares(s, [&](int i, int j) {
-          const int y = clamp_index(clamp_index(top + j, a.size[1]) + step_y[i], a.size[1]);
-          return load(from[i][y * a.size[2]]);
-        });
-      }
-    }
+    constexpr int kFirst[4] = {1, 3, 2, 3}, kSecond[4] = {2, 0, 0, 1};
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      A sum[kTileY];
-      row_windows<kRadius>(a.box, t.window, s[k], sum);
+      A s[kSpan] = {}, sum[kTileY];
+      kSsc ? squares(t.a, image, p, kFirst[k], kSecond[k], s) : squares(t.a, image, p, 2, k, s);
+      row_windows<kRadius>(t.a.box, t.window, s, sum);
 #pragma unroll
       for (int i = 0; i < kTileY; ++i) out[((group * kEach + k) * kTileY + i) * kWidth + column] = sum[i];
     }
   }
 
  private:
-  template <class Sample>
-  static __device__ __forceinline__ void squares(A (&s)[kEach][kSpan], Sample sample) {
+  // Of samples u and v, in the rows of the tile and its margin.
+  __device__ __forceinline__ void squares(const MindArgs& a, const T* image, int p, int u, int v,
+                                          A (&s)[kSpan]) const {
+    const int top = first + late_zero(), width = a.size[2];
+    const T* from_u = image + clamp_index(p + step_z[u], a.size[0]) * a.plane() + at_x[u];
+    const T* from_v = image + clamp_index(p + step_z[v], a.size[0]) * a.plane() + at_x[v];
+    const auto row = [&](int j, int step) {
+      return clamp_index(clamp_index(top + j, a.size[1]) + step, a.size[1]) * width;
+    };
+    if (whole) from_u += (top + step_y[u]) * width, from_v += (top + step_y[v]) * width;
+#pragma unroll 1
+    for (int64_t c = 0; c < a.c; ++c) {
+      const auto add = [&](int j, int row_u, int row_v) {
+        const A d = load(from_u[row_u]) - load(from_v[row_v]);
+        s[j] += d * d;
+      };
+      if (whole) {
 #pragma unroll
-    for (int j = 0; j < kSpan; ++j) {
-      const A um = sample(0, j), up = sample(1, j), vm = sample(2, j);
-      A d[kEach];
-      if constexpr (kSsc) {
-        const A vp = sample(3, j);
-        d[0] = up - vm, d[1] = vp - um, d[2] = vm - um, d[3] = vp - up;
+        for (int j = 0; j < kSpan; ++j) add(j, j * width, j * width);
       } else {
-        d[0] = vm - um, d[1] = vm - up;
-      }
 #pragma unroll
-      for (int k = 0; k < kEach; ++k) s[k][j] += d[k] * d[k];
+        for (int j = 0; j < kSpan; ++j) add(j, row(j, step_y[u]), row(j, step_y[v]));
+      }
+      from_u += a.size[0] * a.plane(), from_v += a.size[0] * a.plane();
     }
   }
 
-  int group, column, top, step_z[kSamples], step_y[kSamples], at_x[kSamples];
+  int group, column, first, step_z[kSamples], step_y[kSamples], at_x[kSamples];
   bool whole;  // no row lies outside the image
 };
 
@@ -258,7 +252,7 @@ __global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2 
   const MindBlock block = mind_block(t);
 
   const int group = threadIdx.x / kWidth, column = threadIdx.x % kWidth;
-  const int column_x = block.x + column - kRadius, top = block.y - kRadius;
+  const int column_x = block.x + column - kRadius;
   const bool column_inside = column_x >= 0 && column_x < width;
 
   const int x = threadIdx.x % kTileX, y = threadIdx.x / kTileX;
@@ -272,34 +266,27 @@ __global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2 
                        ? mind_patch_weight(t.window, t.cumulative, kRadius, at_x, from, width)
                        : A(0);
   }
-  // Of the voxel's six neighbours; those along z in planes of their own.
-  const int here = at_y * width + at_x, step_y = a.dilation[1], step_x = a.dilation[2];
-  const int neighbour[6] = {here,
-                            here,
-                            clamp_index(at_y - step_y, height) * width + at_x,
-                            clamp_index(at_y + step_y, height) * width + at_x,
-                            at_y * width + clamp_index(at_x - step_x, width),
-                            at_y * width + clamp_index(at_x + step_x, width)};
-
   MindColumns<A, kChannels, kRadius> columns;
 #pragma unroll 1
   for (int p = block.begin - kRadius; p < block.end + kRadius; ++p) {
     const bool there = p >= 0 && p < a.size[0];
     const auto buffer = memory + (p & 1) * kBuffer;
     if (there && group < 3) {
-#pragma unroll
+      const int top = block.y - kRadius + late_zero();
+      const int64_t map = (block.n + late_zero()) * kChannels;
+#pragma unroll 2
       for (int k = 0; k < kEach; ++k) {
         const int channel = group * kEach + k;
-        const A* in = ring_plane<A>(a.adjoint[image], block.n * kChannels + channel, p, plane) + column_x;
+        const A* in = ring_plane<A>(a.adjoint[image], map + channel, p, plane) + column_x;
         A s[kSpan], sum[kTileY];
 #pragma unroll
         for (int j = 0; j < kSpan; ++j)
           s[j] = column_inside && top + j >= 0 && top + j < height ? in[(top + j) * width] : A(0);
         row_windows<kRadius>(a.box, t.window, s, sum);
-        if (block.y == 0 || block.y + kTileY >= height) {
+        if (top <= 0 || top + kTileY + kRadius >= height) {
 #pragma unroll
           for (int i = 0; i < kTileY; ++i) {
-            const int row = block.y + i;
+            const int row = top + kRadius + i;
             if (row != 0 && row != height - 1) continue;
             sum[i] = 0;
 #pragma unroll
@@ -329,6 +316,16 @@ __global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2 
     }
     const int z = p - kRadius;
     if (z < block.begin || !inside) continue;
+    const int row = (at_y + late_zero()) * width, here = row + at_x;
+    const auto row_of = [&](int step) { return clamp_index(at_y + step, height) * width + at_x; };
+    const auto column_of = [&](int step) { return row + clamp_index(at_x + step, width); };
+    // Those along z lie in planes of their own.
+    const int neighbour[6] = {here,
+                              here,
+                              row_of(-a.dilation[1] + late_zero()),
+                              row_of(a.dilation[1] + late_zero()),
+                              column_of(-a.dilation[2] + late_zero()),
+                              column_of(a.dilation[2] + late_zero())};
 #pragma unroll 1
     for (int64_t c = 0; c < a.c; ++c) {
       const T* in = static_cast<const T*>(a.image[image]) + (block.n * a.c + c) * volume;
