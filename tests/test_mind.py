@@ -388,6 +388,20 @@ def test_radius_and_dilation_beyond_the_image(shape):
         )
 
 
+@pytest.mark.parametrize(
+    "options", [OPTIONS, F3RNET, OPTIONS | {"radius": 3, "dilation": 5}, OPTIONS | {"radius": 5}]
+)
+@pytest.mark.parametrize("shape", [(1, 2, 45, 5, 6), (2, 1, 61, 7)], ids=str)
+def test_many_slabs(shape, options):
+    """Deep images: kernels that go slab by slab reuse their scratch memory several times over."""
+    mask = make_mask(shape)
+    inputs = pair(shape)
+    check_against_reference(
+        lambda f, m: fastreg.mind_loss(f, m, **options, mask=mask), loss_reference(options, mask=mask), inputs
+    )
+    check_against_reference(lambda x: fastreg.mind(x, **options), reference(options), inputs[:1])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(reduction):
     for options, shape in ((OPTIONS, size((1, 1, 3, 4, 5), (1, 1, 4, 3))), (F3RNET, (2, 2, 4, 5))):

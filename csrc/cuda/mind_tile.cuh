@@ -132,7 +132,10 @@ class MindSquares {
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       A s[kSpan] = {}, sum[kTileY];
-      kSsc ? squares(t.a, image, p, kFirst[k], kSecond[k], s) : squares(t.a, image, p, 2, k, s);
+      if constexpr (kSsc)
+        squares(t.a, image, p, kFirst[k], kSecond[k], s);
+      else
+        squares(t.a, image, p, 2, k, s);
       row_windows<kRadius>(t.a.box, t.window, s, sum);
 #pragma unroll
       for (int i = 0; i < kTileY; ++i) out[((group * kEach + k) * kTileY + i) * kWidth + column] = sum[i];
@@ -174,12 +177,12 @@ class MindSquares {
 // Distances and what task follows. Work: kMindVoxels threads an image, a voxel each; where two images are
 // compared the first half of a block makes the distances of the fixed one, the second of the moved one, and
 // they exchange descriptors through shared memory. Per plane a thread first makes squares and their windows
-// along y (a group of channels of one column of the tile and its margin: 32 loads in flight), the samples
-// coming from L1, then the windows along x and z of its own voxel. Two buffers: one barrier a plane.
-// Bytes: each image read, from L2 some 4 times; a gradient writes its channels' maps. Arithmetic a voxel and
-// image, ssc, radius 2: squares 12 channels x 4.5, windows 12 x (6 + 5 + 5), addresses and loads 100, minimum
-// and mean 30, and 90 words of shared memory and L1: 420 instructions; compared, with a gradient, 250 more.
-// At 256^3: 0.24 ms of issue an image for the mean of V, 0.7 ms for the loss with a gradient.
+// along y (of four channels, in one column of the tile and its margin, from L1), then the windows along x and
+// z of its own voxel. Two buffers: one barrier a plane. 128 registers: 16 warps an SM. Bytes: each image
+// read, from L2 some 4 times; a gradient writes its channels' maps. A voxel and image, ssc, radius 2, takes
+// 140 words of L1 and shared memory (samples 65, stores 14, windows along x 60) and 490 instructions (squares
+// and y 250, x and z 190, minimum and mean 50); the descriptors, their comparison and dL/dD 150 more. At
+// 256^3 some 0.32 ms an image for the mean of V, 0.85 ms for the loss with a gradient.
 template <class T, bool kSsc, int kRadius>
 __global__ void __launch_bounds__(2 * kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 1 : 2)
     mind_tile_kernel(const __grid_constant__ MindTileArgs<arithmetic_t<T>> t) {
@@ -237,7 +240,8 @@ __global__ void __launch_bounds__(2 * kMindVoxels, sizeof(arithmetic_t<T>) == 8 
 // The way back from dL/dD of the planes around to what each voxel passes to its neighbours in the six
 // directions. Work and layout as above with one image, the windows transposed: a sample gathers from the
 // windows it is in, one at the border also for those outside. Bytes: 12 maps read, from L2 some 2.3 times, 6
-// written: at 256^3 1.2 GB of DRAM, 0.4 ms at 3 TB/s. Arithmetic a voxel 300 instructions, 0.17 ms of issue.
+// written: at 256^3 1.2 GB of DRAM, 0.4 ms at 3 TB/s. A voxel takes 115 words of L1 and shared memory, 0.26
+// ms, and 350 instructions, 0.2 ms of issue.
 template <class T, bool kSsc, int kRadius>
 __global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2 : 4)
     mind_adjoint_kernel(const __grid_constant__ MindTileArgs<arithmetic_t<T>> t, int image) {
