@@ -1,7 +1,7 @@
 #pragma once
 // MIND at one voxel: from the distances of its channels to the descriptor, and back.
+#include <cfloat>
 #include <cstdint>
-#include <limits>
 
 #include "common/macros.h"
 
@@ -67,7 +67,7 @@ struct MindBounds {
 
 template <class A>
 FASTREG_HD MindBounds<A> mind_bounds(double mean) {
-  constexpr A tiny = std::numeric_limits<A>::min();
+  constexpr A tiny = A(sizeof(A) == 8 ? DBL_MIN : double(FLT_MIN));
   // A NaN stays: it is not below tiny.
   const double lower = 1e-3 * mean, upper = 1e3 * mean;
   return {lower < tiny ? tiny : A(lower), upper < tiny ? tiny : A(upper), tiny};

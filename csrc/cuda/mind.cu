@@ -23,7 +23,7 @@ class Mind {
                   "images must have 2 or 3 spatial axes and a channel");
     FASTREG_CHECK(o.radius >= 0 && o.dilation >= 0, op, "radius and dilation must not be negative");
     for (int64_t size : image.sizes().slice(2))
-      FASTREG_CHECK(size + 4 * o.radius < (int64_t(1) << 31), op, "an axis or the radius is too long");
+      FASTREG_CHECK(size + 4 * o.radius < (int64_t(1) << 30), op, "an axis or the radius is too long");
     a.n = image.size(0), a.c = image.size(1);
     // A 2D image is a volume of its rows.
     a.size[0] = int(image.size(2)), a.size[1] = nd == 3 ? int(image.size(3)) : 1,

@@ -4,8 +4,8 @@
 //
 // Planes go through in slabs. What must pass between kernels of a gradient lies in rings of planes that
 // follow the slabs: dL/dD of each channel, and its way back per direction. So a gradient takes scratch memory
-// of some 3 volumes whatever the image, and a loss without one none. A 2D image is a volume of its rows: (H,
-// 1, W).
+// of some 3 volumes whatever the image, and a loss without one none where there are tiles. A 2D image is a
+// volume of its rows: (H, 1, W).
 #include <cmath>
 #include <type_traits>
 
