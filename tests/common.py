@@ -5,7 +5,7 @@ from backends import BACKEND as BACKEND
 
 from fastreg import _ext
 
-COMPILED = _ext._state["extension"] == "loaded"
+COMPILED = BACKEND == "cpu" and _ext._state["extension"] == "loaded"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Relative to max(|value|, 1e-3 max|tensor|). Halves: 2 ulp of the value; fp32 results: 1e-5.
 # Gradients of fp32 are sums whose terms cancel: their floor is 0.1 max|tensor|.

@@ -26,6 +26,8 @@ STEPS = {
     "warp_affine": lambda f, m, u: (f * fastreg.warp(m, u, affine=torch.eye(3, 4, device="cuda").expand(2, 3, 4))).sum(),
     "lcc_loss": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 9),
     "lcc_loss_gaussian": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 21, kernel="gaussian", sigma=5.0),
+    "lcc_loss_long": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 23),
+    "lcc_loss_fp64": lambda f, m, u: fastreg.lcc_loss(f.double(), fastreg.warp(m.double(), u), 5).float(),
     "lcc_map": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 5, reduction="none").square().sum(),
     "local_correlation": lambda f, m, u: fastreg.local_correlation(
         f, m, 2, displacement=u, normalize=True

@@ -136,7 +136,7 @@ def by_loops(fixed, moving, radius, displacement, normalize, scale, padding):
 def test_is_the_definition(shape, radius, displaced, normalize, padding):
     for scale in SCALES:
         tensors = [t.detach() for t in make(shape, displaced=displaced)]
-        f, m, u = [*[t.numpy() for t in tensors], None][:3]
+        f, m, u = [*[t.cpu().numpy() for t in tensors], None][:3]
         expected = by_loops(f, m, radius, u, normalize, scale, padding)
         options = {"normalize": normalize, "scale": scale, "padding": padding}
         assert_close(correlate(radius, **options)(*tensors), expected, 1e-11)

@@ -137,7 +137,7 @@ def test_reference_is_the_definition(shape, options):
     image = make(shape)
     with torch.no_grad():
         image[..., : shape[-1] // 2] *= 1e-3  # V below its bound there
-    expected = torch.from_numpy(with_scipy(image.detach().numpy(), **options))
+    expected = torch.from_numpy(with_scipy(image.detach().cpu().numpy(), **options))
     assert_close(reference(options)(image), expected, 1e-9)
 
 

@@ -137,7 +137,7 @@ def test_reference_is_scipy():
     steps = np.stack(np.meshgrid(*[np.arange(s) for s in image.shape[2:]], indexing="ij"))
     for padding, mode in (("zeros", "grid-constant"), ("border", "nearest"), ("reflection", "mirror")):
         expected = scipy.ndimage.map_coordinates(
-            image[0, 0].detach().numpy(), steps + u[0].detach().numpy(), order=1, mode=mode
+            image[0, 0].detach().cpu().numpy(), steps + u[0].detach().cpu().numpy(), order=1, mode=mode
         )
         assert_close(warp_ref(image, u, None, "linear", padding)[0, 0], torch.from_numpy(expected), 1e-9)
 

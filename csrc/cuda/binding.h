@@ -21,12 +21,13 @@ class Device {
  public:
   // `others` (tensors or optional ones) must lie on the device of `first`.
   template <class... Others>
-  Device(const char* op, const at::Tensor& first, const Others&... others)
-#ifndef FASTREG_EMULATION
-      : guard_(first.device())
-#endif
-  {
+  Device(const char* op, const at::Tensor& first, const Others&... others) {
     (check(op, first, others), ...);
+#ifndef FASTREG_EMULATION
+    FASTREG_CHECK(first.is_cuda(), op, "all tensors must be on one device, got ", first.device(),
+                  " and a GPU");
+    guard_.set_device(first.device());
+#endif
   }
 
 #ifdef FASTREG_EMULATION
@@ -44,7 +45,7 @@ class Device {
     if (other) check(op, first, *other);
   }
 #ifndef FASTREG_EMULATION
-  c10::cuda::CUDAGuard guard_;
+  c10::cuda::OptionalCUDAGuard guard_;
 #endif
 };
 

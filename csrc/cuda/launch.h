@@ -71,8 +71,10 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, kCount>& pack) {
 }
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fastreg: ") + what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  // Or the next launch of whoever catches this is blamed.
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string("fastreg: ") + what + ": " + cudaGetErrorString(status));
 }
 
 // Launches unless the grid is empty. `shared` may be up to 99 KB.

@@ -35,12 +35,14 @@ __global__ void __launch_bounds__(kLccTileThreads, Shape::min_blocks(kMaps == 3)
     const int at = positions.from[k] < 0 ? 0 : positions.from[k], row = int(at / s.a.W);
     tile_of[k] = row / kLccTile * s.tiles_x + (at - row * int(s.a.W)) / kLccTile;
   }
+  // Beyond it lie windows of a segment that is yet to come, or none.
+  const int end = min(z1 + rz, int(s.a.D));
   const auto load_plane = [&](int z, Shared<float> to) {
     const float* from = adjoints + int64_t(z % s.ring) * s.n_adjoints * plane;
     const float2* near = reference + int64_t(z / s.segment) * s.tiles;
 #pragma unroll
     for (int k = 0; k < Shape::kPositions; ++k) {
-      const int at = z < s.a.D ? positions.from[k] : -1, store_at = positions.to(k);
+      const int at = z < end ? positions.from[k] : -1, store_at = positions.to(k);
       float value[kMaps];
 #pragma unroll
       for (int map = 0; map < kMaps; ++map) value[map] = at < 0 ? 0.f : from[map * plane + at];

@@ -243,7 +243,9 @@ __global__ void __launch_bounds__(2 * kMindVoxels, sizeof(arithmetic_t<T>) == 8 
 // written: at 256^3 1.2 GB of DRAM, 0.4 ms at 3 TB/s. A voxel takes 115 words of L1 and shared memory, 0.26
 // ms, and 350 instructions, 0.2 ms of issue.
 template <class T, bool kSsc, int kRadius>
-__global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2 : kRadius == 3 ? 3 : 4)
+__global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2
+                                               : kRadius == 3               ? 3
+                                                                            : 4)
     mind_adjoint_kernel(const __grid_constant__ MindTileArgs<arithmetic_t<T>> t, int image) {
   using A = arithmetic_t<T>;
   constexpr int kChannels = kSsc ? 12 : 6, kEach = kChannels / 3, kSpan = kTileY + 2 * kRadius;

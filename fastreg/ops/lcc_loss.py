@@ -125,12 +125,12 @@ def _sum(x, taps):
 
 def _outside(spatial, taps):
     """(*spatial): weight of the padded samples of each window. A sum of positive terms: exactly 0 where there are none."""
-    radius, total = len(taps) // 2, float(taps.sum())
-    outside = torch.zeros((), dtype=torch.float64)
-    inside = torch.ones((), dtype=torch.float64)
+    radius, total, on = len(taps) // 2, taps.sum(), {"device": taps.device}
+    outside = torch.zeros((), dtype=torch.float64, **on)
+    inside = torch.ones((), dtype=torch.float64, **on)
     for n in spatial:
         # Offsets of a window's samples against the axis: (n, samples of the window).
-        at = torch.arange(n).view(-1, 1) + torch.arange(-radius, radius + 1)
+        at = torch.arange(n, **on).view(-1, 1) + torch.arange(-radius, radius + 1, **on)
         beyond = ((at < 0) | (at >= n)) * taps
         within = ((at >= 0) & (at < n)) * taps
         outside = outside[..., None] * total + inside[..., None] * beyond.sum(1)
@@ -184,7 +184,7 @@ def _lcc(fixed, moved, mask, window, kernel, sigma, squared, padding, smooth_nr,
     spatial, radius = fixed.shape[2:], len(taps) // 2
     f, m = fixed.double(), moved.double()
     mask = torch.ones_like(f[:, :1]) if mask is None else mask.double()
-    whole = _outside(spatial, taps.cpu()).to(fixed.device) if padding == "zeros" else None
+    whole = _outside(spatial, taps) if padding == "zeros" else None
     out = torch.zeros_like(f)
     for tile in _tiles(spatial):
         near = [(max(lo - radius, 0), min(hi + radius, n)) for (lo, hi), n in zip(tile, spatial, strict=True)]
