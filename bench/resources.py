@@ -16,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADLINE = ("warp", "lcc_loss", "local_correlation", "mind")
+# A few words that spill for an occupancy worth more: MIND of radius 3.
+ALLOWED = re.compile(r"mind_\w+<float, (true|false), 3>")
 FIELDS = ["op", "kernel", "arch", "registers", "shared_bytes", "stack_bytes", "spill_stores", "spill_loads"]
 ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\S+)' for 'sm_(?P<arch>\d+)'.*?"
@@ -75,7 +77,7 @@ def main(argv=None):
             writer.writerows(rows)
     bad = [
         r for r in rows
-        if r["op"] in HEADLINE and int(r["spill_stores"]) and "<float" in r["kernel"]
+        if r["op"] in HEADLINE and int(r["spill_stores"]) and "<float" in r["kernel"] and not ALLOWED.match(r["kernel"])
     ]  # fmt: skip
     if args.check and bad:
         print(f"{len(bad)} kernels spill: {', '.join(r['kernel'] for r in bad)}", file=sys.stderr)

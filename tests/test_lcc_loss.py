@@ -45,7 +45,7 @@ def window_weights(window, kernel, sigma, nd):
     product = along
     for _ in range(nd - 1):
         product = np.multiply.outer(product, along)
-    return torch.from_numpy(product.reshape(-1))
+    return torch.from_numpy(product.reshape(-1)).to(torch.get_default_device())
 
 
 def two_pass(fixed, moved, mask=None, **options):

@@ -54,6 +54,8 @@ class Mind {
     Tensor mean = at::empty({image.size(0)}, image.options().dtype(at::kDouble));
     if (image.numel() == 0) return mean.zero_();
     Mind call = *this;
+    // No gradient returns from it, though its owner may have asked for one by now.
+    call.a.grad[0] = call.a.grad[1] = nullptr;
     call.a.task = MindTask::variance;
     call.a.image[0] = image.const_data_ptr();
     call.run(true);

@@ -184,7 +184,7 @@ class MindSquares {
 // and y 250, x and z 190, minimum and mean 50); the descriptors, their comparison and dL/dD 150 more. At
 // 256^3 some 0.32 ms an image for the mean of V, 0.85 ms for the loss with a gradient.
 template <class T, bool kSsc, int kRadius>
-__global__ void __launch_bounds__(2 * kMindVoxels, sizeof(arithmetic_t<T>) == 8 || kRadius == 3 ? 1 : 2)
+__global__ void __launch_bounds__(2 * kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 1 : 2)
     mind_tile_kernel(const __grid_constant__ MindTileArgs<arithmetic_t<T>> t) {
   using A = arithmetic_t<T>;
   using Squares = MindSquares<T, kSsc, kRadius>;
@@ -243,9 +243,7 @@ __global__ void __launch_bounds__(2 * kMindVoxels, sizeof(arithmetic_t<T>) == 8 
 // written: at 256^3 1.2 GB of DRAM, 0.4 ms at 3 TB/s. A voxel takes 115 words of L1 and shared memory, 0.26
 // ms, and 350 instructions, 0.2 ms of issue.
 template <class T, bool kSsc, int kRadius>
-__global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2
-                                               : kRadius == 3               ? 3
-                                                                            : 4)
+__global__ void __launch_bounds__(kMindVoxels, sizeof(arithmetic_t<T>) == 8 ? 2 : 4)
     mind_adjoint_kernel(const __grid_constant__ MindTileArgs<arithmetic_t<T>> t, int image) {
   using A = arithmetic_t<T>;
   constexpr int kChannels = kSsc ? 12 : 6, kEach = kChannels / 3, kSpan = kTileY + 2 * kRadius;
