@@ -23,8 +23,10 @@ class Windows:
     )  # smooth_nr, smooth_dr, n below which a window counts as empty, whole weight along y, along x
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
+@torch.device("cpu")
 def _windows(window, kernel, sigma, size, nr, dr, whole, dtype, device):
+    """Some KB, kept for good: a CUDA graph that captured a call reads them at each replay (its first call comes before)."""
     radius, taps, edges, total, peak = [], [], [], [], 1.0
     for n, present in size:
         if not present or kernel == "box":

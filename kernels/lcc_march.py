@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastreg.kernels.launch import blocks, launch
-from fastreg.kernels.lcc_terms import TILE, shift_kernel, window_terms
+from fastreg.kernels.lcc_terms import CHANGING, TILE, shift_kernel, window_terms
 
 SLAB = 64  # a multiple of TILE
 MOST_RADIUS = 5  # above it the states do not fit the registers
@@ -85,7 +85,7 @@ def _lanes(planes, z_first, H, W, n_x, BLOCK: tl.constexpr, BLOCK_X: tl.constexp
     return nc, z_first + z.to(tl.int64), x, y, tl.minimum(y + TILE, H), (z < planes) & (x < W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _moments_kernel(
     fixed, moved, mask, shift, taps_y, taps_x, target, channels, C, z_first, planes, slots, D, H, W, n_x,
     RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr,
@@ -94,11 +94,11 @@ def _moments_kernel(
     nc, z, x, y0, y1, inside = _lanes(planes, z_first, H, W, n_x, BLOCK, BLOCK_X)
     tiles_z, tiles_y, tiles_x = tl.cdiv(D, TILE), tl.cdiv(H, TILE), tl.cdiv(W, TILE)
     tile = ((nc * tiles_z + z // TILE) * tiles_y + y0 // TILE) * tiles_x + x // TILE
-    tiles = channels.to(tl.int64) * tiles_z * tiles_y * tiles_x
+    tiles = tl.cast(channels, tl.int64) * tiles_z * tiles_y * tiles_x
     cf, cm = tl.load(shift + tile, mask=inside, other=0), tl.load(shift + tiles + tile, mask=inside, other=0)
     image, masked = (nc * D + z) * H * W + x, (nc // C * D + z) * H * W + x
     out = target + (nc * slots + z % slots) * H * W + x
-    step = channels.to(tl.int64) * slots * H * W
+    step = tl.cast(channels, tl.int64) * slots * H * W
     weights_y, weights_x = _weights(taps_y, RADIUS_Y), _weights(taps_x, RADIUS_X)
     zero, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int64)
     MAPS: tl.constexpr = 6 if HAS_MASK else 5
@@ -139,7 +139,7 @@ def _moments_kernel(
         state = state[MAPS:]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _windows_kernel(
     source, target, mask, upstream, shift, taps_z, edge_z, edge_y, edge_x, rule, value_map, sums, channels, C, z_first, z_end,
     slots, slots_out, D, H, W, n_v, TAU: tl.constexpr, VALID: tl.constexpr, SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr,
@@ -155,21 +155,21 @@ def _windows_kernel(
     z0 = z_first + (pid // n_v % n_z).to(tl.int64) * TILE
     z1 = tl.minimum(z0 + TILE, z_end)
     nc = (pid // n_v // n_z).to(tl.int64)
-    plane = H.to(tl.int64) * W
+    plane = tl.cast(H, tl.int64) * W
     inside = v < plane
     y, x = v // W, v % W
     tiles_z, tiles_y, tiles_x = tl.cdiv(D, TILE), tl.cdiv(H, TILE), tl.cdiv(W, TILE)
     tile = shift + (nc * tiles_z * tiles_y + y // TILE) * tiles_x + x // TILE
-    tiles, per_z = channels.to(tl.int64) * tiles_z * tiles_y * tiles_x, tiles_y * tiles_x
+    tiles, per_z = tl.cast(channels, tl.int64) * tiles_z * tiles_y * tiles_x, tiles_y * tiles_x
     at = tile + z0 // TILE * per_z
     cf, cm = tl.load(at, mask=inside, other=0), tl.load(at + tiles, mask=inside, other=0)
     in_y, out_y = tl.load(edge_y + y, mask=inside, other=0), tl.load(edge_y + H + y, mask=inside, other=0)
     in_x, out_x = tl.load(edge_x + x), tl.load(edge_x + W + x)
     weights = _weights(taps_z, RADIUS)
     from_map = source + nc * slots * plane + v
-    step = channels.to(tl.int64) * slots * plane
+    step = tl.cast(channels, tl.int64) * slots * plane
     out = target + nc * slots_out * plane + v
-    step_out = channels.to(tl.int64) * slots_out * plane
+    step_out = tl.cast(channels, tl.int64) * slots_out * plane
     image, masked = nc * D * plane + v, nc // C * D * plane + v
     zero, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int64)
     MAPS: tl.constexpr = 6 if HAS_MASK else 5
@@ -246,7 +246,7 @@ def _windows_kernel(
         tl.store(sums + pid, -tl.sum(loss))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _gradient_kernel(
     source, fixed, moved, mask, shift, taps_y, taps_x, grad_fixed, grad_moved, channels, C, z_first, planes, slots, D, H, W, n_x,
     WANT_FIXED: tl.constexpr, WANT_MOVED: tl.constexpr, RADIUS_Y: tl.constexpr, RADIUS_X: tl.constexpr,
@@ -256,12 +256,12 @@ def _gradient_kernel(
     nc, z, x, y0, y1, inside = _lanes(planes, z_first, H, W, n_x, BLOCK, BLOCK_X)
     tiles_z, tiles_y, tiles_x = tl.cdiv(D, TILE), tl.cdiv(H, TILE), tl.cdiv(W, TILE)
     tile = shift + (nc * tiles_z + z // TILE) * tiles_y * tiles_x
-    tiles = channels.to(tl.int64) * tiles_z * tiles_y * tiles_x
+    tiles = tl.cast(channels, tl.int64) * tiles_z * tiles_y * tiles_x
     at = tile + y0 // TILE * tiles_x + x // TILE
     cf, cm = tl.load(at, mask=inside, other=0), tl.load(at + tiles, mask=inside, other=0)
     image, masked = (nc * D + z) * H * W + x, (nc // C * D + z) * H * W + x
     from_map = source + (nc * slots + z % slots) * H * W + x
-    step = channels.to(tl.int64) * slots * H * W
+    step = tl.cast(channels, tl.int64) * slots * H * W
     weights_y, weights_x = _weights(taps_y, RADIUS_Y), _weights(taps_x, RADIUS_X)
     zero, spread = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int64)
     ADJOINTS: tl.constexpr = 5 if WANT_FIXED and WANT_MOVED else 3

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastreg.kernels.launch import blocks, launch
-from fastreg.kernels.lcc_terms import shift_kernel, window_terms
+from fastreg.kernels.lcc_terms import CHANGING, shift_kernel, window_terms
 
 SLAB = 32
 TAU = 2.0**-42
@@ -35,7 +35,7 @@ def _rows(outer, z_first, planes, H, W, n_x, BLOCK_R: tl.constexpr, BLOCK_X: tl.
     return o, z, y, x, (o < outer) & (x < W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _moments_x_kernel(
     fixed, moved, mask, shift, taps, target, channels, C, z_first, planes, slots, D, H, W, n_x, RADIUS, HAS_MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_X: tl.constexpr,
@@ -63,7 +63,7 @@ def _moments_x_kernel(
         t2 += weight * m * m
         st += weight * f * m
     at = ((nc * slots + z % slots) * H + y) * W + x
-    step = channels.to(tl.int64) * slots * H * W
+    step = tl.cast(channels, tl.int64) * slots * H * W
     tl.store(target + at, s1, mask=inside)
     tl.store(target + step + at, t1, mask=inside)
     tl.store(target + 2 * step + at, s2, mask=inside)
@@ -73,7 +73,7 @@ def _moments_x_kernel(
         tl.store(target + 5 * step + at, n, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _sum_kernel(
     source, target, taps, outer, z_first, planes, slots_in, slots_out, H, W, n_x, RADIUS, ALONG_Y: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_X: tl.constexpr,
@@ -101,7 +101,7 @@ def _columns(planes, z_first, plane, n_v, BLOCK_Z: tl.constexpr, BLOCK_V: tl.con
     return nc, z_first + z, v, (z < planes) & (v < plane)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _windows_z_kernel(
     source, target, mask, upstream, shift, taps, edge_z, edge_y, edge_x, rule, value_map, sums, channels, C, z_first, planes, slots,
     slots_out, D, H, W, n_v, RADIUS, TAU: tl.constexpr, VALID: tl.constexpr, SQUARED: tl.constexpr, DENOMINATOR: tl.constexpr,
@@ -110,8 +110,8 @@ def _windows_z_kernel(
 ):  # fmt: skip
     """Sums along z, the LCC of each window, its sum over the block, and the adjoint maps e, a, a mean, b, b mean as asked for."""
     nc, z, v, inside = _columns(planes, z_first, H * W, n_v, BLOCK_Z, BLOCK_V)
-    y, x, plane = v // W, v % W, H.to(tl.int64) * W
-    step = channels.to(tl.int64) * slots * plane
+    y, x, plane = v // W, v % W, tl.cast(H, tl.int64) * W
+    step = tl.cast(channels, tl.int64) * slots * plane
     s1 = tl.zeros([BLOCK_Z, BLOCK_V], tl.float64)
     t1, s2, t2, st, n = s1, s1, s1, s1, s1
     for k in range(-RADIUS, RADIUS + 1):
@@ -148,7 +148,7 @@ def _windows_z_kernel(
     else:
         tl.store(sums + tl.program_id(0), -tl.sum(tl.where(inside & (weight != 0), weight * value, 0)))
     out = target + (nc * slots_out + z % slots_out) * plane + v
-    step = channels.to(tl.int64) * slots_out * plane
+    step = tl.cast(channels, tl.int64) * slots_out * plane
     if WANT_FIXED or WANT_MOVED:
         tl.store(out, e, mask=inside)
     if WANT_FIXED:
@@ -160,15 +160,15 @@ def _windows_z_kernel(
         tl.store(out + 2 * step, m_mean, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _gradient_z_kernel(
     source, own, other, mask, shift_own, shift_other, taps, grad, first_map, channels, C, z_first, planes, slots, D, H, W, n_v,
     RADIUS, HAS_MASK: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adjoint maps summed along z, and the gradient of one image: own * a + other * e - mean."""
     nc, z, v, inside = _columns(planes, z_first, H * W, n_v, BLOCK_Z, BLOCK_V)
-    plane = H.to(tl.int64) * W
-    step = channels.to(tl.int64) * slots * plane
+    plane = tl.cast(H, tl.int64) * W
+    step = tl.cast(channels, tl.int64) * slots * plane
     e = tl.zeros([BLOCK_Z, BLOCK_V], tl.float64)
     a, mean = e, e
     for k in range(-RADIUS, RADIUS + 1):

@@ -10,6 +10,10 @@ TILE = tl.constexpr(32)  # voxels an axis that share a shift
 SAMPLES = tl.constexpr(8)  # of a tile's axis, from which its shift is taken
 
 
+# What differs between the launches of one call must not make a kernel of its own.
+CHANGING = ("z_first", "z_end", "planes", "outer", "first_map")
+
+
 @triton.jit
 def _finite_sums(fixed, moved, mask, at_image, at_mask, inside, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
     """Sums of fixed and moved over the finite, unmasked samples of a block, and their number."""

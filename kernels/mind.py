@@ -426,12 +426,12 @@ def _image_kernel(
     tl.store(grad + (nc * D + z) * plane + y * row + x, result, mask=inside[None, :])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _weights(radius, patch, sigma, dtype, device):
-    """The 2 radius + 1 weights of a patch, then the sums of the last radius + 1, radius, ... of them. Kept: a copy to the device would wait for it, and a CUDA graph cannot capture it."""
+    """The 2 radius + 1 weights of a patch, then the sums of the last radius + 1, radius, ... of them. Kept for good: a CUDA graph reads them at each replay, and cannot capture the copy to the device."""
     weights = patch_weights(radius, patch, sigma)
     tails = [math.fsum(weights[radius + t :]) for t in range(radius + 1)]
-    return torch.tensor(weights + tails, dtype=dtype).to(device)
+    return torch.tensor(weights + tails, dtype=dtype, device="cpu").to(device)
 
 
 def _power_of_two(n, most):

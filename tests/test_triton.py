@@ -51,6 +51,11 @@ def sources(calls):
     def note(kernel, args, constants, num_warps, num_stages):
         given = dict(zip(kernel.arg_names, args, strict=False)) | constants
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
+        # As a launch does: a 1 becomes part of the kernel, a number that has no methods.
+        for p in kernel.params:
+            value = given[p.name]
+            if isinstance(value, int) and value == 1 and not (p.is_constexpr or p.do_not_specialize):
+                constants[p.name] = 1
         types = {n: "constexpr" if n in constants else type_of(given[n]) for n in kernel.arg_names}
         key = (kernel.__name__, str(types), str(constants), num_warps, num_stages)
         found[key] = (kernel, types, constants, {"num_warps": num_warps, "num_stages": num_stages})
