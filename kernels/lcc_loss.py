@@ -24,9 +24,13 @@ class Windows:
 
 
 @functools.cache
-@torch.device("cpu")
-def _windows(window, kernel, sigma, size, nr, dr, whole, dtype, device):
+def _windows(*args):
     """Some KB, kept for good: a CUDA graph that captured a call reads them at each replay (its first call comes before)."""
+    with torch.device("cpu"):
+        return _make_windows(*args)
+
+
+def _make_windows(window, kernel, sigma, size, nr, dr, whole, dtype, device):
     radius, taps, edges, total, peak = [], [], [], [], 1.0
     for n, present in size:
         if not present or kernel == "box":
