@@ -1,5 +1,6 @@
 """What the op tests share: tolerances, layouts, derivative checks."""
 
+import pytest
 import torch
 from backends import BACKEND as BACKEND
 
@@ -15,6 +16,12 @@ TOLERANCE = {
     torch.float16: 2 * 2.0**-10,
     torch.bfloat16: 2 * 2.0**-7,
 }
+
+
+def skip_where_the_interpreter_truncates(dtype):
+    """Triton's interpreter cuts fp32 to bf16; a GPU rounds."""
+    if BACKEND == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter does not round to bf16")
 
 
 def assert_close(actual, truth, tolerance=None, floor=1e-3):

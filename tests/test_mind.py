@@ -388,6 +388,7 @@ def test_radius_and_dilation_beyond_the_image(shape):
         )
 
 
+@pytest.mark.skipif(BACKEND == "triton", reason="minutes; test_slabs has slabs of a few planes")
 @pytest.mark.parametrize(
     "options", [OPTIONS, F3RNET, OPTIONS | {"radius": 3, "dilation": 5}, OPTIONS | {"radius": 5}]
 )
