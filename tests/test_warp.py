@@ -76,6 +76,9 @@ def test_reproducible_image_gradient(shape, dtype):
         assert_close(ours, theirs, floor=0.1 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.skipif(
+    BACKEND == "cpu" and not COMPILED, reason="the reference multiplies infinite gradients by weights of 0"
+)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 4, 5, 34), (1, 2, 5, 34)])
 def test_gradients_that_are_not_finite_reach_what_they_touch(shape, deterministic):
