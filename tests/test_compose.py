@@ -175,6 +175,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(torch.ops.fastreg.compose_bwd.default, (*tensors, "zeros", *needs))
 
 
+@pytest.mark.usefixtures("reproducible")
 def test_compile():
     def step(u, v):
         return fastreg.compose(u * 2, v).square().mean()

@@ -238,6 +238,7 @@ def test_kept_fields_are_those_of_the_reference():
             assert_close(a, b, 1e-9)
 
 
+@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_compile(checkpoint):
     def step(v):

@@ -453,6 +453,7 @@ def test_opcheck(dtype):
                           (torch.rand_like(image), image, u, None, "linear", "border", True, True, False))  # fmt: skip
 
 
+@pytest.mark.usefixtures("reproducible")
 def test_compile():
     def step(image, u):
         return fastreg.warp(image * 2, u, padding="border").square().mean()
