@@ -1,7 +1,6 @@
 """Builds csrc/cuda/ with g++ against emulation.h and loads it: its kernels then answer for CPU tensors.
 
-FASTREG_EMULATION_SEED (0) chooses the orders in which blocks and threads run. Two threads must not compare failures by
-time: one launch runs at a time, on the calling thread.
+FASTREG_EMULATION_SEED (0) chooses the orders in which blocks and threads run. One launch runs at a time.
 """
 
 from pathlib import Path
