@@ -151,15 +151,8 @@ def gate(case, name, device):
     timed.
     """
     chosen = PROVIDERS[name]
-    checked = [common.shrunk(case)]
-    if (
-        chosen.package == "fastreg"
-        and math.prod(case.shape) <= common.GATE_VOXELS
-        and case.shape != checked[0].shape
-    ):
-        checked.append(case)
     texts, ok = [], True
-    for small in checked:
+    for small in common.gated(case, chosen.package == "fastreg", device):
         step = chosen.build(small, make_inputs(small, device, torch.float32))
         try:
             losses = [step() for _ in range(GATE_ITERATIONS)]

@@ -244,6 +244,13 @@ def _l2(actual, truth):
     return error if math.isfinite(error) else math.inf
 
 
+def gated(case, ours, device):
+    """The cases a provider is compared at: a small volume; for fastreg also the one that is timed."""
+    small = shrunk(case)
+    as_timed = ours and math.prod(case.shape) <= GATE_VOXELS[device] and small.shape != case.shape
+    return [small, case] if as_timed else [small]
+
+
 def gate(module, case, name, device):
     """Compares a provider with the fp64 reference of the formula it claims, value and gradients.
 
@@ -255,11 +262,8 @@ def gate(module, case, name, device):
         return module.gate(case, name, device)
     provider = module.PROVIDERS[name]
     ours = provider.package == "fastreg"
-    checked = [shrunk(case)]
-    if ours and math.prod(case.shape) <= GATE_VOXELS[device] and checked[0].shape != case.shape:
-        checked.append(case)
     worst = [0.0, 0.0]
-    for small in checked:
+    for small in gated(case, ours, device):
         try:
             errors = _errors(module, small, provider, name, device, ours)
         except Exception as error:
