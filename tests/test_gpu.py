@@ -3,38 +3,50 @@
 The numbers are checked by the tests of each op, run with FASTREG_TEST_BACKEND=cuda.
 """
 
+import functools
+
 import pytest
 import torch
 
 import fastreg
 from fastreg.ops.mind import mind_loss_ref
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SHAPE = (2, 2, 20, 21, 37)
 
 
-def inputs():
-    generator = torch.Generator("cuda").manual_seed(0)
-    f, m = (torch.rand(SHAPE, device="cuda", generator=generator) for _ in range(2))
-    u = 2 * torch.randn((2, 3, *SHAPE[2:]), device="cuda", generator=generator)
+def inputs(device="cuda"):
+    generator = torch.Generator(device).manual_seed(0)
+    f, m = (torch.rand(SHAPE, device=device, generator=generator) for _ in range(2))
+    u = 2 * torch.randn((2, 3, *SHAPE[2:]), device=device, generator=generator)
     return f, m, u
 
 
 # Each takes (fixed, moving, displacement) and gives a scalar that depends on what requires a gradient.
 STEPS = {
     "warp": lambda f, m, u: (f * fastreg.warp(m, u)).sum(),
-    "warp_affine": lambda f, m, u: (f * fastreg.warp(m, u, affine=torch.eye(3, 4, device="cuda").expand(2, 3, 4))).sum(),
+    "warp_affine": lambda f, m, u: (f * fastreg.warp(m, u, affine=torch.eye(3, 4, device=m.device).expand(2, 3, 4))).sum(),
+    "warp_border": lambda f, m, u: (f * fastreg.warp(m, 9 * u, padding="border")).sum(),
+    "warp_nearest": lambda f, m, u: (f * fastreg.warp(m, u, mode="nearest")).sum(),
+    "warp_2d": lambda f, m, u: fastreg.warp(m[:, :, 0], u[:, :2, 0]).square().sum(),
     "lcc_loss": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 9),
+    "lcc_loss_2d": lambda f, m, u: fastreg.lcc_loss(f[:, :, 0], m[:, :, 0], 7),
     "lcc_loss_gaussian": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 21, kernel="gaussian", sigma=5.0),
     "lcc_loss_long": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 23),
     "lcc_loss_fp64": lambda f, m, u: fastreg.lcc_loss(f.double(), fastreg.warp(m.double(), u), 5).float(),
-    "lcc_map": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 5, reduction="none").square().sum(),
+    "lcc_loss_map": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 5, reduction="none").square().sum(),
     "local_correlation": lambda f, m, u: fastreg.local_correlation(
         f, m, 2, displacement=u, normalize=True
     ).square().mean(),
+    "local_correlation_border": lambda f, m, u: fastreg.local_correlation(
+        f, m, 1, displacement=9 * u, padding="border"
+    ).square().mean(),
+    "local_correlation_2d": lambda f, m, u: fastreg.local_correlation(f[:, :, 0], m[:, :, 0], 3).square().mean(),
     "mind": lambda f, m, u: fastreg.mind(fastreg.warp(m, u)).square().sum(),
     "mind_loss": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u)),
+    "mind_loss_six": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u), neighbourhood="six"),
+    "mind_loss_2d": lambda f, m, u: fastreg.mind_loss(f[:, :, 0], m[:, :, 0]),
     "mse_loss": lambda f, m, u: fastreg.mse_loss(f, fastreg.warp(m, u)),
     "compose": lambda f, m, u: fastreg.compose(u, u).square().mean(),
     "integrate_velocity": lambda f, m, u: fastreg.integrate_velocity(u).square().mean(),
@@ -65,6 +77,15 @@ def assert_same(results, expected):
 
 
 @pytest.mark.parametrize("name", STEPS)
+def test_steps_without_a_gpu(name):
+    """So that an error in the steps themselves is not found where device time is spent."""
+    results = step(name, *inputs("cpu"))
+    assert len(results) > 1
+    assert all(t.isfinite().all() for t in results)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", STEPS)
 def test_replays_in_a_graph(name):
     static = [t.clone() for t in inputs()]
     side = torch.cuda.Stream()
@@ -83,6 +104,7 @@ def test_replays_in_a_graph(name):
     assert_same(results, step(name, m, f, 0.5 * u))
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_runs_on_the_current_stream(name):
     f, m, u = inputs()
@@ -102,13 +124,12 @@ def test_runs_on_the_current_stream(name):
 @pytest.mark.parametrize("name", STEPS)
 def test_runs_on_a_device_that_is_not_current(name):
     expected = step(name, *inputs())
-    if name == "warp_affine":
-        pytest.skip("its matrix is made on the current device")
     results = step(name, *(t.to("cuda:1") for t in inputs()))
     assert all(t.device == torch.device("cuda:1") for t in results)
     assert_same([t.to("cuda:0") for t in results], expected)
 
 
+@needs_gpu
 def test_mixed_devices_are_refused():
     f, m, u = inputs()
     with pytest.raises(ValueError, match="device"):
@@ -117,6 +138,7 @@ def test_mixed_devices_are_refused():
         fastreg.lcc_loss(f, m.cpu())
 
 
+@needs_gpu
 def test_deterministic_warp():
     f, m, u = inputs()
     torch.use_deterministic_algorithms(True)
@@ -124,6 +146,7 @@ def test_deterministic_warp():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@needs_gpu
 @pytest.mark.parametrize("both", [False, True])
 def test_mind_in_several_slabs(both):
     """So large that its scratch memory is cut into slabs, as at the sizes that people run."""
@@ -145,26 +168,38 @@ def enough_memory(gigabytes):
     return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > gigabytes * 2**30
 
 
-LARGE = (1, 1, 1296, 1296, 1296)  # 2.18e9 voxels
+def assert_same_at_corners(op, inputs, margin, **tolerance):
+    """Two corners of a huge volume against the same corners by themselves, further in than an op reaches."""
+    whole = op(*inputs)
+    assert whole.numel() > 2**31
+    for corner in (slice(0, 24), slice(-24, None)):
+        at = (..., corner, corner, corner)
+        part = op(*(t[at].contiguous() for t in inputs))
+        inner = (..., *[slice(margin, -margin)] * 3)
+        torch.testing.assert_close(whole[at][inner], part[inner], **tolerance)
+    return whole
 
 
 @pytest.mark.skipif(not enough_memory(60), reason="needs 60 GB")
 def test_more_than_2_31_elements():
-    """Corners of a huge volume against the same corners by themselves."""
-    m = torch.rand(LARGE, device="cuda", dtype=torch.bfloat16)
-    u = torch.empty((1, 3, *LARGE[2:]), device="cuda").uniform_(-2, 2)
-    out = fastreg.warp(m, u)
-    for corner in (slice(0, 24), slice(-24, None)):
-        at = (..., corner, corner, corner)
-        expected = fastreg.warp(m[at].contiguous(), u[at].contiguous())
-        inner = (..., *[slice(3, -3)] * 3)
-        torch.testing.assert_close(out[at][inner], expected[inner])
+    shape = (1296, 1296, 1296)
+    m = torch.rand((1, 1, *shape), device="cuda", dtype=torch.bfloat16)
+    u = torch.empty((1, 3, *shape), device="cuda").uniform_(-2, 2)
+    warped = assert_same_at_corners(fastreg.warp, (m, u), 3)
     del u
-    loss = fastreg.mse_loss(m, out)
-    assert loss.isfinite()
-    window = fastreg.lcc_loss(m, out, 5, reduction="none")
-    for corner in (slice(0, 24), slice(-24, None)):
-        at = (..., corner, corner, corner)
-        expected = fastreg.lcc_loss(m[at].contiguous(), out[at].contiguous(), 5, reduction="none")
-        inner = (..., *[slice(3, -3)] * 3)
-        torch.testing.assert_close(window[at][inner], expected[inner], rtol=1e-4, atol=1e-5)
+    assert fastreg.mse_loss(m, warped).isfinite()
+    lcc = functools.partial(fastreg.lcc_loss, window=5, reduction="none")
+    assert_same_at_corners(lcc, (m, warped), 3, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not enough_memory(40), reason="needs 40 GB")
+@pytest.mark.parametrize(
+    ("op", "size", "count", "margin"),
+    [
+        (functools.partial(fastreg.local_correlation, radius=2), 264, 2, 3),  # 125 channels
+        (fastreg.mind, 568, 1, 6),  # 12 channels
+    ],
+)
+def test_more_than_2_31_elements_in_the_channels(op, size, count, margin):
+    images = [torch.rand((1, 1, size, size, size), device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    assert_same_at_corners(op, images, margin, rtol=1e-2, atol=1e-2)
