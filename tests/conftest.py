@@ -14,13 +14,17 @@ torch._functorch.config.enable_autograd_cache = False
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of the cases of a test the interpreter takes two (all: FASTREG_TEST_FULL=1): it needs seconds for one."""
-    if backends.BACKEND != "triton" or os.environ.get("FASTREG_TEST_FULL") == "1":
+    """FASTREG_TEST_CASES=n takes n cases of each parametrised test, evenly spaced: for lanes that repeat what another has
+    tested in full. Triton's interpreter needs seconds for one, so it takes two unless told otherwise ("all").
+    """
+    count = os.environ.get("FASTREG_TEST_CASES") or ("2" if backends.BACKEND == "triton" else "all")
+    if count == "all":
         return
     cases = {}
     for item in items:
         cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    kept = {c[i] for c in cases.values() for i in (len(c) // 2, -1)}
+    count = int(count)
+    kept = {c[max(0, k * len(c) // count - 1)] for c in cases.values() for k in range(1, count + 1)}
     config.hook.pytest_deselected(items=[i for i in items if i not in kept])
     items[:] = [i for i in items if i in kept]
 
