@@ -2,6 +2,7 @@
 // LCC of one window from its sums, and the derivatives of LCC by the window's variances and covariance
 // (FORMULAS: LCC).
 #include <cmath>
+#include <cstdint>
 
 #include "common/macros.h"
 
@@ -14,6 +15,26 @@ struct LccRule {
   double tau;  // a variance below tau times the largest second moment seen is rounding: the window counts as
                // flat
 };
+
+// What every kernel of a call is told.
+struct LccCall {
+  const void *fixed, *moved;  // (n c, *spatial)
+  const void* mask;           // (n, *spatial), arithmetic type, or null
+  const void* upstream;  // (n, *spatial), arithmetic type: what the loss map is multiplied by, or null (the
+                         // mask, or 1)
+  void* map;             // (n c, *spatial), arithmetic type: -LCC / c, or null
+  void *grad_fixed, *grad_moved;  // (n c, *spatial), arithmetic type: of the sum of upstream * -LCC, or null
+  int64_t n, c;
+  bool valid, squared;
+  Denominator denominator;
+  LccRule rule;
+  double least;  // weight below which a window counts as empty
+};
+
+// Maps that the gradients need: e, and for each image what multiplies it and the sum with the means.
+FASTREG_HD int lcc_adjoints(const LccCall& a) {
+  return a.grad_fixed && a.grad_moved ? 5 : a.grad_fixed || a.grad_moved ? 3 : 0;
+}
 
 template <class A>
 struct LccTerms {

@@ -7,6 +7,22 @@
 
 namespace fastreg {
 
+enum class MindTask { variance, describe, describe_bwd, compare };
+
+// What every kernel of a call is told.
+struct MindCall {
+  const void* image[2];   // (n, c, *spatial): fixed and moved, or one image
+  const double* mean[2];  // (n): mean of V
+  const void* weight;     // (n, *spatial), arithmetic type, or null: of the voxels' errors
+  bool is_mask;           // of the weight: what is not above 0 counts as 0
+  const void* upstream;   // (n, n_channels, *spatial), as the image: gradient of the descriptors
+  void* out;              // descriptors, as the image; or a map (n, *spatial), arithmetic type; or null
+  void* grad[2];          // (n, c, *spatial); or null
+  double* sums;           // partial sums of the loss or of V
+  int64_t n, c;
+  bool six, absolute;
+};
+
 // Offsets of the two patches of a channel, in units of the dilation along (z, y, x).
 struct MindPair {
   int a[3], b[3];
@@ -28,6 +44,11 @@ constexpr MindPair kSix[6] = {
     {{0, 0, 0}, {-1, 0, 0}}, {{0, 0, 0}, {1, 0, 0}},  {{0, 0, 0}, {0, -1, 0}},
     {{0, 0, 0}, {0, 1, 0}},  {{0, 0, 0}, {0, 0, -1}}, {{0, 0, 0}, {0, 0, 1}},
 };
+
+constexpr int mind_channels(bool six, int64_t nd) { return six ? int(2 * nd) : nd == 3 ? 12 : 4; }
+constexpr const MindPair* mind_pairs(bool six, int64_t nd) {
+  return six ? kSix + (nd == 2 ? 2 : 0) : nd == 3 ? kSsc3 : kSsc2;
+}
 
 // Direction of an offset: 0 where there is none, else 1 + 2 axis + (it is positive).
 FASTREG_HD constexpr int mind_direction(const int (&offset)[3]) {

@@ -11,6 +11,12 @@
 
 namespace fastreg {
 
+// What cuda/binding.h makes current: on a CPU, nothing.
+struct Device {
+  template <class... Tensors>
+  explicit Device(const char*, const Tensors&...) {}
+};
+
 // Uninitialised, in pages of 2 MiB where the system grants them: in small ones, a result of several hundred
 // MB takes longer to map than to compute.
 inline at::Tensor empty_large(at::IntArrayRef size, at::TensorOptions options) {

@@ -334,6 +334,7 @@ void integrate_step_bwd(Stored type, int nd, const IntegrateArgs& a, const int32
 
 #else
 
+#include "common/integrate_velocity_inputs.h"
 #include "cpu/binding.h"
 
 namespace fastreg {
@@ -342,33 +343,18 @@ namespace {
 using at::Tensor;
 
 // One sample: its packed fields and the kernels between them.
-class Integration {
+class Integration : public IntegrateInputs {
  public:
-  Integration(const Tensor& v, int64_t steps, c10::string_view padding)
-      : nd_(int(v.dim()) - 2), type_(stored(v)), scale_(std::ldexp(1.0, -int(steps))) {
-    FASTREG_CHECK((nd_ == 2 || nd_ == 3) && v.size(1) == nd_, "integrate_velocity",
-                  "v must have shape (N, nd, *spatial)");
-    FASTREG_CHECK(steps >= 0 && steps <= 64, "integrate_velocity", "steps must be from 0 to 64");
+  Integration(const Tensor& v, int64_t steps, c10::string_view padding_)
+      : IntegrateInputs(v, steps, padding_), rows_(size[0] * size[1]) {
     WarpArgs& g = args_.grid;
-    packed_sizes_.clear();
-    for (int k = 0; k < 3; ++k) {
-      g.in[k] = g.out[k] = k < 3 - nd_ ? 1 : v.size(k + nd_ - 1);
-      FASTREG_CHECK(g.in[k] < (1 << 29), "integrate_velocity", "an axis must be shorter than 2^29");
-      if (k >= 3 - nd_) packed_sizes_.push_back(g.in[k]);
-    }
-    FASTREG_CHECK(g.in[1] * g.in[2] < (int64_t(1) << 32), "integrate_velocity",
-                  "a plane of v must be smaller than 2^32 voxels");
-    packed_sizes_.push_back(nd_ == 3 ? 4 : 2);
+    std::copy_n(size, 3, g.in), std::copy_n(size, 3, g.out);
     g.n = 1;
-    g.padding = padding_of(padding);
-    rows_ = g.out[0] * g.out[1];
-    options_ = v.options().dtype(arithmetic_of(v));
+    g.padding = padding;
   }
 
-  const std::vector<int64_t>& packed_sizes() const { return packed_sizes_; }
-
   Tensor take() {
-    if (spare_.empty()) return at::empty(packed_sizes_, options_);
+    if (spare_.empty()) return at::empty(packed_sizes, packed_options);
     Tensor t = std::move(spare_.back());
     spare_.pop_back();
     return t;
@@ -378,13 +364,13 @@ class Integration {
     t = Tensor();
   }
 
-  void pack(const Tensor& planar, double scale, const Tensor& packed) {
-    run(FASTREG_PICK(integrate_pack), planar, packed, scale, false);
+  void pack(const Tensor& planar, double by, const Tensor& packed) {
+    run(FASTREG_PICK(integrate_pack), planar, packed, by, false);
   }
-  void unpack(const Tensor& packed, double scale, const Tensor& planar) {
+  void unpack(const Tensor& packed, const Tensor& planar) {
     run(FASTREG_PICK(integrate_unpack), packed, planar, scale, false);
   }
-  void scaled(const Tensor& v, const Tensor& packed) { pack(v, scale_, packed); }
+  void scaled(const Tensor& v, const Tensor& packed) { pack(v, scale, packed); }
   void step(const Tensor& u, const Tensor& out, bool planar = false) {
     run(FASTREG_PICK(integrate_step), u, out, 1, planar);
   }
@@ -393,29 +379,23 @@ class Integration {
     args_.u = u.const_data_ptr(), args_.grad = grad.const_data_ptr(), args_.result = out.mutable_data_ptr();
     std::vector<int32_t> range(2 * rows_);
     auto ranges = FASTREG_PICK(integrate_row_range);
-    at::parallel_for(0, rows_, 1,
-                     [&](int64_t b, int64_t e) { ranges(type_, nd_, args_, range.data(), b, e); });
-    const int64_t n_slabs = std::clamp<int64_t>(2 * at::get_num_threads(), 1, args_.grid.in[3 - nd_]);
+    at::parallel_for(0, rows_, 1, [&](int64_t b, int64_t e) { ranges(type, nd, args_, range.data(), b, e); });
+    const int64_t n_slabs = std::clamp<int64_t>(2 * at::get_num_threads(), 1, args_.grid.in[3 - nd]);
     auto kernel = FASTREG_PICK(integrate_step_bwd);
     at::parallel_for(0, n_slabs, 1,
-                     [&](int64_t b, int64_t e) { kernel(type_, nd_, args_, range.data(), n_slabs, b, e); });
+                     [&](int64_t b, int64_t e) { kernel(type, nd, args_, range.data(), n_slabs, b, e); });
   }
 
  private:
   template <class Kernel>
-  void run(Kernel kernel, const Tensor& from, const Tensor& to, double scale, bool planar) {
+  void run(Kernel kernel, const Tensor& from, const Tensor& to, double by, bool planar) {
     args_.u = from.const_data_ptr(), args_.result = to.mutable_data_ptr();
-    args_.scale = scale, args_.planar = planar;
-    at::parallel_for(0, rows_, 1, [&](int64_t b, int64_t e) { kernel(type_, nd_, args_, b, e); });
+    args_.scale = by, args_.planar = planar;
+    at::parallel_for(0, rows_, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args_, b, e); });
   }
 
   IntegrateArgs args_{};
-  int nd_;
-  Stored type_;
-  double scale_;
-  int64_t rows_ = 0;
-  std::vector<int64_t> packed_sizes_;
-  at::TensorOptions options_;
+  int64_t rows_;
   std::vector<Tensor> spare_;
 };
 
@@ -423,10 +403,8 @@ std::tuple<Tensor, Tensor> integrate_velocity_cpu(const Tensor& velocity, int64_
                                                   c10::string_view padding, bool keep) {
   Tensor v = velocity.contiguous();
   Integration run(v, steps, padding);
-  std::vector<int64_t> sizes = run.packed_sizes();
-  const int64_t n_kept = keep ? std::max<int64_t>(steps - 1, 0) : 0;
-  sizes.insert(sizes.begin(), {v.size(0), n_kept});
-  Tensor fields = at::empty(sizes, v.options().dtype(arithmetic_of(v)));
+  Tensor fields =
+      at::empty(run.sizes_of_kept(keep ? std::max<int64_t>(steps - 1, 0) : 0), run.packed_options);
   if (steps == 0 || v.numel() == 0) return {v.clone(at::MemoryFormat::Contiguous), fields};
   Tensor out = at::empty_like(v);
   for (int64_t n = 0; n < v.size(0); ++n) {
@@ -444,24 +422,14 @@ std::tuple<Tensor, Tensor> integrate_velocity_cpu(const Tensor& velocity, int64_
   return {out, fields};
 }
 
-// Without kept fields those of every sqrt(steps)-th step are computed first, then, from the last to the
-// first, those between.
 Tensor integrate_velocity_bwd_cpu(const Tensor& grad, const Tensor& velocity, const Tensor& fields,
                                   int64_t steps, c10::string_view padding) {
   Tensor v = velocity.contiguous(), g = grad.to(v.scalar_type()).contiguous();
   FASTREG_CHECK(g.sizes() == v.sizes(), "integrate_velocity_bwd", "grad must have the shape of v");
   if (steps == 0 || v.numel() == 0) return g.clone(at::MemoryFormat::Contiguous);
   Integration run(v, steps, padding);
-  const bool kept = fields.size(1) > 0 || steps == 1;
-  if (kept) {
-    std::vector<int64_t> sizes = run.packed_sizes();
-    sizes.insert(sizes.begin(), {v.size(0), steps - 1});
-    FASTREG_CHECK(
-        fields.sizes() == sizes && fields.is_contiguous() && fields.scalar_type() == arithmetic_of(v),
-        "integrate_velocity_bwd", "fields must be those of the forward");
-  }
-  const int64_t every = kept ? 1 : int64_t(std::ceil(std::sqrt(double(steps))));
-  const int64_t last = (steps - 1) / every * every;
+  const bool kept = run.has_kept(fields, steps);
+  const auto [every, last] = Checkpoints(steps, kept);
   Tensor out = at::empty_like(v);
   for (int64_t n = 0; n < v.size(0); ++n) {
     std::vector<Tensor> u(steps);
@@ -490,7 +458,7 @@ Tensor integrate_velocity_bwd_cpu(const Tensor& grad, const Tensor& velocity, co
           u[s] = Tensor();
       }
     }
-    run.unpack(flow, std::ldexp(1.0, -int(steps)), out[n]);
+    run.unpack(flow, out[n]);
     run.give_back(flow), run.give_back(next);
   }
   return out;

@@ -18,22 +18,12 @@ struct LccTaps {
 
 // 2D images are volumes whose y axis has one voxel, so that the march along z still has rows to share among
 // threads.
-struct LccArgs {
-  const void *fixed, *moved;  // (n c, D, H, W)
-  const void* mask;           // (n, D, H, W), arithmetic type, or null
-  const void* upstream;  // (n, D, H, W), arithmetic type: what the loss map is multiplied by, or null (the
-                         // mask, or 1)
-  double* sums;          // (n c, n_slabs): sums of mask * -LCC
-  void* map;             // (n c, D, H, W), arithmetic type: -LCC / c, or null
-  void *grad_fixed, *grad_moved;  // (n c, D, H, W), arithmetic type: of the sum of upstream * -LCC, or null
-  int64_t n, c, size[3], window[3], radius[3];
-  double volume;  // weight of a whole window
-  bool valid, squared;
-  Denominator denominator;
-  LccRule rule;
+struct LccArgs : LccCall {
+  double* sums;  // (n c, n_slabs): sums of mask * -LCC
+  int64_t size[3], window[3], radius[3];
+  double volume;    // weight of a whole window
   int64_t n_slabs;  // box: slabs of planes a channel is cut into; weighted: its planes
   LccTaps taps[3];  // weighted only; radius is then how far taps reach inside the image
-  double least;     // n below which a window counts as empty
   // Weighted, with gradients: sums over y and x of the adjoint maps of a channel's planes, (n_adjoints, ring,
   // H, W).
   double* adjoints;

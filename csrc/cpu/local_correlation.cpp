@@ -327,60 +327,31 @@ void local_correlation_bwd_moving(Stored type, const CorrelationArgs& a, int64_t
 
 #else
 
+#include "common/local_correlation_inputs.h"
 #include "cpu/binding.h"
 
 namespace fastreg {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kRingBytes = 4 << 20;
 
-// The tensors of a call as the kernels read them.
-struct Call {
-  Tensor fixed, moving, displacement, statistics;  // displacement stays undefined where there is none
+struct Call : CorrelationInputs {
   CorrelationArgs args{};
-  Stored type;
-  int64_t offsets = 1, units = 0, rows = 0;
+  int64_t units = 0, rows;
 
-  Call(const char* op, const Tensor& given_fixed, const Tensor& given_moving, at::IntArrayRef radius,
-       const OptionalTensor& given_displacement, c10::string_view scale, c10::string_view padding) {
-    const int64_t nd = given_fixed.dim() - 2, missing = 3 - nd;
-    FASTREG_CHECK(nd == 2 || nd == 3, op, "fixed must have 2 or 3 spatial axes");
-    FASTREG_CHECK(given_fixed.sizes() == given_moving.sizes() &&
-                      given_fixed.scalar_type() == given_moving.scalar_type(),
-                  op, "fixed and moving must have one shape and dtype");
-    FASTREG_CHECK(int64_t(radius.size()) == nd, op, "radius must have a number per axis");
-    // A displacement never loses precision: fp64 displacements lift the maps to fp64.
-    const bool lift = given_displacement && given_displacement->scalar_type() == at::kDouble;
-    fixed = (lift ? given_fixed.to(at::kDouble) : given_fixed).contiguous();
-    moving = (lift ? given_moving.to(at::kDouble) : given_moving).contiguous();
-    type = stored(fixed);
-    args.nd = nd, args.moving.padding = Padding::zeros;
-    args.n = args.moving.n = fixed.size(0), args.c = args.moving.c = fixed.size(1);
-    for (int k = 0; k < 3; ++k) {
-      args.size[k] = k < missing ? 1 : fixed.size(k + nd - 1);
-      args.radius[k] = k < missing ? 0 : radius[k - missing];
-      args.moving.in[k] = args.moving.out[k] = args.size[k];
-      FASTREG_CHECK(args.radius[k] >= 0 && args.radius[k] < (1 << 15), op, "radius must be in [0, 2^15)");
-      FASTREG_CHECK(args.size[k] < (1 << 29), op, "an axis must be shorter than 2^29");
-      offsets *= 2 * args.radius[k] + 1;
-    }
-    FASTREG_CHECK(args.size[1] * args.size[2] < (int64_t(1) << 32), op,
-                  "a plane must be smaller than 2^32 voxels");
-    if (given_displacement) {
-      displacement = given_displacement->to(arithmetic_of(fixed)).contiguous();
-      FASTREG_CHECK(displacement.dim() == nd + 2 && displacement.size(0) == args.n &&
-                        displacement.size(1) == nd && displacement.sizes().slice(2) == fixed.sizes().slice(2),
-                    op, "displacement must have shape (N, nd, *spatial)");
-      args.moving.displacement = displacement.const_data_ptr();
-    }
+  template <class... Inputs>
+  explicit Call(const char* op, const Inputs&... inputs)
+      : CorrelationInputs(op, inputs...), rows(n * size[0] * size[1]) {
+    FASTREG_CHECK(size[1] * size[2] < (int64_t(1) << 32), op, "a plane must be smaller than 2^32 voxels");
+    args.nd = nd, args.factor = factor, args.border = border;
+    args.n = args.moving.n = n, args.c = args.moving.c = c;
+    std::copy_n(size, 3, args.size), std::copy_n(reach, 3, args.radius);
+    std::copy_n(size, 3, args.moving.in), std::copy_n(size, 3, args.moving.out);
+    args.moving.padding = Padding::zeros;
     args.fixed = fixed.const_data_ptr(), args.moving.image = moving.const_data_ptr();
-    const double channels = double(std::max<int64_t>(args.c, 1));
-    args.factor = scale == "mean" ? 1 / channels : scale == "sqrt" ? 1 / std::sqrt(channels) : 1.0;
-    args.border = padding == "border";
-    rows = args.n * args.size[0] * args.size[1];
+    args.moving.displacement = data_or_null(displacement);
     if (empty()) return;
     // A ring of planes that the cache holds, in enough pieces for the threads.
     const int64_t planes = std::min(2 * args.radius[0] + 1, args.size[0]);
@@ -392,8 +363,6 @@ struct Call {
         std::clamp<int64_t>(std::min(args.tile, (args.size[1] + pieces - 1) / pieces), 1, args.size[1]);
     units = args.n * args.size[0] * ((args.size[1] + args.tile - 1) / args.tile);
   }
-
-  bool empty() const { return rows * args.size[2] * args.c == 0; }
 
   template <class Kernel>
   void run(Kernel kernel, int64_t n_units) const {
@@ -433,10 +402,8 @@ std::tuple<Tensor, Tensor> local_correlation_cpu(const Tensor& fixed, const Tens
   Call call("local_correlation", fixed, moving, radius, displacement, scale, padding);
   Tensor statistics = normalize ? statistics_of(call) : at::zeros({0}, fixed.options().dtype(at::kDouble));
   if (normalize) call.args.statistics = statistics.const_data_ptr<double>();
-  auto size = call.fixed.sizes().vec();
-  size[1] = call.offsets;
-  if (call.empty()) return {at::zeros(size, fixed.options()), statistics};
-  Tensor out = empty_large(size, call.fixed.options());
+  if (call.empty()) return {at::zeros(call.output_size(), fixed.options()), statistics};
+  Tensor out = empty_large(call.output_size(), call.fixed.options());
   call.args.result = out.mutable_data_ptr();
   call.run(FASTREG_PICK(local_correlation_fwd), call.units);
   return {out.to(fixed.scalar_type()), statistics};
@@ -458,22 +425,16 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cpu(const Tensor& grad, const T
       need_moved ? call.new_map(moved_dtype) : at::empty({0}, fixed.options().dtype(moved_dtype));
   if (call.empty() || !(need_fixed || need_moved))
     return {grad_fixed.zero_().to(fixed.scalar_type()), grad_moved.zero_()};
-  Tensor g = grad.to(dtype).contiguous();
-  auto size = call.fixed.sizes().vec();
-  size[1] = call.offsets;
-  FASTREG_CHECK(g.sizes() == size, op, "grad must have the shape of the output");
+  const Tensor g = call.upstream(op, grad);
   a.grad = g.const_data_ptr();
   a.grad_fixed = need_fixed ? grad_fixed.mutable_data_ptr() : nullptr;
   a.grad_moved = need_moved ? grad_moved.mutable_data_ptr() : nullptr;
 
-  Tensor stats, normalized;
+  Tensor normalized;
   std::vector<double> sums;
   std::vector<ThroughStatistics> through;
   if (normalize) {
-    FASTREG_CHECK(statistics.dim() == 2 && statistics.size(0) == a.n && statistics.size(1) == 4, op,
-                  "statistics must have shape (N, 4)");
-    stats = statistics.to(at::kDouble).contiguous();
-    a.statistics = stats.const_data_ptr<double>();
+    a.statistics = call.keep_statistics(op, statistics);
     if (need_fixed) normalized = dtype == arithmetic ? grad_fixed : call.new_map(arithmetic);
     a.grad_normalized = need_fixed ? normalized.mutable_data_ptr() : nullptr;
     sums.resize(3 * call.rows);

@@ -6,24 +6,12 @@
 namespace fastreg {
 
 // 2D is a volume of one slice whose z axis has neither patch nor offsets.
-struct MindArgs {
-  const void* image[2];   // (n, c, *size): fixed and moved, or one image
-  const double* mean[2];  // (n): mean of V
-  const void* weight;     // (n, *size), arithmetic type, or null: of the voxels' errors
-  bool is_mask;           // of the weight: what is not above 0 counts as 0
-  const void* upstream;   // (n, n_channels, *size), as the image: gradient of the descriptors
-  void* out;      // descriptors, (n, n_channels, *size), as the image; or a map (n, *size), arithmetic type
-  void* grad[2];  // (n, c, *size), arithmetic type, zeros; or null
-  double* sums;   // one partial sum per unit
-  int64_t n, c, size[3];
-  int64_t n_channels, radius[3], dilation[3];
+struct MindArgs : MindCall {  // one sum per unit; gradients in the arithmetic type, zeros
+  int64_t size[3], n_channels, radius[3], dilation[3];
   const MindPair* pairs;
   const double* weights;  // of the patch along an axis; null: a box
-  bool six, absolute;
   int64_t tile[3], n_tiles[2];
 };
-
-enum class MindTask { variance, describe, describe_bwd, compare };
 
 // The tiles (z, y) of a wave are those with z mod waves[0] == at[0], y mod waves[1] == at[1].
 struct MindWave {
@@ -249,55 +237,48 @@ void mind_tiles(Stored type, MindTask task, const MindArgs& a, const MindWave& w
 
 #else
 
+#include "common/mind_inputs.h"
 #include "cpu/binding.h"
 
 namespace fastreg {
 namespace {
 
 using at::Tensor;
-using Optional = std::optional<Tensor>;
 
-// The options of the ops, and the arguments they make for an image.
-struct Descriptor {
-  int64_t radius, dilation;
-  c10::string_view neighbourhood, patch;
-  double sigma;
-};
-
+// The arguments that options and an image make, and how tiles are shared among threads.
 class Mind {
  public:
-  Mind(const char* op_, const Tensor& image, const Descriptor& d) : op(op_) {
+  Mind(const Device&, const char* op, const Tensor& image, const MindOptions& o) : type_(stored(image)) {
+    check_mind(op, image, o);
     const int64_t nd = image.dim() - 2;
-    FASTREG_CHECK((nd == 2 || nd == 3) && image.size(1) > 0, op,
-                  "images must have 2 or 3 spatial axes and a channel");
-    FASTREG_CHECK(d.radius >= 0 && d.dilation >= 0, op, "radius and dilation must not be negative");
     a.n = image.size(0), a.c = image.size(1);
     a.size[0] = nd == 3 ? image.size(2) : 1, a.size[1] = image.size(nd), a.size[2] = image.size(nd + 1);
-    a.six = d.neighbourhood == "six";
-    a.n_channels = a.six ? 2 * nd : nd == 3 ? 12 : 4;
-    a.pairs = a.six ? kSix + (nd == 2 ? 2 : 0) : nd == 3 ? kSsc3 : kSsc2;
+    a.six = o.six();
+    a.n_channels = mind_channels(a.six, nd);
+    a.pairs = mind_pairs(a.six, nd);
     for (int i = nd == 3 ? 0 : 1; i < 3; ++i) {
-      a.radius[i] = d.radius;
+      a.radius[i] = o.radius;
       // Longer offsets end at the border all the same.
-      a.dilation[i] = std::min(d.dilation, std::max<int64_t>(a.size[i] - 1, 0));
+      a.dilation[i] = std::min(o.dilation, std::max<int64_t>(a.size[i] - 1, 0));
     }
-    if (d.patch == "gaussian") {
+    if (o.patch == "gaussian") {
       double total = 0;
-      for (int64_t k = -d.radius; k <= d.radius; ++k)
-        weights.push_back(std::exp(-0.5 * (k / d.sigma) * (k / d.sigma))), total += weights.back();
-      for (double& w : weights) w /= total;
-      a.weights = weights.data();
+      for (int64_t k = -o.radius; k <= o.radius; ++k)
+        weights_.push_back(std::exp(-0.5 * (k / o.sigma) * (k / o.sigma))), total += weights_.back();
+      for (double& w : weights_) w /= total;
+      a.weights = weights_.data();
     }
     // Large enough for what tiles repeat at their faces, small enough for the cache; rows in equal parts.
-    const int64_t edge = d.radius <= 2 ? 12 : 16, parts = (a.size[2] + 95) / 96;
+    const int64_t edge = o.radius <= 2 ? 12 : 16, parts = (a.size[2] + 95) / 96;
     a.tile[0] = nd == 3 ? edge : 1, a.tile[1] = nd == 3 ? edge : 64;
     a.tile[2] = ((a.size[2] + parts - 1) / std::max<int64_t>(parts, 1) + 7) / 8 * 8;
     for (int i = 0; i < 2; ++i) a.n_tiles[i] = (a.size[i] + a.tile[i] - 1) / a.tile[i];
-    partial.resize(a.n * a.n_tiles[0] * a.n_tiles[1]);
+    partial_.resize(a.n * a.n_tiles[0] * a.n_tiles[1]);
   }
 
-  void run(MindTask task, const Tensor& image) {
-    a.sums = partial.data();
+  // Partial sums come with any task.
+  void run(MindTask task, bool) {
+    a.sums = partial_.data();
     MindWave w{{1, 1}, {}, {}};
     if (a.grad[0] || a.grad[1])
       for (int i = 0; i < 2; ++i) {
@@ -310,145 +291,41 @@ class Mind {
       for (w.at[1] = 0; w.at[1] < w.waves[1]; ++w.at[1]) {
         for (int i = 0; i < 2; ++i) w.count[i] = (a.n_tiles[i] - w.at[i] + w.waves[i] - 1) / w.waves[i];
         at::parallel_for(0, a.n * w.count[0] * w.count[1], 1,
-                         [&](int64_t b, int64_t e) { kernel(stored(image), task, a, w, b, e); });
+                         [&](int64_t b, int64_t e) { kernel(type_, task, a, w, b, e); });
       }
   }
 
-  // Mean of V of each sample; NaN where it is not finite.
-  Tensor mean_variance(const Tensor& image) {
-    if (image.numel() == 0) return at::zeros({image.size(0)}, image.options().dtype(at::kDouble));
-    a.image[0] = image.const_data_ptr();
-    run(MindTask::variance, image);
-    Tensor mean = sample_sums(partial, a.n, at::kDouble).div_(double(a.size[0] * a.size[1] * a.size[2]));
+  Tensor total() const { return sample_sums(partial_, a.n, at::kDouble); }
+
+  Tensor mean_variance(const Tensor& image) const {
+    if (image.numel() == 0) return at::zeros({image.size(0)}, at::kDouble);
+    Mind call = *this;
+    call.a.grad[0] = call.a.grad[1] = nullptr;
+    call.a.image[0] = image.const_data_ptr();
+    call.run(MindTask::variance, true);
+    Tensor mean = call.total().div_(double(a.size[0] * a.size[1] * a.size[2]));
     return mean.masked_fill_(mean.isfinite().logical_not_(), std::numeric_limits<double>::quiet_NaN());
   }
 
-  const char* op;
+  // Tiles add to it in the arithmetic type.
+  Tensor new_gradient(const Tensor& image, at::ScalarType) const {
+    return at::zeros(image.sizes(), image.options().dtype(arithmetic_of(image)));
+  }
+
   MindArgs a{};
-  std::vector<double> weights, partial;
+
+ private:
+  Stored type_;
+  std::vector<double> weights_, partial_;
 };
-
-Tensor mind_mean_variance_cpu(const Tensor& image, int64_t radius, int64_t dilation,
-                              c10::string_view neighbourhood, c10::string_view patch, double sigma) {
-  Tensor in = image.contiguous();
-  return Mind("mind_mean_variance", in, {radius, dilation, neighbourhood, patch, sigma}).mean_variance(in);
-}
-
-Tensor mind_cpu(const Tensor& image, int64_t radius, int64_t dilation, c10::string_view neighbourhood,
-                c10::string_view patch, double sigma) {
-  Tensor in = image.contiguous();
-  const Descriptor d{radius, dilation, neighbourhood, patch, sigma};
-  Mind mind("mind", in, d);
-  std::vector<int64_t> shape = in.sizes().vec();
-  shape[1] = mind.a.n_channels;
-  Tensor out = at::empty(shape, in.options());
-  if (in.numel() == 0) return out;
-  Tensor mean = Mind("mind", in, d).mean_variance(in);
-  mind.a.image[0] = in.const_data_ptr(), mind.a.mean[0] = mean.const_data_ptr<double>();
-  mind.a.out = out.mutable_data_ptr();
-  mind.run(MindTask::describe, in);
-  return out;
-}
-
-Tensor mind_bwd_cpu(const Tensor& grad, const Tensor& image, int64_t radius, int64_t dilation,
-                    c10::string_view neighbourhood, c10::string_view patch, double sigma) {
-  Tensor in = image.contiguous(), up = grad.to(in.scalar_type()).contiguous();
-  const Descriptor d{radius, dilation, neighbourhood, patch, sigma};
-  Mind mind("mind_bwd", in, d);
-  std::vector<int64_t> shape = in.sizes().vec();
-  shape[1] = mind.a.n_channels;
-  FASTREG_CHECK(up.sizes() == at::IntArrayRef(shape), "mind_bwd",
-                "grad must have the shape of the descriptors");
-  Tensor out = at::zeros(in.sizes(), in.options().dtype(arithmetic_of(in)));
-  if (in.numel() == 0) return out.to(in.scalar_type());
-  Tensor mean = Mind("mind_bwd", in, d).mean_variance(in);
-  mind.a.image[0] = in.const_data_ptr(), mind.a.mean[0] = mean.const_data_ptr<double>();
-  mind.a.upstream = up.const_data_ptr(), mind.a.grad[0] = out.mutable_data_ptr();
-  mind.run(MindTask::describe_bwd, in);
-  return out.to(in.scalar_type());
-}
-
-struct Result {
-  Tensor sums, map, grad[2];
-};
-
-Result compare(const char* op, const Tensor& fixed_, const Tensor& moved_, const Optional& fixed_variance,
-               const Optional& weight_, bool is_mask, const Descriptor& d, c10::string_view norm,
-               bool want_map, bool need_fixed, bool need_moved) {
-  Tensor image[2] = {fixed_.contiguous(), moved_.contiguous()}, mean[2], weight;
-  const bool need[2] = {need_fixed, need_moved};
-  FASTREG_CHECK(image[0].sizes() == image[1].sizes(), op, "fixed and moved must have one shape");
-  FASTREG_CHECK(image[0].scalar_type() == image[1].scalar_type(), op, "fixed and moved must have one dtype");
-  Mind mind(op, image[0], d);
-  const auto arithmetic = image[0].options().dtype(arithmetic_of(image[0]));
-  std::vector<int64_t> shape = image[0].sizes().vec();
-  shape[1] = 1;
-  if (weight_) {
-    FASTREG_CHECK(weight_->sizes() == at::IntArrayRef(shape), op,
-                  "mask and grad must have shape (N, 1, *spatial)");
-    weight = weight_->to(arithmetic.dtype()).contiguous();
-  }
-  Result result;
-  result.sums = at::zeros({shape[0]}, arithmetic);
-  result.map = at::empty(want_map ? at::IntArrayRef(shape) : at::IntArrayRef{0}, arithmetic);
-  for (int i = 0; i < 2; ++i)
-    result.grad[i] = at::zeros(need[i] ? image[i].sizes() : at::IntArrayRef{0}, arithmetic);
-  if (image[0].numel() == 0) return result;
-  for (int i = 0; i < 2; ++i) {
-    if (i == 0 && fixed_variance) {
-      FASTREG_CHECK(fixed_variance->dim() == 1 && fixed_variance->size(0) == shape[0], op,
-                    "fixed_variance must have shape (N,)");
-      mean[i] = fixed_variance->to(at::kDouble).contiguous();
-    } else {
-      mean[i] = Mind(op, image[i], d).mean_variance(image[i]);
-    }
-    mind.a.image[i] = image[i].const_data_ptr(), mind.a.mean[i] = mean[i].const_data_ptr<double>();
-    mind.a.grad[i] = need[i] ? result.grad[i].mutable_data_ptr() : nullptr;
-  }
-  mind.a.weight = weight.defined() ? weight.const_data_ptr() : nullptr, mind.a.is_mask = is_mask;
-  mind.a.absolute = norm == "l1", mind.a.out = want_map ? result.map.mutable_data_ptr() : nullptr;
-  mind.run(MindTask::compare, image[0]);
-  result.sums = sample_sums(mind.partial, shape[0], arithmetic_of(image[0]));
-  return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor> mind_loss_cpu(const Tensor& fixed, const Tensor& moved,
-                                                 const Optional& fixed_variance, const Optional& mask,
-                                                 int64_t radius, int64_t dilation,
-                                                 c10::string_view neighbourhood, c10::string_view patch,
-                                                 double sigma, c10::string_view norm, bool need_fixed,
-                                                 bool need_moved) {
-  Result r = compare("mind_loss", fixed, moved, fixed_variance, mask, true,
-                     {radius, dilation, neighbourhood, patch, sigma}, norm, false, need_fixed, need_moved);
-  return {r.sums, r.grad[0], r.grad[1]};
-}
-
-Tensor mind_map_cpu(const Tensor& fixed, const Tensor& moved, const Optional& fixed_variance, int64_t radius,
-                    int64_t dilation, c10::string_view neighbourhood, c10::string_view patch, double sigma,
-                    c10::string_view norm) {
-  return compare("mind_map", fixed, moved, fixed_variance, std::nullopt, false,
-                 {radius, dilation, neighbourhood, patch, sigma}, norm, true, false, false)
-      .map;
-}
-
-std::tuple<Tensor, Tensor> mind_map_bwd_cpu(const Tensor& grad, const Tensor& fixed, const Tensor& moved,
-                                            const Optional& fixed_variance, int64_t radius, int64_t dilation,
-                                            c10::string_view neighbourhood, c10::string_view patch,
-                                            double sigma, c10::string_view norm, bool need_fixed,
-                                            bool need_moved) {
-  const int64_t nd = fixed.dim() - 2, channels = neighbourhood == "six" ? 2 * nd : nd == 3 ? 12 : 4;
-  Result r = compare("mind_map_bwd", fixed, moved, fixed_variance, grad.div(double(channels)), false,
-                     {radius, dilation, neighbourhood, patch, sigma}, norm, false, need_fixed, need_moved);
-  return {r.grad[0].to(fixed.scalar_type()), r.grad[1].to(moved.scalar_type())};
-}
 
 TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
-  m.impl("mind", mind_cpu);
-  m.impl("mind_bwd", mind_bwd_cpu);
-  m.impl("mind_mean_variance", mind_mean_variance_cpu);
-  m.impl("mind_loss", mind_loss_cpu);
-  m.impl("mind_map", mind_map_cpu);
-  m.impl("mind_map_bwd", mind_map_bwd_cpu);
+  m.impl("mind", mind<Device, Mind>);
+  m.impl("mind_bwd", mind_bwd<Device, Mind>);
+  m.impl("mind_mean_variance", mind_mean_variance<Device, Mind>);
+  m.impl("mind_loss", mind_loss<Device, Mind>);
+  m.impl("mind_map", mind_map<Device, Mind>);
+  m.impl("mind_map_bwd", mind_map_bwd<Device, Mind>);
 }
 
 }  // namespace

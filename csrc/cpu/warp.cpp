@@ -281,182 +281,67 @@ void warp_bwd_image(Stored type, int nd, const WarpArgs& a, const int32_t* range
 
 #else
 
+#include "common/warp_inputs.h"
 #include "cpu/binding.h"
 
 namespace fastreg {
 namespace {
 
-using at::Tensor;
-
-using OptionalTensor = std::optional<Tensor>;
-
-// The tensors of a call as the kernels read them, and what the kernels are told.
-struct Call {
-  Tensor image, displacement, affine;  // those that are not there stay undefined
-  std::vector<int64_t> out_sizes;
+struct Call : WarpInputs {
   WarpArgs args{};
-  int nd = 0;
-  int64_t rows = 0;
-  Stored type{};
+  int64_t rows;
 
-  Call(const Tensor& given_image, const OptionalTensor& given_displacement,
-       const OptionalTensor& given_affine) {
-    nd = int(given_image.dim()) - 2;
-    FASTREG_CHECK(nd == 2 || nd == 3, "warp", "image must have 2 or 3 spatial axes");
-    FASTREG_CHECK(given_displacement || given_affine, "warp", "displacement must be given without an affine");
-    // A displacement never loses precision: fp64 displacements lift the image to fp64.
-    const bool lift = given_displacement && given_displacement->scalar_type() == at::kDouble;
-    image = (lift ? given_image.to(at::kDouble) : given_image).contiguous();
-    type = stored(image);
-    out_sizes = image.sizes().vec();
-    args.image = image.const_data_ptr();
-    args.n = image.size(0), args.c = image.size(1);
-    if (given_displacement) {
-      displacement = given_displacement->to(arithmetic_of(image)).contiguous();
-      FASTREG_CHECK(displacement.dim() == nd + 2 && displacement.size(1) == nd, "warp",
-                    "displacement must have shape (N, nd, *spatial)");
-      FASTREG_CHECK(displacement.size(0) == args.n, "warp",
-                    "image and displacement must have one batch size");
-      std::copy(displacement.sizes().begin() + 2, displacement.sizes().end(), out_sizes.begin() + 2);
-      args.displacement = displacement.const_data_ptr();
-    }
-    if (given_affine) {
-      FASTREG_CHECK(given_affine->dim() == 3 && given_affine->size(0) == args.n &&
-                        given_affine->size(1) == nd && given_affine->size(2) == nd + 1,
-                    "warp", "affine must have shape (N, nd, nd + 1)");
-      Tensor finite = given_affine->isfinite().flatten(1).all(1).view({-1, 1, 1});
-      affine = given_affine->to(at::kDouble)
-                   .sub(at::eye(nd, nd + 1, image.options().dtype(at::kDouble)))
-                   .masked_fill(finite.logical_not(), NAN)
-                   .contiguous();
-      args.affine = affine.const_data_ptr<double>();
-    }
-    int64_t voxels = 1;
-    for (int k = 0; k < 3; ++k) {
-      args.in[k] = k < 3 - nd ? 1 : image.size(k + nd - 1);
-      args.out[k] = k < 3 - nd ? 1 : out_sizes[k + nd - 1];
-      voxels *= args.out[k];
-      FASTREG_CHECK(args.in[k] < (1 << 29) && args.out[k] < (1 << 29), "warp",
-                    "an axis must be shorter than 2^29");
-    }
-    for (int64_t size : args.in)
-      FASTREG_CHECK(size > 0 || args.n * voxels == 0, "warp", "image must not have an empty spatial axis");
-    FASTREG_CHECK(args.in[1] * args.in[2] < (int64_t(1) << 32), "warp",
-                  "a plane of image must be smaller than 2^32 voxels");
-    rows = args.n * args.out[0] * args.out[1];
+  Call(const Device&, WarpInputs inputs) : WarpInputs(std::move(inputs)), rows(n * out[0] * out[1]) {
+    args.image = image.const_data_ptr(), args.displacement = data_or_null(displacement);
+    args.affine = static_cast<const double*>(data_or_null(affine));
+    args.n = n, args.c = c;
+    std::copy_n(in, 3, args.in), std::copy_n(out, 3, args.out);
+    args.padding = padding, args.nearest = nearest, args.compose = compose;
   }
 
-  bool empty() const { return rows * args.out[2] * args.c == 0; }
-
-  Tensor forward() {
-    Tensor out = at::empty(out_sizes, image.options());
-    if (empty()) return out;
-    args.result = out.mutable_data_ptr();
+  at::Tensor forward() {
+    at::Tensor result = at::empty(out_sizes, image.options());
+    if (empty()) return result;
+    args.result = result.mutable_data_ptr();
     auto kernel = FASTREG_PICK(warp_fwd);
     at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
-    return out;
+    return result;
   }
 
-  // Gradient to the positions, stored and summed as args.result and args.affine_sums say.
-  void gradient_to_positions() {
-    auto kernel = FASTREG_PICK(warp_bwd_displacement);
-    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
+  void backward(WarpGradients& g) {
+    args.grad = g.upstream.const_data_ptr();
+    if (g.positions) {
+      std::vector<double> sums(g.need_affine ? rows * 2 * nd : 0);
+      args.result = g.need_displacement ? g.displacement.mutable_data_ptr() : nullptr;
+      args.affine_sums = g.need_affine ? sums.data() : nullptr;
+      auto kernel = FASTREG_PICK(warp_bwd_displacement);
+      at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
+      if (g.need_affine) g.affine = affine_gradient(sums, n, nd, out);
+    }
+    if (g.need_image && !empty()) scatter(g.image);
   }
 
-  // Into zeros of the arithmetic type.
-  void gradient_to_image(const Tensor& out) {
-    args.result = out.mutable_data_ptr();
-    Tensor range = at::empty({rows, 2}, image.options().dtype(at::kInt));
+ private:
+  // Into zeros.
+  void scatter(const at::Tensor& grad_image) {
+    args.result = grad_image.mutable_data_ptr();
+    at::Tensor range = at::empty({rows, 2}, image.options().dtype(at::kInt));
     int32_t* r = range.mutable_data_ptr<int32_t>();
     auto ranges = FASTREG_PICK(warp_row_range);
     at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { ranges(type, nd, args, r, b, e); });
     // Twice as many slabs as threads: a row near a border of two slabs is visited by both, so not many more.
-    const int64_t n_slabs =
-        std::clamp<int64_t>((2 * at::get_num_threads() + args.n - 1) / args.n, 1, args.in[3 - nd]);
+    const int64_t n_slabs = std::clamp<int64_t>((2 * at::get_num_threads() + n - 1) / n, 1, in[3 - nd]);
     auto kernel = FASTREG_PICK(warp_bwd_image);
-    at::parallel_for(0, args.n * n_slabs, 1,
+    at::parallel_for(0, n * n_slabs, 1,
                      [&](int64_t b, int64_t e) { kernel(type, nd, args, r, n_slabs, b, e); });
   }
 };
 
-Tensor warp_cpu(const Tensor& image, const OptionalTensor& displacement, const OptionalTensor& affine,
-                c10::string_view mode, c10::string_view padding) {
-  Call call(image, displacement, affine);
-  call.args.padding = padding_of(padding), call.args.nearest = mode == "nearest";
-  return call.forward().to(image.scalar_type());
-}
-
-std::tuple<Tensor, Tensor, Tensor> warp_bwd_cpu(const Tensor& grad, const Tensor& image,
-                                                const OptionalTensor& displacement,
-                                                const OptionalTensor& affine, c10::string_view mode,
-                                                c10::string_view padding, bool need_image,
-                                                bool need_displacement, bool need_affine) {
-  Call call(image, displacement, affine);
-  call.args.padding = padding_of(padding), call.args.nearest = mode == "nearest";
-  Tensor g = grad.to(call.image.scalar_type()).contiguous();
-  FASTREG_CHECK(g.sizes() == call.out_sizes, "warp_bwd", "grad must have the shape of the output");
-  FASTREG_CHECK((displacement || !need_displacement) && (affine || !need_affine), "warp_bwd",
-                "a gradient must be to a tensor that is given");
-  call.args.grad = g.const_data_ptr();
-  const auto options = call.image.options().dtype(arithmetic_of(call.image));
-  const bool gather = (need_displacement || need_affine) && !call.args.nearest && !call.empty();
-  // Results must not share memory, those that were not asked for included.
-  Tensor grad_image = at::zeros({0}, options), grad_u = at::zeros({0}, options),
-         grad_affine = at::zeros({0}, options);
-  if (need_displacement)
-    grad_u = gather ? at::empty_like(call.displacement) : at::zeros_like(call.displacement);
-  if (need_affine) grad_affine = at::zeros_like(call.affine);
-  if (gather) {
-    std::vector<double> sums(need_affine ? call.rows * 2 * call.nd : 0);
-    call.args.result = need_displacement ? grad_u.mutable_data_ptr() : nullptr;
-    call.args.affine_sums = need_affine ? sums.data() : nullptr;
-    call.gradient_to_positions();
-    if (need_affine) grad_affine = affine_gradient(sums, call.args.n, call.nd, call.args.out);
-  }
-  if (need_image) {
-    grad_image = at::zeros(image.sizes(), options);
-    if (!call.empty()) call.gradient_to_image(grad_image);
-  }
-  // What was not asked for is empty, of grad's type.
-  const auto type_of = [&](bool need, const OptionalTensor& t) { return (need ? *t : grad).scalar_type(); };
-  return {grad_image.to(type_of(need_image, image)), grad_u.to(type_of(need_displacement, displacement)),
-          grad_affine.to(type_of(need_affine, affine))};
-}
-
-// v(x) + u(x + v(x)): u is the image. Stored in their wider type, displaced in its arithmetic type.
-Call composition(const Tensor& u, const Tensor& v, c10::string_view padding) {
-  FASTREG_CHECK(u.sizes() == v.sizes(), "compose", "v must have the shape of u");
-  Call call(u.to(c10::promoteTypes(u.scalar_type(), v.scalar_type())), v, {});
-  call.args.padding = padding_of(padding), call.args.compose = true;
-  return call;
-}
-
-Tensor compose_cpu(const Tensor& u, const Tensor& v, c10::string_view padding) {
-  return composition(u, v, padding).forward();
-}
-
-std::tuple<Tensor, Tensor> compose_bwd_cpu(const Tensor& grad, const Tensor& u, const Tensor& v,
-                                           c10::string_view padding, bool need_u, bool need_v) {
-  Call call = composition(u, v, padding);
-  Tensor g = grad.to(call.image.scalar_type()).contiguous();
-  FASTREG_CHECK(g.sizes() == u.sizes(), "compose_bwd", "grad must have the shape of u");
-  call.args.grad = g.const_data_ptr();
-  const auto options = call.displacement.options();
-  Tensor grad_u = at::zeros(need_u ? u.sizes() : at::IntArrayRef{0}, options);
-  Tensor grad_v = at::empty(need_v ? v.sizes() : at::IntArrayRef{0}, options);
-  if (need_v && !call.empty()) {
-    call.args.result = grad_v.mutable_data_ptr();
-    call.gradient_to_positions();
-  }
-  if (need_u && !call.empty()) call.gradient_to_image(grad_u);
-  return {grad_u.to(u.scalar_type()), grad_v.to(v.scalar_type())};
-}
-
 TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
-  m.impl("warp", warp_cpu);
-  m.impl("warp_bwd", warp_bwd_cpu);
-  m.impl("compose", compose_cpu);
-  m.impl("compose_bwd", compose_bwd_cpu);
+  m.impl("warp", warp<Device, Call>);
+  m.impl("warp_bwd", warp_bwd<Device, Call>);
+  m.impl("compose", compose<Device, Call>);
+  m.impl("compose_bwd", compose_bwd<Device, Call>);
 }
 
 }  // namespace

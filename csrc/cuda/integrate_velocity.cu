@@ -1,5 +1,6 @@
 #include <ATen/Context.h>
 
+#include "common/integrate_velocity_inputs.h"
 #include "cuda/binding.h"
 #include "cuda/integrate_velocity.cuh"
 
@@ -10,50 +11,31 @@ using at::Tensor;
 
 // Fields of all samples and the kernels between them. A field is a contiguous tensor (N, *spatial, width), or
 // one step of those kept: (N, steps - 1, *spatial, width) at [:, s].
-class Integration {
+class Integration : public IntegrateInputs {
  public:
-  Integration(const Device& device, const Tensor& v, int64_t steps, c10::string_view padding)
-      : nd_(int(v.dim()) - 2),
-        type_(stored(v)),
-        stream_(device.stream()),
-        scale_(std::ldexp(1.0, -int(steps))) {
-    FASTREG_CHECK((nd_ == 2 || nd_ == 3) && v.size(1) == nd_, "integrate_velocity",
-                  "v must have shape (N, nd, *spatial)");
-    FASTREG_CHECK(steps >= 0 && steps <= 64, "integrate_velocity", "steps must be from 0 to 64");
-    samples_ = v.size(0);
-    packed_sizes_.push_back(samples_);
-    int64_t size[3];
-    for (int k = 0; k < 3; ++k) {
-      size[k] = k < 3 - nd_ ? 1 : v.size(k + nd_ - 1);
-      FASTREG_CHECK(size[k] < (1 << 29), "integrate_velocity", "an axis must be shorter than 2^29");
-      if (k >= 3 - nd_) packed_sizes_.push_back(size[k]);
-    }
-    FASTREG_CHECK(size[1] * size[2] < (int64_t(1) << 32), "integrate_velocity",
-                  "a plane of v must be smaller than 2^32 voxels");
-    packed_sizes_.push_back(nd_ == 3 ? 4 : 2);
-    args_.grid = SamplingGrid(nd_, samples_, size, size);
-    args_.grid.padding = padding_of(padding);
+  Integration(const Device& device, const Tensor& v, int64_t steps, c10::string_view padding_)
+      : IntegrateInputs(v, steps, padding_), stream_(device.stream()) {
+    args_.grid = SamplingGrid(nd, samples, size, size);
+    args_.grid.padding = padding;
     FASTREG_CHECK(args_.grid.blocks < (int64_t(1) << 31), "integrate_velocity", "v has too many voxels");
-    options_ = v.options().dtype(arithmetic_of(v));
   }
 
-  std::vector<int64_t> sizes_of_kept(int64_t count) const {
-    std::vector<int64_t> sizes{samples_, count};
-    sizes.insert(sizes.end(), packed_sizes_.begin() + 1, packed_sizes_.end());
-    return sizes;
+  Tensor kept(int64_t count) const { return at::empty(sizes_of_kept(count), packed_options); }
+  Tensor packed() const {
+    std::vector<int64_t> sizes = packed_sizes;
+    sizes.insert(sizes.begin(), samples);
+    return at::empty(sizes, packed_options);
   }
-  Tensor kept(int64_t count) const { return at::empty(sizes_of_kept(count), options_); }
-  Tensor packed() const { return at::empty(packed_sizes_, options_); }
 
-  Tensor pack(const Tensor& planar, double scale) {
+  Tensor pack(const Tensor& planar, double by) {
     Tensor out = packed();
-    run(integrate_pack, planar, out, scale, false);
+    run(integrate_pack, planar, out, by, false);
     return out;
   }
   void unpack(const Tensor& field, const Tensor& planar) {
-    run(integrate_unpack, field, planar, scale_, false);
+    run(integrate_unpack, field, planar, scale, false);
   }
-  Tensor scaled(const Tensor& v) { return pack(v, scale_); }
+  Tensor scaled(const Tensor& v) { return pack(v, scale); }
   void step(const Tensor& u, const Tensor& out, bool planar = false) {
     run(integrate_step, u, out, 1, planar);
   }
@@ -67,41 +49,35 @@ class Integration {
     const bool fixed = at::globalContext().deterministicAlgorithms();
     Tensor out = fixed ? packed() : packed().zero_(), sums, largest;
     args_.grad = grad.const_data_ptr();
-    const int64_t elements = args_.grid.n_out * packed_sizes_.back();
+    const int64_t elements = args_.grid.n_out * packed_sizes.back();
     if (fixed) {
-      const auto words = options_.dtype(at::kLong);
-      sums = at::zeros({type_ == Stored::f64 ? kFixedWords<double> : kFixedWords<float>, out.numel()}, words);
-      largest = at::zeros({samples_}, words);
+      const auto words = packed_options.dtype(at::kLong);
+      sums = at::zeros({type == Stored::f64 ? kFixedWords<double> : kFixedWords<float>, out.numel()}, words);
+      largest = at::zeros({samples}, words);
       args_.fixed.sums = static_cast<Word*>(sums.mutable_data_ptr());
       args_.fixed.largest = static_cast<Word*>(largest.mutable_data_ptr());
       args_.fixed.next = out.numel();
       args_.fixed.log2_terms = 0;
       while ((int64_t(1) << args_.fixed.log2_terms) < args_.grid.n_out) ++args_.fixed.log2_terms;
-      find_largest(type_ == Stored::f64 ? type_ : Stored::f32, args_.grad, samples_, elements,
+      find_largest(type == Stored::f64 ? type : Stored::f32, args_.grad, samples, elements,
                    static_cast<Word*>(largest.mutable_data_ptr()), stream_);
     }
     run(integrate_step_bwd, u, out, 1, false);
-    if (fixed) settle(type_ == Stored::f64, args_.fixed, samples_, elements, args_.to, stream_);
+    if (fixed) settle(type == Stored::f64, args_.fixed, samples, elements, args_.to, stream_);
     return out;
   }
 
  private:
   template <class Launcher>
-  void run(Launcher launcher, const Tensor& from, const Tensor& to, double scale, bool planar) {
+  void run(Launcher launcher, const Tensor& from, const Tensor& to, double by, bool planar) {
     args_.from = from.const_data_ptr(), args_.to = to.mutable_data_ptr();
     args_.from_stride = from.stride(0), args_.to_stride = to.stride(0);
-    args_.scale = scale, args_.planar = planar;
-    launcher(type_, nd_, args_, stream_);
+    args_.scale = by, args_.planar = planar;
+    launcher(type, nd, args_, stream_);
   }
 
   IntegrateArgs args_{};
-  int nd_;
-  Stored type_;
   cudaStream_t stream_;
-  double scale_;
-  int64_t samples_ = 0;
-  std::vector<int64_t> packed_sizes_;
-  at::TensorOptions options_;
 };
 
 std::tuple<Tensor, Tensor> integrate_velocity_cuda(const Tensor& velocity, int64_t steps,
@@ -121,8 +97,6 @@ std::tuple<Tensor, Tensor> integrate_velocity_cuda(const Tensor& velocity, int64
   return {out, fields};
 }
 
-// Without kept fields those of every sqrt(steps)-th step are computed first, then, from the last to the
-// first, those between.
 Tensor integrate_velocity_bwd_cuda(const Tensor& grad, const Tensor& velocity, const Tensor& fields,
                                    int64_t steps, c10::string_view padding) {
   const Device device("integrate_velocity_bwd", velocity, grad, fields);
@@ -130,12 +104,8 @@ Tensor integrate_velocity_bwd_cuda(const Tensor& grad, const Tensor& velocity, c
   FASTREG_CHECK(g.sizes() == v.sizes(), "integrate_velocity_bwd", "grad must have the shape of v");
   if (steps == 0 || v.numel() == 0) return g.clone(at::MemoryFormat::Contiguous);
   Integration run(device, v, steps, padding);
-  const bool kept = fields.size(1) > 0 || steps == 1;
-  FASTREG_CHECK(!kept || (fields.sizes() == run.sizes_of_kept(steps - 1) && fields.is_contiguous() &&
-                          fields.scalar_type() == arithmetic_of(v)),
-                "integrate_velocity_bwd", "fields must be those of the forward");
-  const int64_t every = kept ? 1 : int64_t(std::ceil(std::sqrt(double(steps))));
-  const int64_t last = (steps - 1) / every * every;
+  const bool kept = run.has_kept(fields, steps);
+  const auto [every, last] = Checkpoints(steps, kept);
   std::vector<Tensor> u(steps);
   if (kept) {
     for (int64_t s = 1; s < steps; ++s) u[s] = fields.select(1, s - 1);

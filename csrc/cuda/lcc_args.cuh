@@ -9,29 +9,16 @@
 namespace fastreg {
 
 // 2D images are volumes of one plane whose windows hold one plane.
-struct LccArgs {
-  const void *fixed, *moved;  // (nc, D, H, W)
-  const void* mask;           // (nc / c, D, H, W), arithmetic type, or null
-  const void* upstream;       // (nc / c, D, H, W), arithmetic type: what the map is multiplied by, or null
-  double* partial;            // (nc, parts): sums of mask * -LCC
-  void* map;                  // (nc, D, H, W), arithmetic type: -LCC / c, or null
-  void *grad_fixed, *grad_moved;  // (nc, D, H, W), arithmetic type: of the sum of upstream * -LCC, or null
-  int64_t nc, c, D, H, W;
+struct LccArgs : LccCall {
+  double* partial;  // (nc, parts): sums of mask * -LCC
+  int64_t nc, D, H, W;
   Stored type;
   bool flat;  // 2D
-  bool valid, squared;
-  Denominator denominator;
-  LccRule rule;  // tau is the kernels' to set
-  double least;  // weight below which a window counts as empty
 };
 
 constexpr int kLccMoments = 5;  // f, m, ff, mm, fm; and with a mask the weight
 
 inline int lcc_moments(const LccArgs& a) { return kLccMoments + (a.mask != nullptr); }
-// Maps that the gradients need: e, and for each image what multiplies it and the sum with the means.
-inline int lcc_adjoints(const LccArgs& a) {
-  return a.grad_fixed && a.grad_moved ? 5 : a.grad_fixed || a.grad_moved ? 3 : 0;
-}
 
 // How a channel is cut: `group` channels at a time, `planes` planes of windows at a time, whose adjoint maps
 // lie in a ring of `ring` planes.

@@ -1,3 +1,4 @@
+#include "common/local_correlation_inputs.h"
 #include "cuda/binding.h"
 #include "cuda/local_correlation.cuh"
 #include "cuda/local_correlation_bwd.cuh"
@@ -6,58 +7,23 @@ namespace fastreg {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-// The tensors of a call as the kernels read them, alive as long as their pointers are used.
-struct Call {
-  Tensor fixed, moving, displacement, statistics;
+struct Call : CorrelationInputs {
   CorrelationArgs args{};
-  Stored type;
 
-  Call(const char* op, const Tensor& given_fixed, const Tensor& given_moving, at::IntArrayRef radius,
-       const OptionalTensor& given_displacement, c10::string_view scale, c10::string_view padding) {
-    const int64_t nd = given_fixed.dim() - 2, missing = 3 - nd;
-    FASTREG_CHECK(nd == 2 || nd == 3, op, "fixed must have 2 or 3 spatial axes");
-    FASTREG_CHECK(given_fixed.sizes() == given_moving.sizes() &&
-                      given_fixed.scalar_type() == given_moving.scalar_type(),
-                  op, "fixed and moving must have one shape and dtype");
-    FASTREG_CHECK(int64_t(radius.size()) == nd, op, "radius must have a number per axis");
-    // A displacement never loses precision: fp64 displacements lift the maps to fp64.
-    const bool lift = given_displacement && given_displacement->scalar_type() == at::kDouble;
-    fixed = (lift ? given_fixed.to(at::kDouble) : given_fixed).contiguous();
-    moving = (lift ? given_moving.to(at::kDouble) : given_moving).contiguous();
-    type = stored(fixed);
-    args.n = fixed.size(0), args.c = fixed.size(1), args.nd = int(nd);
+  template <class... Inputs>
+  explicit Call(const char* op, const Inputs&... inputs) : CorrelationInputs(op, inputs...) {
+    args.n = n, args.c = c, args.nd = int(nd);
     for (int k = 0; k < 3; ++k) {
-      const int64_t size = k < missing ? 1 : fixed.size(k + nd - 1),
-                    r = k < missing ? 0 : radius[k - missing];
-      FASTREG_CHECK(r >= 0 && r < (1 << 15), op, "radius must be in [0, 2^15)");
-      FASTREG_CHECK(size < (1 << 29), op, "an axis must be shorter than 2^29");
-      args.size[k] = int(size), args.radius[k] = int(r), args.along[k] = int(2 * r + 1);
+      args.size[k] = int(size[k]), args.radius[k] = int(reach[k]);
+      args.along[k] = int(2 * reach[k] + 1);
     }
-    args.plane = int64_t(args.size[1]) * args.size[2], args.voxels = args.size[0] * args.plane;
-    args.offsets = int64_t(args.along[0]) * args.along[1] * args.along[2];
-    FASTREG_CHECK(args.c < (int64_t(1) << 31), op, "there may be fewer than 2^31 channels");
+    args.plane = size[1] * size[2], args.voxels = size[0] * args.plane, args.offsets = offsets;
+    FASTREG_CHECK(c < (int64_t(1) << 31), op, "there may be fewer than 2^31 channels");
     FASTREG_CHECK(args.plane < (int64_t(1) << 31), op, "a plane must be smaller than 2^31 voxels");
-    if (given_displacement) {
-      displacement = given_displacement->to(arithmetic_of(fixed)).contiguous();
-      FASTREG_CHECK(displacement.dim() == nd + 2 && displacement.size(0) == args.n &&
-                        displacement.size(1) == nd && displacement.sizes().slice(2) == fixed.sizes().slice(2),
-                    op, "displacement must have shape (N, nd, *spatial)");
-      args.displacement = displacement.const_data_ptr();
-    }
     args.fixed = fixed.const_data_ptr(), args.moving = moving.const_data_ptr();
-    const double channels = double(std::max<int64_t>(args.c, 1));
-    args.factor = scale == "mean" ? 1 / channels : scale == "sqrt" ? 1 / std::sqrt(channels) : 1.0;
-    args.border = padding == "border";
-  }
-
-  bool empty() const { return fixed.numel() == 0; }
-
-  std::vector<int64_t> output_size() const {
-    auto size = fixed.sizes().vec();
-    size[1] = args.offsets;
-    return size;
+    args.displacement = data_or_null(displacement);
+    args.factor = factor, args.border = border;
   }
 
   Tensor doubles(at::IntArrayRef size) const { return at::empty(size, fixed.options().dtype(at::kDouble)); }
@@ -106,7 +72,7 @@ struct Gradient {
     // Where normalised, both sums are needed whichever gradient is.
     gather = need || map.statistics;
     finish = need && (extends || map.statistics);
-    result = at::empty(need ? call.fixed.sizes() : at::IntArrayRef{0}, call.fixed.options().dtype(dtype));
+    result = empty_if(need, call.fixed.sizes(), call.fixed.options().dtype(dtype));
     if (finish && (extends || dtype != arithmetic))
       raw = at::empty({map.n, map.c, args.voxels}, call.fixed.options().dtype(arithmetic));
     else
@@ -133,18 +99,12 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cuda(const Tensor& grad, const 
   const at::ScalarType moved_dtype = displacement ? arithmetic_of(call.fixed) : dtype;
   if (call.empty() || !(need_fixed || need_moved)) {
     const auto zeros = [&](bool need, at::ScalarType type) {
-      return at::zeros(need ? fixed.sizes() : at::IntArrayRef{0}, fixed.options().dtype(type));
+      return empty_if(need, fixed.sizes(), fixed.options().dtype(type)).zero_();
     };
     return {zeros(need_fixed, fixed.scalar_type()), zeros(need_moved, moved_dtype)};
   }
-  Tensor g = grad.to(dtype).contiguous();
-  FASTREG_CHECK(g.sizes() == call.output_size(), op, "grad must have the shape of the output");
-  if (normalize) {
-    FASTREG_CHECK(statistics.dim() == 2 && statistics.size(0) == call.args.n && statistics.size(1) == 4, op,
-                  "statistics must have shape (N, 4)");
-    call.statistics = statistics.to(at::kDouble).contiguous();
-    call.args.statistics = call.statistics.const_data_ptr<double>();
-  }
+  const Tensor g = call.upstream(op, grad);
+  if (normalize) call.args.statistics = call.keep_statistics(op, statistics);
   Gradient to_fixed(call, g, false, need_fixed, dtype), to_moving(call, g, true, need_moved, moved_dtype);
   Tensor totals[2];
   for (Gradient* gradient : {&to_fixed, &to_moving}) {

@@ -15,29 +15,19 @@
 
 namespace fastreg {
 
-enum class MindTask { variance, describe, describe_bwd, compare };
-
 // Planes of a volume, plane z in slot z % planes: (n, maps, planes, height, width), arithmetic type.
 struct MindRing {
   void* data;
   int planes;
 };
 
-struct MindArgs {
-  const void* image[2];   // (n, c, *size): fixed and moved, or one image
-  const double* mean[2];  // (n): mean of V
-  const void* weight;     // (n, *size), arithmetic type, or null: of the voxels' errors
-  bool is_mask;           // of the weight: what is not above 0 counts as 0
-  const void* upstream;   // (n, n_channels, *size), as the image: gradient of the descriptors
-  void* out;              // descriptors, as the image; or a map (n, *size), arithmetic type; or null
-  void* grad[2];          // (n, c, *size), of grad_type; or null
+// Sums: (n, sums_stride), one per block, of a slab's from sums_first on. Gradients are of grad_type.
+struct MindArgs : MindCall {
   Stored grad_type;
-  double* sums;  // (n, sums_stride): one per block, of a slab's from sums_first on
   int64_t sums_stride, sums_first;
-  int64_t n, c;
   int size[3], radius[3], dilation[3];
   int n_channels, n_directions;
-  bool six, box, absolute;
+  bool box;
   double sigma;
   MindDirections pairs;
   MindTask task;

@@ -5,20 +5,7 @@
 
 namespace fastreg {
 
-struct MseArgs {
-  const void *fixed, *moved;      // (n, c, voxels)
-  const void* mask;               // (n, 1, voxels), arithmetic type; or null
-  const void* grad;               // backward: arithmetic type, (n), or (n, 1, voxels) where per_voxel
-  void* result;                   // map: (n, 1, voxels), arithmetic type; sum: double, one per block
-  void *grad_fixed, *grad_moved;  // backward: (n, c, voxels), or null
-  int64_t n, c, voxels;
-  bool per_voxel;
-};
-
-constexpr int kMseThreads = 256, kMsePerThread = 4;
-constexpr int64_t kMseBlock = kMseThreads * kMsePerThread;  // voxels of a block
-
-inline int64_t mse_blocks(const MseArgs& a) { return (a.voxels + kMseBlock - 1) / kMseBlock; }
+constexpr int kMseThreads = 256, kMsePerThread = int(kMseBlock) / kMseThreads;
 
 // Squared differences summed over channels. Work: a block per 1024 voxels of a sample, 4 a thread, 256 apart,
 // so that a warp reads 128 bytes at a time and has 8 loads in flight. Bytes: 2 volumes and the mask read, the
