@@ -1,7 +1,5 @@
-#include <ATen/Context.h>
-
 #include "common/integrate_velocity_inputs.h"
-#include "cuda/binding.h"
+#include "cuda/fixed_point_sums.h"
 #include "cuda/integrate_velocity.cuh"
 
 namespace fastreg {
@@ -46,24 +44,13 @@ class Integration : public IntegrateInputs {
   }
 
   Tensor step_bwd(const Tensor& u, const Tensor& grad) {
-    const bool fixed = at::globalContext().deterministicAlgorithms();
-    Tensor out = fixed ? packed() : packed().zero_(), sums, largest;
+    const bool fixed = FixedPointSums::wanted();
+    Tensor out = fixed ? packed() : packed().zero_();
     args_.grad = grad.const_data_ptr();
-    const int64_t elements = args_.grid.n_out * packed_sizes.back();
-    if (fixed) {
-      const auto words = packed_options.dtype(at::kLong);
-      sums = at::zeros({type == Stored::f64 ? kFixedWords<double> : kFixedWords<float>, out.numel()}, words);
-      largest = at::zeros({samples}, words);
-      args_.fixed.sums = static_cast<Word*>(sums.mutable_data_ptr());
-      args_.fixed.largest = static_cast<Word*>(largest.mutable_data_ptr());
-      args_.fixed.next = out.numel();
-      args_.fixed.log2_terms = 0;
-      while ((int64_t(1) << args_.fixed.log2_terms) < args_.grid.n_out) ++args_.fixed.log2_terms;
-      find_largest(type == Stored::f64 ? type : Stored::f32, args_.grad, samples, elements,
-                   static_cast<Word*>(largest.mutable_data_ptr()), stream_);
-    }
+    std::optional<FixedPointSums> sums;
+    if (fixed) sums.emplace(args_.fixed, grad, out, args_.grid.n_out, stream_);
     run(integrate_step_bwd, u, out, 1, false);
-    if (fixed) settle(type == Stored::f64, args_.fixed, samples, elements, args_.to, stream_);
+    if (sums) sums->settle();
     return out;
   }
 

@@ -1,7 +1,5 @@
-#include <ATen/Context.h>
-
 #include "common/warp_inputs.h"
-#include "cuda/binding.h"
+#include "cuda/fixed_point_sums.h"
 #include "cuda/warp_bwd.cuh"
 
 namespace fastreg {
@@ -37,25 +35,13 @@ struct Call : WarpInputs {
       affine_sums = at::empty({n, nd, nd + 1, args.grid.blocks / n}, affine.options());
       args.grad_affine = affine_sums.mutable_data_ptr<double>();
     }
-    at::Tensor sums, largest;
+    std::optional<FixedPointSums> sums;
     if (g.need_image) {
       args.grad_image = g.image.mutable_data_ptr();
-      if (at::globalContext().deterministicAlgorithms()) {
-        const auto words = image.options().dtype(at::kLong);
-        sums = at::zeros({type == Stored::f64 ? kFixedWords<double> : kFixedWords<float>, g.image.numel()},
-                         words);
-        largest = at::zeros({n}, words);
-        args.fixed.sums = static_cast<Word*>(sums.mutable_data_ptr());
-        args.fixed.largest = static_cast<Word*>(largest.mutable_data_ptr());
-        args.fixed.next = g.image.numel();
-        while ((int64_t(1) << args.fixed.log2_terms) < args.grid.n_out) ++args.fixed.log2_terms;
-        find_largest(type, args.grad, n, c * args.grid.n_out, static_cast<Word*>(largest.mutable_data_ptr()),
-                     stream);
-      }
+      if (FixedPointSums::wanted()) sums.emplace(args.fixed, g.upstream, g.image, args.grid.n_out, stream);
     }
     warp_bwd(type, nd, args, stream);
-    if (sums.defined())
-      settle(type == Stored::f64, args.fixed, n, c * args.grid.n_in, args.grad_image, stream);
+    if (sums) sums->settle();
     if (affine_sums.defined()) g.affine = affine_sums.sum(-1);
   }
 };
