@@ -60,7 +60,7 @@ class Tiles {
       const int images = task == MindTask::compare ? 2 : 1;
       for (int i = 0; i < images; ++i) {
         tile[i].load(type, a.image[i], n, t);
-        if (task != MindTask::variance) bounds[i] = bounds_of(a.mean[i][n]);
+        if (task != MindTask::variance) bounds[i] = mind_bounds<A>(a.mean[i][n]);
       }
       const int64_t width = (t.size[2] + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
       weight.resize(width), map.resize(width);
@@ -85,13 +85,6 @@ class Tiles {
 
   int64_t voxel(const Row& r, int64_t k, int64_t channels) const {
     return (((r.n * channels + k) * a.size[0] + r.z) * a.size[1] + r.y) * a.size[2] + r.x;
-  }
-
-  static MindBounds<A> bounds_of(double mean) {
-    const A tiny = std::numeric_limits<A>::min();
-    // A NaN stays: it is not below tiny.
-    const double lower = 1e-3 * mean, upper = 1e3 * mean;
-    return {lower < tiny ? tiny : A(lower), upper < tiny ? tiny : A(upper), tiny};
   }
 
   template <int kChannels>
@@ -166,25 +159,17 @@ class Tiles {
   template <int kChannels>
   double compare(int64_t z, int64_t y, const Row& at) {
     load_weight(at);
-    const V zero = {}, one = zero + A(1);
+    const V zero = {};
     V total = {};
     for (int64_t x = 0; x < at.width; x += kLanes<A>) {
-      V d[kChannels], f[kChannels], m[kChannels], g[kChannels], error = {};
+      V d[kChannels], f[kChannels], m[kChannels], g[kChannels], error;
       load_row(0, z, y, x, d);
       const auto scale_f = mind_describe<A>(d, a.six, bounds[0], exponential, f);
       load_row(1, z, y, x, d);
       const auto scale_m = mind_describe<A>(d, a.six, bounds[1], exponential, m);
       const V w = load_as<V>(weight.data() + x);
-      for (int k = 0; k < kChannels; ++k) {
-        const V by = m[k] - f[k];
-        if (a.absolute) {
-          const V sign = by > zero ? one : by < zero ? -one : by;
-          error += by * sign, g[k] = w * sign;
-        } else {
-          error += by * by, g[k] = (w + w) * by;
-        }
-        g[k] = w == zero ? zero : g[k];
-      }
+      for (int k = 0; k < kChannels; ++k) g[k] = m[k] - f[k];
+      mind_error(a.absolute, w, g, error);
       total += w == zero ? zero : w * error;
       store_as<V>(map.data() + x, error * (A(1) / kChannels));
       if (a.grad[1]) {
