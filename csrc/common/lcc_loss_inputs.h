@@ -60,9 +60,10 @@ struct LccInputs {
     return lcc_taps(o.kind(), o.window, o.sigma.value_or(1.0), longest + 1);
   }
 
-  // Results but for the sums, not set, and where a call reads and writes; `least` and `rule.tau` are left.
+  // Results, not set but for the sums of empty images, and where a call reads and writes; `least` and
+  // `rule.tau` are left.
   LccResult begin(LccCall& a, const LccOptions& o, const LccWanted& want) const {
-    LccResult out{{},
+    LccResult out{fixed.numel() == 0 ? at::zeros({fixed.size(0)}, arithmetic) : at::Tensor(),
                   empty_if(want.map, fixed.sizes(), arithmetic),
                   empty_if(want.grad_fixed, fixed.sizes(), arithmetic),
                   empty_if(want.grad_moved, fixed.sizes(), arithmetic)};

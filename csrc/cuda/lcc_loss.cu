@@ -13,10 +13,7 @@ LccResult run(const char* op, const Tensor& fixed, const Tensor& moved, const Op
   const LccInputs in(op, fixed, moved, mask, upstream, o);
   LccArgs a{};
   LccResult out = in.begin(a, o, want);
-  if (fixed.numel() == 0) {
-    out.sums = at::zeros({a.n}, in.arithmetic);
-    return out;
-  }
+  if (fixed.numel() == 0) return out;
   a.nc = a.n * a.c;
   a.flat = in.nd == 2;
   a.D = a.flat ? 1 : fixed.size(2), a.H = fixed.size(-2), a.W = fixed.size(-1);
