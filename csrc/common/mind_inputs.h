@@ -23,10 +23,11 @@ inline void check_mind(const char* op, const at::Tensor& image, const MindOption
 }
 
 // A device's Mind holds the arguments of a call, `a`, for an image and options, and launches:
-//   mean_variance(image)   (N,), fp64: mean of V of each sample, NaN where it is not finite; whatever `a` has
-//                          asked for by now
-//   new_gradient(type)     an image that a gradient can be asked for in, on its way to `type`
-//   run(task, sums)        the task, and, if asked for, its partial sums; `total` is (N,) of them
+//   mean_variance(image)       (N,), fp64: mean of V of each sample, NaN where it is not finite; as if `a`
+//   did
+//                              not ask for gradients yet
+//   new_gradient(image, type)  memory for a gradient that will be converted to `type` if it is not
+//   run(task, sums)            the task and, if asked for, partial sums; total() is (N,) of them
 template <class Device, class Mind>
 at::Tensor mind_mean_variance(const at::Tensor& image, int64_t radius, int64_t dilation,
                               c10::string_view neighbourhood, c10::string_view patch, double sigma) {

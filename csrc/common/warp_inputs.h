@@ -90,7 +90,7 @@ struct WarpGradients {
 };
 
 // A device's Call is made of WarpInputs: forward() returns the result in the type stored, backward(gradients)
-// adds to or replaces the gradients asked for.
+// computes those asked for.
 template <class Device, class Call>
 at::Tensor warp(const at::Tensor& image, const OptionalTensor& displacement, const OptionalTensor& affine,
                 c10::string_view mode, c10::string_view padding) {
