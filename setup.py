@@ -5,12 +5,14 @@ oldest instruction set to the newest: where two of them hold a copy of one inlin
 so no function is ever newer than the code that calls it. What ptxas says of a csrc/cuda/<op>.cu lies beside its object.
 
 FASTREG_EXT=0 skips the extensions, DEBUG=1 builds without optimisation, FASTREG_SANITIZE=address,undefined adds sanitizers.
-FASTREG_CUDA=0 skips the CUDA extension, 1 insists on it (with a torch without CUDA it is built but cannot be loaded);
+FASTREG_CUDA=0 skips the CUDA extension, 1 insists on it (with a torch without CUDA it is built but cannot be loaded); an
+nvcc and a torch of different CUDA major versions do not go together.
 FASTREG_CUDA_ARCHS="90 100" chooses its architectures.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,14 @@ if platform.machine() in ("x86_64", "AMD64"):
 CUDA_ARCHS = os.environ.get("FASTREG_CUDA_ARCHS", "80 86 89 90 100 120").split()
 
 
+def cuda_mismatch(nvcc_version, torch_cuda):
+    """What is wrong with a compiler of which `nvcc --version` says this, for a torch of that CUDA; None if nothing is."""
+    release = re.search(r"release (\d+)\.\d+", nvcc_version)
+    if not torch_cuda or not release or release[1] == torch_cuda.split(".")[0]:
+        return None
+    return f"nvcc is of CUDA {release[0].split()[1]}, torch of CUDA {torch_cuda}: set CUDA_HOME to one of torch's major version"
+
+
 def nvcc():
     """The compiler, or None where the CUDA extension is not to be built."""
     wanted = os.environ.get("FASTREG_CUDA")
@@ -37,13 +47,21 @@ def nvcc():
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     found = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-    if wanted == "1" and found is None:
-        raise SystemExit("FASTREG_CUDA=1, but there is no nvcc: set CUDA_HOME")
-    if wanted != "1" and found is not None:
-        import torch
+    if found is None:
+        if wanted == "1":
+            raise SystemExit("FASTREG_CUDA=1, but there is no nvcc: set CUDA_HOME")
+        return None
+    import torch
 
-        found = found if torch.version.cuda else None
-    return found
+    if wanted != "1" and not torch.version.cuda:
+        return None
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+    wrong = cuda_mismatch(version, torch.version.cuda)
+    if wrong and wanted == "1":
+        raise SystemExit(f"FASTREG_CUDA=1, but {wrong}")
+    if wrong:
+        print(f"warning: no CUDA kernels are built: {wrong}", file=sys.stderr)
+    return None if wrong else found
 
 
 def is_newer(done, others):

@@ -1,6 +1,7 @@
 """The package around the ops: loading, falling back, choosing instruction sets."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from common import COMPILED
 
 import fastreg
@@ -100,3 +102,42 @@ def test_public_names_are_documented():
     for name in fastreg.__all__:
         if callable(getattr(fastreg, name)):
             assert getattr(fastreg, name).__doc__, name
+
+
+SETUP = PACKAGE.parent / "setup.py"
+NVCC = "Cuda compilation tools, release {0}, V{0}.88\nBuild cuda_{0}.r{0}/compiler.36424714_0\n"
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    if not SETUP.exists():
+        pytest.skip("not in a checkout")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("FASTREG_EXT", "0")
+    return runpy.run_path(str(SETUP))
+
+
+@pytest.mark.parametrize(("compiler", "torch_cuda"), [("13.0", "13.1"), ("12.8", "12.4"), ("12.8", None)])
+def test_nvcc_of_the_major_version_of_torch_is_taken(setup_py, compiler, torch_cuda):
+    assert setup_py["cuda_mismatch"](NVCC.format(compiler), torch_cuda) is None
+    assert setup_py["cuda_mismatch"]("says nothing", torch_cuda) is None
+
+
+def test_nvcc_of_another_major_version_is_refused(setup_py, monkeypatch, tmp_path, capsys):
+    message = "nvcc is of CUDA 13.0, torch of CUDA 12.8"
+    assert setup_py["cuda_mismatch"](NVCC.format("13.0"), "12.8").startswith(message)
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f"#!/bin/sh\ncat <<END\n{NVCC.format('13.0')}END\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.delenv("FASTREG_CUDA", raising=False)
+    assert setup_py["nvcc"]() is None
+    assert message in capsys.readouterr().err
+    monkeypatch.setenv("FASTREG_CUDA", "1")
+    with pytest.raises(SystemExit, match=message):
+        setup_py["nvcc"]()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert setup_py["nvcc"]() == str(compiler)
