@@ -23,9 +23,8 @@ inline void check_mind(const char* op, const at::Tensor& image, const MindOption
 }
 
 // A device's Mind holds the arguments of a call, `a`, for an image and options, and launches:
-//   mean_variance(image)       (N,), fp64: mean of V of each sample, NaN where it is not finite; as if `a`
-//   did
-//                              not ask for gradients yet
+//   mean_variance(image)       (N,), fp64: mean of V of each sample, NaN where it is not finite;
+//                              whatever gradients `a` asks for by now
 //   new_gradient(image, type)  memory for a gradient that will be converted to `type` if it is not
 //   run(task, sums)            the task and, if asked for, partial sums; total() is (N,) of them
 template <class Device, class Mind>
