@@ -1,4 +1,4 @@
-"""Triton kernels, one file per family of ops: what answers on a GPU where ``fastreg._C_cuda`` does not.
+"""Triton kernels: what answers on a GPU where ``fastreg._C_cuda`` does not. <op>.py holds launchers, <op>_*.py what they launch.
 
 A launcher is a plain function with the name and the signature of its op, so tests call it on CPU tensors under
 ``TRITON_INTERPRET=1``. Importing this package does not import triton.

@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from fastreg.kernels.warp import Call, arithmetic_of, check, contiguous
+from fastreg.kernels.launch import arithmetic_of, contiguous
+from fastreg.kernels.warp import Call, check
 
 
 def compose(u, v, padding):

@@ -4,7 +4,9 @@ import contextlib
 
 import torch
 import triton
+import triton.language as tl
 
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _recorder = None
 
 
@@ -36,3 +38,19 @@ def recording(recorder):
 
 def blocks(n, block):
     return triton.cdiv(n, block)
+
+
+def power_of_two(n, most):
+    """A block that holds n elements, of at most `most`."""
+    return min(most, triton.next_power_of_2(n))
+
+
+def arithmetic_of(*tensors):
+    """The type that kernels compute in; None is no tensor."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def contiguous(*tensors):
+    return (t if t is None else t.contiguous() for t in tensors)

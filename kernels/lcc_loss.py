@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastreg.kernels.launch import arithmetic_of
 from fastreg.kernels.lcc_march import MOST_RADIUS, march
 from fastreg.kernels.lcc_separable import separable
-from fastreg.ops.lcc_loss import _arithmetic, _taps
+from fastreg.kernels.lcc_terms import TAU
+from fastreg.ops.lcc_loss import _taps
 
 
 @dataclass
@@ -78,21 +80,21 @@ def _problem(fixed, moved, mask, upstream, options, need, want_map=False, dtype=
     spatial = fixed.shape[2:]
     size = tuple(spatial) if len(spatial) == 3 else (spatial[0], 1, spatial[1])
     present = (True, len(spatial) == 3, True)
-    arithmetic = _arithmetic(fixed)
+    arithmetic = arithmetic_of(fixed)
 
     def per_voxel(t):
         return None if t is None else t.to(arithmetic).contiguous()
 
     marches = arithmetic == torch.float32 and window // 2 <= MOST_RADIUS
+    sums = torch.float32 if marches else torch.float64
     p = Problem(
         fixed.contiguous(), moved.contiguous(), per_voxel(mask), per_voxel(upstream), *fixed.shape[:2], size,
         _windows(
-            window, kernel, sigma, tuple(zip(size, present, strict=True)), nr, dr, marches,
-            torch.float32 if marches else torch.float64, fixed.device,
+            window, kernel, sigma, tuple(zip(size, present, strict=True)), nr, dr, marches, sums, fixed.device,
         ),
         march if marches else separable,
         dict(
-            VALID=padding == "valid", SQUARED=squared, DENOMINATOR=denominator, HAS_UPSTREAM=upstream is not None,
+            TAU=TAU[sums], VALID=padding == "valid", SQUARED=squared, DENOMINATOR=denominator, HAS_UPSTREAM=upstream is not None,
             WANT_MAP=want_map, WANT_FIXED=need[0], WANT_MOVED=need[1],
         ),
     )  # fmt: skip
@@ -108,7 +110,7 @@ def _gradients(p, like):
 
 def lcc_loss(fixed, moved, mask, *options_and_needs):
     *options, need_fixed, need_moved = options_and_needs
-    like = fixed.new_zeros(fixed.shape[0], dtype=_arithmetic(fixed))
+    like = fixed.new_zeros(fixed.shape[0], dtype=arithmetic_of(fixed))
     if fixed.numel() == 0:
         return like, *(like.new_empty(fixed.shape if need else 0) for need in (need_fixed, need_moved))
     p = _problem(fixed, moved, mask, None, options, (need_fixed, need_moved))
@@ -118,7 +120,7 @@ def lcc_loss(fixed, moved, mask, *options_and_needs):
 def lcc_map(fixed, moved, mask, *options):
     if fixed.numel() == 0:
         # The average over no channels is NaN.
-        return fixed.new_full((fixed.shape[0], 1, *fixed.shape[2:]), float("nan"), dtype=_arithmetic(fixed))
+        return fixed.new_full((fixed.shape[0], 1, *fixed.shape[2:]), float("nan"), dtype=arithmetic_of(fixed))
     p = _problem(fixed, moved, mask, None, options, (False, False), want_map=True)
     p.solve(p)
     return p.map if p.c == 1 else p.map.sum(1, keepdim=True)

@@ -22,12 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastreg.kernels.launch import blocks, launch
-from fastreg.kernels.lcc_terms import CHANGING, TILE, shift_kernel, window_terms
+from fastreg.kernels.launch import blocks, launch, power_of_two
+from fastreg.kernels.lcc_terms import CHANGING, SLAB, TILE, shift_kernel, window_terms
 
-SLAB = 64  # a multiple of TILE
 MOST_RADIUS = 5  # above it the states do not fit the registers
-TAU = 2.0**-18
 BLOCK = 256  # a column a thread
 WARP = 64 if torch.version.hip else 32
 
@@ -70,6 +68,17 @@ def _push(state, values, weights, COUNT: tl.constexpr, RADIUS: tl.constexpr):
                     state[j * COUNT + i] + weights[RADIUS - j if j < RADIUS else j - RADIUS] * values[i],
                 )
         return sums + edge
+
+
+@triton.jit
+def _wanted(e, a, p, b, q, WANT_FIXED: tl.constexpr, WANT_MOVED: tl.constexpr):
+    """The adjoint maps of the gradients that are asked for."""
+    if WANT_FIXED and WANT_MOVED:
+        return e, a, p, b, q
+    elif WANT_FIXED:
+        return e, a, p
+    else:
+        return e, b, q
 
 
 @triton.jit
@@ -230,12 +239,7 @@ def _windows_kernel(
         if WANT:
             e, a, p = tl.where(real, e, 0), tl.where(real, a, 0), tl.where(real, p, 0)
             b, q = tl.where(real, b, 0), tl.where(real, q, 0)
-            if WANT_FIXED and WANT_MOVED:
-                passed = (e, a, p, b, q)
-            elif WANT_FIXED:
-                passed = (e, a, p)
-            else:
-                passed = (e, b, q)
+            passed = _wanted(e, a, p, b, q, WANT_FIXED, WANT_MOVED)
             adjoint = _push(adjoint, passed, weights, ADJOINTS, RADIUS)
             at = out + (z - RADIUS) % slots_out * plane
             done = inside & (planes >= z0 + RADIUS)
@@ -289,12 +293,7 @@ def _gradient_kernel(
                 kb = weight * tl.load(at + step, mask=here, other=0)
                 b += kb
                 q += weight * tl.load(at + 2 * step, mask=here, other=0) + kb * dm + ke * df
-        if WANT_FIXED and WANT_MOVED:
-            values = (e, a, p, b, q)
-        elif WANT_FIXED:
-            values = (e, a, p)
-        else:
-            values = (e, b, q)
+        values = _wanted(e, a, p, b, q, WANT_FIXED, WANT_MOVED)
         state = _push(state, values, weights_y, ADJOINTS, RADIUS_Y)
         y = row - RADIUS_Y
         done = inside & (rows >= y0 + RADIUS_Y)
@@ -340,11 +339,11 @@ def march(p):
     )  # fmt: skip
     n_adjoints = {0: 0, 1: 3, 2: 5}[len(p.wanted)]
     reach = 2 * radius if p.wanted else radius
-    slab = min(SLAB, D)
+    slab = min(SLAB[torch.float32], D)
     ring = min(slab + 2 * reach, D)
     moments = torch.empty(5 + (p.mask is not None), channels, ring, H, W, **new)
     adjoints = torch.empty(n_adjoints, channels, slab, H, W, **new)
-    block_x = min(triton.next_power_of_2(W), tile)
+    block_x = power_of_two(W, tile)
     n_x, n_v = blocks(W, block_x), blocks(H * W, BLOCK)
     flags |= dict(BLOCK=BLOCK, num_warps=BLOCK // WARP)
     lanes = dict(RADIUS_Y=radius_y, RADIUS_X=radius_x, BLOCK_X=block_x)
@@ -367,7 +366,7 @@ def march(p):
         slabs.append(sums)
         launch(
             _windows_kernel, (channels * n_z * n_v,), moments, adjoints, p.mask, p.upstream, shift, p.windows.taps[0],
-            *p.windows.edges, p.windows.rule, p.map, sums, channels, p.c, z, end, ring, slab, D, H, W, n_v, TAU=TAU,
+            *p.windows.edges, p.windows.rule, p.map, sums, channels, p.c, z, end, ring, slab, D, H, W, n_v,
             RADIUS=radius, **p.options, **flags,
         )  # fmt: skip
         if p.wanted:

@@ -17,11 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastreg.kernels.launch import blocks, launch
-from fastreg.kernels.lcc_terms import CHANGING, shift_kernel, window_terms
-
-SLAB = 32
-TAU = 2.0**-42
+from fastreg.kernels.launch import blocks, launch, power_of_two
+from fastreg.kernels.lcc_terms import CHANGING, SLAB, shift_kernel, window_terms
 
 
 @triton.jit
@@ -191,10 +188,6 @@ def _gradient_z_kernel(
     tl.store(grad + at, result, mask=inside)
 
 
-def _block(n, most):
-    return min(triton.next_power_of_2(n), most)
-
-
 def separable(p):
     """LCC sums per channel and block, or the map, and the gradients of a `fastreg.kernels.lcc_loss.Problem`."""
     D, H, W = p.size
@@ -207,12 +200,13 @@ def separable(p):
     )  # fmt: skip
     n_moments, n_adjoints = 5 + (p.mask is not None), {0: 0, 1: 3, 2: 5}[len(p.wanted)]
     halo = radius[0] if p.wanted else 0
-    slab, ring = min(SLAB, D), min(SLAB + 2 * radius[0], D)
+    slab = min(SLAB[torch.float64], D)
+    ring = min(SLAB[torch.float64] + 2 * radius[0], D)
     rows = torch.empty(n_moments, channels, slab, H, W, **new)  # what x leaves to y; then the adjoint maps
     moments = torch.empty(n_moments, channels, ring, H, W, **new)
     adjoint_rows = torch.empty(n_adjoints, channels, slab, H, W, **new)
     adjoints = torch.empty(n_adjoints, channels, ring, H, W, **new)
-    block_x, block_v = _block(W, 128), _block(H * W, 128)
+    block_x, block_v = power_of_two(W, 128), power_of_two(H * W, 128)
     block_r, n_x, n_v = 1024 // block_x, blocks(W, block_x), blocks(H * W, block_v)
     blocks_of_sums, flags = [], dict(HAS_MASK=p.mask is not None)
 
@@ -221,11 +215,11 @@ def separable(p):
             yield first, min(slab, end - first)
 
     def plane_blocks(outer, planes):
-        size = _block(outer * planes * H, block_r)
+        size = power_of_two(outer * planes * H, block_r)
         return (blocks(outer * planes * H, size) * n_x,), dict(BLOCK_R=size, BLOCK_X=block_x)
 
     def column_blocks(planes):
-        size = _block(planes, 512 // block_v)
+        size = power_of_two(planes, 512 // block_v)
         return (channels * blocks(planes, size) * n_v,), dict(BLOCK_Z=size, BLOCK_V=block_v)
 
     def total(source, target, first, planes, axis):
@@ -253,7 +247,7 @@ def separable(p):
             sums = torch.empty(p.n, grid[0] // p.n, **new)
             launch(
                 _windows_z_kernel, grid, moments, rows, p.mask, p.upstream, shift, p.windows.taps[0], *p.windows.edges,
-                p.windows.rule, p.map, sums, channels, p.c, first, planes, ring, slab, D, H, W, n_v, radius[0], TAU=TAU,
+                p.windows.rule, p.map, sums, channels, p.c, first, planes, ring, slab, D, H, W, n_v, radius[0],
                 **p.options, **flags, **block,
             )  # fmt: skip
             blocks_of_sums.append(sums)

@@ -3,12 +3,19 @@
 csrc/common/lcc_loss.h has the same formulas in C++.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from fastreg.ops.lcc_loss import TAU as EXACT_TAU
 
 TILE = tl.constexpr(32)  # voxels an axis that share a shift
 SAMPLES = tl.constexpr(8)  # of a tile's axis, from which its shift is taken
 
+# By the type of the sums: the part of a window's sum of squares that its variance must exceed, and the planes of a slab, whole tiles
+# in fp32.
+TAU = {torch.float32: 2.0**-18, torch.float64: EXACT_TAU}
+SLAB = {torch.float32: 64, torch.float64: 32}
 
 # What differs between the launches of one call must not make a kernel of its own.
 CHANGING = ("z_first", "z_end", "planes", "outer", "first_map")
