@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from fastreg.kernels.launch import blocks, launch, power_of_two
-from fastreg.kernels.lcc_terms import CHANGING, SLAB, TILE, shift_kernel, window_terms
+from fastreg.kernels.lcc_shift import TILE, shift_of_tiles
+from fastreg.kernels.lcc_terms import CHANGING, SLAB, window_terms
 
 MOST_RADIUS = 5  # above it the states do not fit the registers
 BLOCK = 256  # a column a thread
@@ -322,21 +323,8 @@ def march(p):
     channels, (radius, radius_y, radius_x) = p.n * p.c, p.windows.radius
     new = dict(dtype=torch.float32, device=p.fixed.device)
     tile = TILE.value
-    tiles = blocks(D, tile), blocks(H, tile), blocks(W, tile)
     flags = dict(HAS_MASK=p.mask is not None)
-    fallback = None
-    if p.mask is not None:
-        # A tile whose samples are all masked out still has windows.
-        fallback = torch.empty(2, channels, **new)
-        launch(
-            shift_kernel, (channels,), p.fixed, p.moved, p.mask, None, fallback, p.c, D, H, W, 1, 1, 1, WHOLE=True,
-            HAS_FALLBACK=False, BLOCK=1024, **flags,
-        )  # fmt: skip
-    shift = torch.empty(2, channels, *tiles, **new)
-    launch(
-        shift_kernel, (channels * tiles[0] * tiles[1] * tiles[2],), p.fixed, p.moved, p.mask, fallback, shift, p.c, D, H, W, *tiles,
-        WHOLE=False, HAS_FALLBACK=p.mask is not None, BLOCK=1024, **flags,
-    )  # fmt: skip
+    shift = shift_of_tiles(p, torch.float32)
     n_adjoints = {0: 0, 1: 3, 2: 5}[len(p.wanted)]
     reach = 2 * radius if p.wanted else radius
     slab = min(SLAB[torch.float32], D)
@@ -350,7 +338,7 @@ def march(p):
     slabs, done = [], 0
 
     def grid(planes):
-        return (channels * blocks(planes, BLOCK // block_x) * tiles[1] * n_x,)
+        return (channels * blocks(planes, BLOCK // block_x) * blocks(H, tile) * n_x,)
 
     for z in range(0, D, slab):
         end = min(z + slab, D)

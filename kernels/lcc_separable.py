@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from fastreg.kernels.launch import blocks, launch, power_of_two
-from fastreg.kernels.lcc_terms import CHANGING, SLAB, shift_kernel, window_terms
+from fastreg.kernels.lcc_shift import shift_of_images
+from fastreg.kernels.lcc_terms import CHANGING, SLAB, window_terms
 
 
 @triton.jit
@@ -193,11 +194,7 @@ def separable(p):
     D, H, W = p.size
     channels, radius = p.n * p.c, p.windows.radius
     new = dict(dtype=torch.float64, device=p.fixed.device)
-    shift = torch.empty(2, channels, **new)
-    launch(
-        shift_kernel, (channels,), p.fixed, p.moved, p.mask, None, shift, p.c, D, H, W, 1, 1, 1, WHOLE=True,
-        HAS_MASK=p.mask is not None, HAS_FALLBACK=False, BLOCK=1024,
-    )  # fmt: skip
+    shift = shift_of_images(p, torch.float64)
     n_moments, n_adjoints = 5 + (p.mask is not None), {0: 0, 1: 3, 2: 5}[len(p.wanted)]
     halo = radius[0] if p.wanted else 0
     slab = min(SLAB[torch.float64], D)

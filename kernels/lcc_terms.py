@@ -1,4 +1,4 @@
-"""What the Triton kernels of lcc_loss share: the shift of a tile, and the LCC of a window from its sums with its derivatives.
+"""What the Triton kernels of lcc_loss share: the LCC of a window from its sums, with its derivatives.
 
 csrc/common/lcc_loss.h has the same formulas in C++.
 """
@@ -9,9 +9,6 @@ import triton.language as tl
 
 from fastreg.ops.lcc_loss import TAU as EXACT_TAU
 
-TILE = tl.constexpr(32)  # voxels an axis that share a shift
-SAMPLES = tl.constexpr(8)  # of a tile's axis, from which its shift is taken
-
 # By the type of the sums: the part of a window's sum of squares that its variance must exceed, and the planes of a slab, whole tiles
 # in fp32.
 TAU = {torch.float32: 2.0**-18, torch.float64: EXACT_TAU}
@@ -19,72 +16,6 @@ SLAB = {torch.float32: 64, torch.float64: 32}
 
 # What differs between the launches of one call must not make a kernel of its own.
 CHANGING = ("z_first", "z_end", "planes", "outer", "first_map")
-
-
-@triton.jit
-def _finite_sums(fixed, moved, mask, at_image, at_mask, inside, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr):
-    """Sums of fixed and moved over the finite, unmasked samples of a block, and their number."""
-    f = tl.load(fixed + at_image, mask=inside, other=0).to(DTYPE)
-    m = tl.load(moved + at_image, mask=inside, other=0).to(DTYPE)
-    keep = inside & (f - f == 0) & (m - m == 0)
-    if HAS_MASK:
-        keep = keep & (tl.load(mask + at_mask, mask=inside, other=0) != 0)
-    count = tl.sum(tl.where(keep, 1, 0).to(DTYPE))
-    return tl.sum(tl.where(keep, f, 0)), tl.sum(tl.where(keep, m, 0)), count
-
-
-@triton.jit
-def shift_kernel(
-    fixed, moved, mask, fallback, shift, C, D, H, W, tiles_z, tiles_y, tiles_x, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_FALLBACK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What sums of fixed and moved are shifted by: shift (2, n c, tiles) is the mean of 8 x 8 x 8 samples of each tile.
-
-    One program per tile. Samples that are masked out or not finite do not count; where that leaves none, all of the tile's
-    samples are asked, then ``fallback`` (2, n c). WHOLE: one tile, amid the image, with the image for its second try.
-    Bytes: with stride 4 along the lines, 1/16 of the sectors of both images.
-    """
-    dtype = shift.dtype.element_ty
-    tiles = tiles_z * tiles_y * tiles_x
-    channels = tl.num_programs(0) // tiles
-    tile, nc = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    if WHOLE:
-        z0, y0, x0 = (
-            tl.maximum(D // 2 - TILE // 2, 0),
-            tl.maximum(H // 2 - TILE // 2, 0),
-            tl.maximum(W // 2 - TILE // 2, 0),
-        )
-    else:
-        z0, y0, x0 = (
-            tile // (tiles_y * tiles_x) * TILE,
-            tile // tiles_x % tiles_y * TILE,
-            tile % tiles_x * TILE,
-        )
-    nz, ny, nx = tl.minimum(D - z0, TILE), tl.minimum(H - y0, TILE), tl.minimum(W - x0, TILE)
-    image, masked = nc.to(tl.int64) * D * H * W, (nc // C).to(tl.int64) * D * H * W
-    i = tl.arange(0, SAMPLES * SAMPLES * SAMPLES)
-    z = z0 + i // (SAMPLES * SAMPLES) * nz // SAMPLES
-    y = y0 + i // SAMPLES % SAMPLES * ny // SAMPLES
-    x = x0 + i % SAMPLES * nx // SAMPLES
-    at = (z.to(tl.int64) * H + y) * W + x
-    f, m, count = _finite_sums(fixed, moved, mask, image + at, masked + at, i >= 0, HAS_MASK, dtype)
-    if count == 0:
-        if WHOLE:
-            z0, y0, x0, nz, ny, nx = 0, 0, 0, D, H, W
-        volume = tl.cast(nz, tl.int64) * ny * nx
-        for start in range(0, volume, BLOCK):
-            j = start + tl.arange(0, BLOCK).to(tl.int64)
-            every = ((z0 + j // (ny * nx)) * H + y0 + j // nx % ny) * W + x0 + j % nx
-            more = _finite_sums(
-                fixed, moved, mask, image + every, masked + every, j < volume, HAS_MASK, dtype
-            )
-            f, m, count = f + more[0], m + more[1], count + more[2]
-    f, m = f / tl.maximum(count, 1), m / tl.maximum(count, 1)
-    if HAS_FALLBACK:
-        f = tl.where(count > 0, f, tl.load(fallback + nc))
-        m = tl.where(count > 0, m, tl.load(fallback + channels + nc))
-    tl.store(shift + nc.to(tl.int64) * tiles + tile, f)
-    tl.store(shift + (channels + nc).to(tl.int64) * tiles + tile, m)
 
 
 @triton.jit

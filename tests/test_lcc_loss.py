@@ -669,6 +669,20 @@ def test_the_shift_ignores_what_the_mask_hides():
     assert_close(fastreg.lcc_loss(filled, moved, 5, mask=mask, padding="valid"), expected.double(), 1e-6)
 
 
+def test_the_shift_of_an_image_without_a_middle(monkeypatch):
+    """Far from 0, and masked out amid the image and in all of a tile whose windows reach beyond it."""
+    if BACKEND == "triton":
+        monkeypatch.setattr("fastreg.kernels.lcc_shift._PER_PART", 1024)
+    fixed, moved = (torch.randint(0, 1024, (2, 1, 6, 7, 72)).double() / 1024 for _ in range(2))
+    mask = torch.ones(2, 1, 6, 7, 72)
+    mask[..., 16:64] = 0
+    expected = two_pass(fixed, moved, mask.double(), padding="valid")
+    for dtype in (torch.float32, torch.float64):
+        far = ((1e3 + x).to(dtype) for x in (fixed, moved))
+        got = fastreg.lcc_loss(*far, 5, mask=mask.to(dtype), padding="valid", reduction="none")
+        assert_close(got, expected, 1e-4)
+
+
 def test_double_backward_raises():
     fixed, moved = pair((1, 1, 5, 6, 7))
     for reduction in ("mean", "none"):
