@@ -17,7 +17,7 @@ def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
     fp64 as a constant or in a tensor.
     """
     if _recorder is not None:
-        _recorder(kernel, args, constants, num_warps, num_stages)
+        _recorder(kernel, grid, args, constants, num_warps, num_stages)
         return
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
     device = torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
@@ -27,7 +27,7 @@ def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
 
 @contextlib.contextmanager
 def recording(recorder):
-    """Within it nothing is launched: ``recorder(kernel, args, constants, num_warps, num_stages)`` is told instead."""
+    """Within it nothing is launched: ``recorder(kernel, grid, args, constants, num_warps, num_stages)`` is told instead."""
     global _recorder
     _recorder, before = recorder, _recorder
     try:

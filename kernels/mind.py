@@ -148,14 +148,13 @@ class _Mind:
                         self.gather(before[i], images[i], grads[i], slots[j - 1], begin, end)
                 elif stage == "voxels":
                     two = before.get(1)
-                    grid = (self.tiles, blocks(end - begin, march), self.N)
                     launch(
-                        march_kernel, grid, before[0], two, *means, weight, upstream, out, partial,
+                        march_kernel, self.grid(end - begin, march), before[0], two, *means, weight, upstream, out, partial,
                         scratch[j].get(0), scratch[j].get(1), self.weights, self.D, self.H, self.W,
                         slots[j - 1], slots[j], begin, end, segment, n_segments,
                         TASK=task, RZ=rz, RY=0 if wide else ry, MASKED=masked, L1=l1, num_warps=self.march_warps, **self.march, **self.tile,
                     )  # fmt: skip
-                    segment += grid[1]
+                    segment += blocks(end - begin, march)
                 else:
                     windows = {
                         "rows": (0, ry, "rows"),
@@ -166,22 +165,26 @@ class _Mind:
                         self.windows(source, scratch[j][i], slots[j - 1], slots[j], begin, end, *windows)
         return partial.sum((1, 2)) if adds else None
 
+    def grid(self, planes, of_program, channels=1):
+        """See mind_squares.place_of_program."""
+        return (self.N * channels * blocks(planes, of_program) * self.tiles,)
+
     def squares(self, image, out, slots, begin, end):
         launch(
-            squares_kernel, (self.tiles, blocks(end - begin, self.TZ), self.N), image, out, self.weights, self.C, self.D, self.H, self.W,
+            squares_kernel, self.grid(end - begin, self.TZ), image, out, self.weights, self.C, self.D, self.H, self.W,
             *self.steps, slots, begin, end, USED=self.used, RX=self.radii[2], TZ=self.TZ, num_warps=8, **self.pairs, **self.tile,
         )  # fmt: skip
 
     def windows(self, source, out, slots_in, slots_out, begin, end, rz, ry, task):
         launch(
-            march_kernel, (self.tiles, blocks(end - begin, MARCH.value), self.N), source, *[None] * 7, out, None,
+            march_kernel, self.grid(end - begin, MARCH.value), source, *[None] * 7, out, None,
             self.weights, self.D, self.H, self.W, slots_in, slots_out, begin, end, 0, 0,
             TASK=task, RZ=rz, RY=ry, MASKED=False, L1=False, num_warps=self.march_warps, **self.march, **self.tile,
         )  # fmt: skip
 
     def gather(self, adjoint, image, grad, slots, begin, end):
         launch(
-            image_kernel, (self.tiles, blocks(end - begin, self.TZ), self.N * self.C), adjoint, image, grad, self.weights,
+            image_kernel, self.grid(end - begin, self.TZ, self.C), adjoint, image, grad, self.weights,
             self.C, self.D, self.H, self.W, *self.steps, slots, begin, end, RX=self.radii[2], TZ=self.TZ, num_warps=8,
             **self.pairs, **self.tile,
         )  # fmt: skip

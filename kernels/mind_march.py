@@ -3,19 +3,19 @@
 import triton
 import triton.language as tl
 
-from fastreg.kernels.mind_squares import tile_of_program
+from fastreg.kernels.mind_squares import place_of_program, voxels_of_tile
 
 MARCH = tl.constexpr(16)  # planes a program walks: reads 2 radius more
 
 
 @triton.jit
 def _plane(
-    source, weights, tile, z, D, H, W, slots,
+    source, weights, here, z, D, H, W, slots,
     NC: tl.constexpr, RY: tl.constexpr, ADJOINT: tl.constexpr, A: tl.constexpr,
     K: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
 ):  # fmt: skip
     """Channels of a tile of plane z, windowed along y. Rows and planes outside repeat the border's; ADJOINT: are 0."""
-    n, y, x = tile
+    n, y, x = here
     row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
     inner = tl.minimum(tl.maximum(z, 0), D - 1)
     source += (n * slots + inner % slots) * H * row_size
@@ -114,10 +114,10 @@ def march_kernel(
     plane is read once, each row by the 2 RY + 1 rows near it, from L1. RZ > 2: each window is summed anew.
     """
     TRANSPOSED: tl.constexpr = TASK == "columns"
-    n = tl.program_id(2).to(tl.int64)
-    first = begin + tl.program_id(1) * MARCH
+    n, segment, tile, tiles = place_of_program(end - begin, H, W, MARCH, TY, TX)
+    first = begin + segment * MARCH
     last = tl.minimum(first + MARCH, end)
-    _, y, x, inside = tile_of_program(first, last, H, W, 1, TY, TX)
+    _, y, x, inside = voxels_of_tile(tile, first, last, H, W, 1, TY, TX)
     k = tl.arange(0, K)[:, None]
     valid = (k < NC) & (y >= 0)[None, :]
     row = tl.cast(W, tl.int64)
@@ -125,7 +125,7 @@ def march_kernel(
     row_size = tl.cast((W + TX - 1) // TX * (NC * TX), tl.int64)
     at_scratch = y * row_size + x // TX * (NC * TX) + x % TX
     stored = inside[None, :] & (k < NC)
-    tile = (n, y, x)
+    here = (n, y, x)
     zero = tl.full((K, TY * TX), 0, A)
     # Each by its name: carried as tuples they took half as many registers again (185, not 128).
     f0, f1, f2, f3 = zero, zero, zero, zero
@@ -134,18 +134,18 @@ def march_kernel(
         for t in range(1 - 2 * RZ, 1):
             z = first + t + RZ - 1
             f0, f1, f2 = f1, f2, f3
-            f3 = _plane(fixed, weights, tile, z, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX)
+            f3 = _plane(fixed, weights, here, z, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX)
             if TASK == "compare":
                 m0, m1, m2 = m1, m2, m3
-                m3 = _plane(moved, weights, tile, z, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
+                m3 = _plane(moved, weights, here, z, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
     sums = tl.full((TY * TX,), 0, A)
     for z in range(first, last):
         if RZ == 1 or RZ == 2:
-            f4 = _plane(fixed, weights, tile, z + RZ, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX)
+            f4 = _plane(fixed, weights, here, z + RZ, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX)
             d = _window((f0, f1, f2, f3, f4), weights, z, D, RZ, TRANSPOSED)
             f0, f1, f2, f3 = f1, f2, f3, f4
             if TASK == "compare":
-                m4 = _plane(moved, weights, tile, z + RZ, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
+                m4 = _plane(moved, weights, here, z + RZ, D, H, W, slots_in, NC, RY, False, A, K, TY, TX)
                 dm = _window((m0, m1, m2, m3, m4), weights, z, D, RZ, False)
                 m0, m1, m2, m3 = m1, m2, m3, m4
         else:
@@ -156,12 +156,12 @@ def march_kernel(
                     at_face = ((z == 0) & (t >= 0)) | ((z == D - 1) & (t <= 0))
                     w = tl.load(weights + tl.where(at_face, 2 * RZ + 1 + tl.maximum(t, -t), RZ + t))
                 plane_f = _plane(
-                    fixed, weights, tile, z + t, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX
+                    fixed, weights, here, z + t, D, H, W, slots_in, NC, RY, TRANSPOSED, A, K, TY, TX
                 )
                 d += plane_f if RZ == 0 else w * plane_f
                 if TASK == "compare":
                     plane_m = _plane(
-                        moved, weights, tile, z + t, D, H, W, slots_in, NC, RY, False, A, K, TY, TX
+                        moved, weights, here, z + t, D, H, W, slots_in, NC, RY, False, A, K, TY, TX
                     )
                     dm += plane_m if RZ == 0 else w * plane_m
 
@@ -211,5 +211,5 @@ def march_kernel(
                     tl.store(to_fixed + target, a, mask=stored)
     if partial is not None:
         total = tl.sum(tl.where(inside, sums, 0.0), 0)
-        segment = n * n_segments + first_segment + tl.program_id(1)
-        tl.store(partial + segment * tl.num_programs(0) + tl.program_id(0), total)
+        segment += n * n_segments + first_segment
+        tl.store(partial + segment * tiles + tile, total)

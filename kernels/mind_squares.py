@@ -7,13 +7,22 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_of_program(first, last, H, W, TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr):
+def place_of_program(planes, H, W, PLANES: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr):
+    """Image, segment of PLANES planes and tile of a program, and the number of tiles: all along x, as a grid's y and z end at 65,535."""
+    tiles = tl.cdiv(W, TX) * tl.cdiv(H, TY)
+    segments = tl.cdiv(planes, PLANES)
+    pid = tl.program_id(0)
+    return (pid // tiles // segments).to(tl.int64), pid // tiles % segments, pid % tiles, tiles
+
+
+@triton.jit
+def voxels_of_tile(tile, first, last, H, W, TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr):
     """Planes (of first ... last - 1), rows and columns of the voxels of a tile, clamped, and which lie inside."""
     columns = (W + TX - 1) // TX
     v = tl.arange(0, TZ * TY * TX)
     z = first + v // (TY * TX)
-    y = (tl.program_id(0) // columns) * TY + v // TX % TY
-    x = (tl.program_id(0) % columns) * TX + v % TX
+    y = (tile // columns) * TY + v // TX % TY
+    x = (tile % columns) * TX + v % TX
     inside = (z < last) & (y < H) & (x < W)
     return tl.minimum(z, last - 1), tl.minimum(y, H - 1), tl.minimum(x, W - 1), inside
 
@@ -34,8 +43,8 @@ def squares_kernel(
 
     A program is a tile of one plane; of TZ planes where these are small. Each sample is loaded once for all channels that compare it.
     """
-    z, y, x, inside = tile_of_program(begin + tl.program_id(1) * TZ, end, H, W, TZ, TY, TX)
-    n = tl.program_id(2).to(tl.int64)
+    n, segment, tile, _ = place_of_program(end - begin, H, W, TZ, TY, TX)
+    z, y, x, inside = voxels_of_tile(tile, begin + segment * TZ, end, H, W, TZ, TY, TX)
     first, second = _codes(FIRST, K), _codes(SECOND, K)
     row = tl.cast(W, tl.int64)
     plane = row * H
@@ -99,8 +108,8 @@ def image_kernel(
     first or second sample it is, q = p - offset. A voxel at a face is also the sample of the voxels q nearer to that face than
     the offset is long: only tiles at faces take these steps.
     """
-    z, y, x, inside = tile_of_program(begin + tl.program_id(1) * TZ, end, H, W, TZ, TY, TX)
-    nc = tl.program_id(2).to(tl.int64)
+    nc, segment, tile, _ = place_of_program(end - begin, H, W, TZ, TY, TX)
+    z, y, x, inside = voxels_of_tile(tile, begin + segment * TZ, end, H, W, TZ, TY, TX)
     n = nc // C
     k = tl.arange(0, K)[:, None]
     row = tl.cast(W, tl.int64)

@@ -74,7 +74,9 @@ def warp_bwd_kernel(
     for step in range(steps):
         z, y, x, inside = place(slow * steps + step, rows, lanes, out_d, out_h, out_w, ND, DEPTH, ROWS, LANES)
         at = (z.to(tl.int64) * out_h + y if WIDE else z * out_h + y) * out_w + x
-        cell, fraction, nan, capped = positions(u, matrix, u_c, at * u_v, z, y, x, inside, ND, NEAREST, A)
+        cell, fraction, nan, capped = positions(
+            u, affine, matrix, u_c, at * u_v, z, y, x, inside, ND, NEAREST, A
+        )
         active = inside & (nan == 0)
         # In voxels: the image may be strided, its gradient is not.
         line = in_w.to(tl.int64) if WIDE else in_w

@@ -75,9 +75,9 @@ def _matrix_row(affine, n, axis: tl.constexpr, ND: tl.constexpr):
 
 @triton.jit
 def matrix_of(affine, n, ND: tl.constexpr):
-    """Rows z, y and x of a sample's matrix; None where there is no affine."""
+    """Rows z, y and x of a sample's matrix, unless affine is None."""
     if affine is None:
-        return None
+        return 0.0, 0.0, 0.0
     else:
         y, x = _matrix_row(affine, n, ND - 2, ND), _matrix_row(affine, n, ND - 1, ND)
         z = y
@@ -88,10 +88,10 @@ def matrix_of(affine, n, ND: tl.constexpr):
 
 @triton.jit
 def _displacement(
-    u, matrix, row: tl.constexpr, axis: tl.constexpr, u_c, at, z, y, x, active, A: tl.constexpr
+    u, affine, matrix, row: tl.constexpr, axis: tl.constexpr, u_c, at, z, y, x, active, A: tl.constexpr
 ):
     """Displacement along an axis; with a matrix in fp64, so that what it adds keeps its digits across a volume."""
-    if matrix is None:
+    if affine is None:
         value = tl.load(u + axis * u_c.to(tl.int64) + at, mask=active, other=0).to(A)
     else:
         value = matrix[row][3] + matrix[row][1] * y.to(tl.float64) + matrix[row][2] * x.to(tl.float64)
@@ -138,14 +138,16 @@ def place(
 
 
 @triton.jit
-def positions(u, matrix, u_c, at, z, y, x, inside, ND: tl.constexpr, NEAREST: tl.constexpr, A: tl.constexpr):
+def positions(
+    u, affine, matrix, u_c, at, z, y, x, inside, ND: tl.constexpr, NEAREST: tl.constexpr, A: tl.constexpr
+):
     """Cell and fraction per axis (z, y, x), which voxels have a position (no NaN), and along which axes it is capped."""
-    u_y = _displacement(u, matrix, 1, ND - 2, u_c, at, z, y, x, inside, A)
-    u_x = _displacement(u, matrix, 2, ND - 1, u_c, at, z, y, x, inside, A)
+    u_y = _displacement(u, affine, matrix, 1, ND - 2, u_c, at, z, y, x, inside, A)
+    u_x = _displacement(u, affine, matrix, 2, ND - 1, u_c, at, z, y, x, inside, A)
     nan = (u_y != u_y) | (u_x != u_x)
     u_z = u_y
     if ND == 3:
-        u_z = _displacement(u, matrix, 0, 0, u_c, at, z, y, x, inside, A)
+        u_z = _displacement(u, affine, matrix, 0, 0, u_c, at, z, y, x, inside, A)
         nan = nan | (u_z != u_z)
     else:
         u_z = tl.zeros_like(u_y)
@@ -180,7 +182,7 @@ def warp_fwd_kernel(
     for step in range(steps):
         z, y, x, inside = place(slow * steps + step, rows, lanes, out_d, out_h, out_w, ND, DEPTH, ROWS, LANES)
         at = (z.to(tl.int64) * out_h + y if WIDE else z * out_h + y) * out_w + x
-        cell, fraction, nan, _ = positions(u, matrix, u_c, at * u_v, z, y, x, inside, ND, NEAREST, A)
+        cell, fraction, nan, _ = positions(u, affine, matrix, u_c, at * u_v, z, y, x, inside, ND, NEAREST, A)
         line = in_w.to(tl.int64) if WIDE else in_w
         off_z, _, w_z = corners(cell[0], fraction[0], in_d, line * in_h * STRIDE, inside, PADDING, WIDE)
         off_y, _, w_y = corners(cell[1], fraction[1], in_h, line * STRIDE, inside, PADDING, WIDE)

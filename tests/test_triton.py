@@ -48,7 +48,8 @@ def sources(calls):
 
     found = {}
 
-    def note(kernel, args, constants, num_warps, num_stages):
+    def note(kernel, grid, args, constants, num_warps, num_stages):
+        assert len(grid) == 1, "y and z of a grid end at 65,535, which images or planes can exceed"
         given = dict(zip(kernel.arg_names, args, strict=False)) | constants
         constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
         # As a launch does: a 1 becomes part of the kernel, a number that has no methods.
