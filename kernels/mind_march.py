@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastreg.kernels.mind_squares import place_of_program, voxels_of_tile
+from fastreg.kernels.mind_squares import SIZES, place_of_program, voxels_of_tile
 
 MARCH = tl.constexpr(16)  # planes a program walks: reads 2 radius more
 
@@ -94,7 +94,7 @@ def _adjoint(
     return h + to_variance * (1.0 / NC) - tl.where(least, to_least, 0.0)
 
 
-@triton.jit(do_not_specialize=["begin", "end", "first_segment", "slots_in", "slots_out"])
+@triton.jit(do_not_specialize=[*SIZES, "first_segment", "slots_in", "slots_out"])
 def march_kernel(
     fixed, moved, fixed_mean, moved_mean, weight, upstream, out, partial, to_fixed, to_moved, weights,
     D, H, W, slots_in, slots_out, begin, end, first_segment, n_segments,

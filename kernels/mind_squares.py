@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+# One kernel for the levels of a pyramid: what a launch would know of sizes is divisibility, of no use to one voxel a thread.
+SIZES = ("D", "H", "W", "begin", "end")
 # Codes of the samples that channels compare: 0 the voxel, 1 -z, 2 +z, 3 -y, 4 +y, 5 -x, 6 +x; three bits a channel.
 
 
@@ -33,7 +35,7 @@ def _codes(CODES: tl.constexpr, K: tl.constexpr):
     return ((CODES >> (3 * k.to(tl.int64))) & 7).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["begin", "end", "slots"])
+@triton.jit(do_not_specialize=[*SIZES, "slots"])
 def squares_kernel(
     image, out, weights, C, D, H, W, step_z, step_y, step_x, slots, begin, end,
     FIRST: tl.constexpr, SECOND: tl.constexpr, USED: tl.constexpr, NC: tl.constexpr, RX: tl.constexpr,
@@ -96,7 +98,7 @@ def squares_kernel(
     tl.store(out + at[None, :] + k * TX, windowed, mask=inside[None, :] & (k < NC))
 
 
-@triton.jit(do_not_specialize=["begin", "end", "slots"])
+@triton.jit(do_not_specialize=[*SIZES, "slots"])
 def image_kernel(
     adjoint, image, grad, weights, C, D, H, W, step_z, step_y, step_x, slots, begin, end,
     FIRST: tl.constexpr, SECOND: tl.constexpr, NC: tl.constexpr, RX: tl.constexpr,
