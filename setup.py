@@ -10,6 +10,8 @@ nvcc and a torch of different CUDA major versions do not go together.
 FASTREG_CUDA_ARCHS="90 100" chooses its architectures.
 """
 
+import functools
+import hashlib
 import os
 import platform
 import re
@@ -29,7 +31,29 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS = {"baseline": ["-march=x86-64-v2"], "avx2": avx2, "avx512": avx512}
-CUDA_ARCHS = os.environ.get("FASTREG_CUDA_ARCHS", "80 86 89 90 100 120").split()
+CUDA_ARCHS = "80 86 89 90 100 120"
+
+
+def said(*command):
+    """What a command prints, "" where it fails: a compiler that does not work is as good as none."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def architectures(compiler):
+    """FASTREG_CUDA_ARCHS, or those of the usual ones that this nvcc knows."""
+    chosen = os.environ.get("FASTREG_CUDA_ARCHS")
+    if chosen:
+        return chosen.split()
+    known = said(compiler, "--list-gpu-code").split()
+    usual = [a for a in CUDA_ARCHS.split() if f"sm_{a}" in known]
+    if not usual:
+        raise SystemExit(
+            f"{compiler} compiles for none of {CUDA_ARCHS}: set FASTREG_CUDA_ARCHS, or FASTREG_CUDA=0"
+        )
+    return usual
 
 
 def cuda_mismatch(nvcc_version, torch_cuda):
@@ -55,8 +79,8 @@ def nvcc():
 
     if wanted != "1" and not torch.version.cuda:
         return None
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
-    wrong = cuda_mismatch(version, torch.version.cuda)
+    version = said(found, "--version")
+    wrong = cuda_mismatch(version, torch.version.cuda) if version else f"{found} does not run"
     if wrong and wanted == "1":
         raise SystemExit(f"FASTREG_CUDA=1, but {wrong}")
     if wrong:
@@ -64,13 +88,32 @@ def nvcc():
     return None if wrong else found
 
 
-def is_newer(done, others):
-    """Whether an object is newer than every file its compilation read (the compiler listed them) and than `others`."""
+@functools.cache
+def digest(path):
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()
+
+
+def key_of(done, flags):
+    """What an object is made of: flags, and the contents of the files its compilation read; None where that is not known.
+
+    Not times: a copy of a build folder, or a checkout of another commit, has times that say nothing.
+    """
     listed = done.with_suffix(".d")
     if not (done.exists() and listed.exists()):
-        return False
+        return None
     files = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
-    return all(os.path.exists(f) and os.path.getmtime(f) < done.stat().st_mtime for f in [*files, *others])
+    if not all(os.path.exists(f) for f in files):
+        return None
+    return hashlib.sha1(repr([flags, *map(digest, files)]).encode()).hexdigest()
+
+
+def is_current(done, flags):
+    made_of = done.with_suffix(".key")
+    return made_of.exists() and made_of.read_text() == key_of(done, flags)
+
+
+def note_key(done, flags):
+    done.with_suffix(".key").write_text(key_of(done, flags))
 
 
 class BuildKernels(build_ext):
@@ -82,32 +125,35 @@ class BuildKernels(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         compiler = nvcc()
-        archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-        archs += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
+        archs = architectures(compiler)
+        last = archs[-1]
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
         flags = [
             "-std=c++20",
             "-O3",
             "-lineinfo",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             "-Xptxas=-v",
-            *archs,
+            *targets,
         ]
         flags += [f"-I{p}" for p in ["csrc", *include_paths()]]
         if not any(Path(p, "c10/cuda/impl/cuda_cmake_macros.h").exists() for p in include_paths()):
             flags += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a torch without CUDA
-        name = f"cuda-{'-'.join(CUDA_ARCHS)}-torch{torch.__version__}"
+        name = f"cuda-{'-'.join(archs)}-torch{torch.__version__}"
         out = ROOT / "build" / "objects" / name
         out.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source):
             done = out / f"{source.stem}.o"
-            if not is_newer(done, ["setup.py"]):
+            if not is_current(done, flags):
                 command = [compiler, *flags, "-MMD", "-MF", str(done.with_suffix(".d")), "-c", str(source)]
                 run = subprocess.run([*command, "-o", str(done)], capture_output=True, text=True, check=False)
                 if run.returncode:
                     done.unlink(missing_ok=True)
                     raise SystemExit(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
                 done.with_suffix(".ptxas").write_text(run.stdout + run.stderr)
+                note_key(done, flags)
             return str(done)
 
         sources = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -147,18 +193,20 @@ class BuildKernels(build_ext):
             source, isa = job
             out = Path(self.build_temp) / (isa or "bindings")
             done = out / Path(source).with_suffix(".o")
-            if is_newer(done, ["setup.py", "fastreg/_version.py"]):
-                return [str(done)]
             # `pass_` names what this compilation is: the bindings, or the kernels of one instruction set.
             pass_ = [("FASTREG_ISA", isa)] if isa else []
             flags = [*common, "-MMD", *(ISAS[isa] if isa else [])]
-            return self.compiler.compile(
-                [source],
-                output_dir=str(out),
-                macros=[*macros, *pass_],
-                include_dirs=[*includes, *self.include_dirs],
-                extra_postargs=flags,
-            )
+            key = [macros, pass_, flags]
+            if not is_current(done, key):
+                self.compiler.compile(
+                    [source],
+                    output_dir=str(out),
+                    macros=[*macros, *pass_],
+                    include_dirs=[*includes, *self.include_dirs],
+                    extra_postargs=flags,
+                )
+                note_key(done, key)
+            return str(done)
 
         # One folder for editable installs and wheels alike; options, torch and Python change what an object holds.
         options = "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release"
@@ -169,7 +217,7 @@ class BuildKernels(build_ext):
             (s, isa) for isa in ISAS for s in kernels
         ]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = [o for group in pool.map(compile_one, jobs) for o in group]
+            objects = list(pool.map(compile_one, jobs))
         # OpenMP symbols come from the runtime torch has loaded (no -lgomp): one thread pool for both.
         self.compiler.link_shared_object(
             objects,
