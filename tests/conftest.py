@@ -14,8 +14,8 @@ torch._functorch.config.enable_autograd_cache = False
 
 
 def pytest_collection_modifyitems(config, items):
-    """FASTREG_TEST_CASES=n takes n cases of each parametrised test, evenly spaced: for lanes that repeat what another has
-    tested in full. Triton's interpreter needs seconds for one, so it takes two unless told otherwise ("all").
+    """FASTREG_TEST_CASES=n takes n cases of each parametrised test: for lanes that repeat what another has tested in full.
+    Triton's interpreter needs seconds for one, so it takes two unless told otherwise ("all").
     """
     count = os.environ.get("FASTREG_TEST_CASES") or ("2" if backends.BACKEND == "triton" else "all")
     if count == "all":
@@ -23,8 +23,13 @@ def pytest_collection_modifyitems(config, items):
     cases = {}
     for item in items:
         cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    count = int(count)
-    kept = {c[max(0, k * len(c) // count - 1)] for c in cases.values() for k in range(1, count + 1)}
+    kept = set()
+    for some in cases.values():
+        n = min(int(count), len(some))
+        for k in range(n):
+            # One of each n-th part, each time at another place: parameters come in cycles that equal steps would keep to.
+            begin, end = k * len(some) // n, (k + 1) * len(some) // n
+            kept.add(some[begin + int((k + 1) * 0.618 % 1 * (end - begin))])
     config.hook.pytest_deselected(items=[i for i in items if i not in kept])
     items[:] = [i for i in items if i in kept]
 
