@@ -334,7 +334,7 @@ void integrate_step_bwd(Stored type, int nd, const IntegrateArgs& a, const int32
 
 #else
 
-#include "common/integrate_velocity_inputs.h"
+#include "common/integrate_velocity_op.h"
 #include "cpu/binding.h"
 
 namespace fastreg {
@@ -345,8 +345,8 @@ using at::Tensor;
 // One sample: its packed fields and the kernels between them.
 class Integration : public IntegrateInputs {
  public:
-  Integration(const Tensor& v, int64_t steps, c10::string_view padding_)
-      : IntegrateInputs(v, steps, padding_), rows_(size[0] * size[1]) {
+  Integration(const char* op, const Tensor& v, int64_t steps, c10::string_view padding_)
+      : IntegrateInputs(op, v, steps, padding_), rows_(size[0] * size[1]) {
     WarpArgs& g = args_.grid;
     std::copy_n(size, 3, g.in), std::copy_n(size, 3, g.out);
     g.n = 1;
@@ -402,7 +402,7 @@ class Integration : public IntegrateInputs {
 std::tuple<Tensor, Tensor> integrate_velocity_cpu(const Tensor& velocity, int64_t steps,
                                                   c10::string_view padding, bool keep) {
   Tensor v = velocity.contiguous();
-  Integration run(v, steps, padding);
+  Integration run("integrate_velocity", v, steps, padding);
   Tensor fields =
       at::empty(run.sizes_of_kept(keep ? std::max<int64_t>(steps - 1, 0) : 0), run.packed_options);
   if (steps == 0 || v.numel() == 0) return {v.clone(at::MemoryFormat::Contiguous), fields};
@@ -427,7 +427,7 @@ Tensor integrate_velocity_bwd_cpu(const Tensor& grad, const Tensor& velocity, co
   Tensor v = velocity.contiguous(), g = grad.to(v.scalar_type()).contiguous();
   FASTREG_CHECK(g.sizes() == v.sizes(), "integrate_velocity_bwd", "grad must have the shape of v");
   if (steps == 0 || v.numel() == 0) return g.clone(at::MemoryFormat::Contiguous);
-  Integration run(v, steps, padding);
+  Integration run("integrate_velocity_bwd", v, steps, padding);
   const bool kept = run.has_kept(fields, steps);
   const auto [every, last] = Checkpoints(steps, kept);
   Tensor out = at::empty_like(v);

@@ -1,7 +1,7 @@
 // Bindings of lcc_loss; its kernels are in lcc_box.cpp and lcc_weighted.cpp.
 #ifndef FASTREG_ISA
 
-#include "common/lcc_loss_inputs.h"
+#include "common/lcc_loss_op.h"
 #include "cpu/binding.h"
 #include "cpu/lcc_args.h"
 

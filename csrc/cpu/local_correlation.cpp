@@ -327,7 +327,7 @@ void local_correlation_bwd_moving(Stored type, const CorrelationArgs& a, int64_t
 
 #else
 
-#include "common/local_correlation_inputs.h"
+#include "common/local_correlation_op.h"
 #include "cpu/binding.h"
 
 namespace fastreg {

@@ -222,7 +222,7 @@ void mind_tiles(Stored type, MindTask task, const MindArgs& a, const MindWave& w
 
 #else
 
-#include "common/mind_inputs.h"
+#include "common/mind_op.h"
 #include "cpu/binding.h"
 
 namespace fastreg {
@@ -251,7 +251,6 @@ class Mind {
       for (int64_t k = -o.radius; k <= o.radius; ++k)
         weights_.push_back(std::exp(-0.5 * (k / o.sigma) * (k / o.sigma))), total += weights_.back();
       for (double& w : weights_) w /= total;
-      a.weights = weights_.data();
     }
     // Large enough for what tiles repeat at their faces, small enough for the cache; rows in equal parts.
     const int64_t edge = o.radius <= 2 ? 12 : 16, parts = (a.size[2] + 95) / 96;
@@ -264,6 +263,7 @@ class Mind {
   // Partial sums come with any task.
   void run(MindTask task, bool) {
     a.sums = partial_.data();
+    a.weights = weights_.empty() ? nullptr : weights_.data();
     MindWave w{{1, 1}, {}, {}};
     if (a.grad[0] || a.grad[1])
       for (int i = 0; i < 2; ++i) {

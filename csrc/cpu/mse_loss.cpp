@@ -116,7 +116,7 @@ void mse_bwd(Stored type, const MseArgs& a, int64_t b, int64_t e) {
 
 #else
 
-#include "common/mse_loss_inputs.h"
+#include "common/mse_loss_op.h"
 #include "cpu/binding.h"
 
 namespace fastreg {

@@ -281,7 +281,7 @@ void warp_bwd_image(Stored type, int nd, const WarpArgs& a, const int32_t* range
 
 #else
 
-#include "common/warp_inputs.h"
+#include "common/warp_op.h"
 #include "cpu/binding.h"
 
 namespace fastreg {

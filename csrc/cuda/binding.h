@@ -1,7 +1,7 @@
 #pragma once
 // What the bindings of every CUDA op need. A .cu registers with TORCH_LIBRARY_IMPL(fastreg,
-// FASTREG_DEVICE_KEY, m); each function opens with a Device, which makes the tensors' device current for its
-// scope.
+// FASTREG_DEVICE_KEY, m); each function, here or in common/<op>_op.h, opens with a Device, which makes the
+// tensors' device current for its scope.
 #include "common/tensor.h"
 #include "cuda/launch.h"
 #ifdef FASTREG_EMULATION

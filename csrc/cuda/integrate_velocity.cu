@@ -1,4 +1,4 @@
-#include "common/integrate_velocity_inputs.h"
+#include "common/integrate_velocity_op.h"
 #include "cuda/fixed_point_sums.h"
 #include "cuda/integrate_velocity.cuh"
 
@@ -11,11 +11,11 @@ using at::Tensor;
 // one step of those kept: (N, steps - 1, *spatial, width) at [:, s].
 class Integration : public IntegrateInputs {
  public:
-  Integration(const Device& device, const Tensor& v, int64_t steps, c10::string_view padding_)
-      : IntegrateInputs(v, steps, padding_), stream_(device.stream()) {
+  Integration(const char* op, const Device& device, const Tensor& v, int64_t steps, c10::string_view padding_)
+      : IntegrateInputs(op, v, steps, padding_), stream_(device.stream()) {
     args_.grid = SamplingGrid(nd, samples, size, size);
     args_.grid.padding = padding;
-    FASTREG_CHECK(args_.grid.blocks < (int64_t(1) << 31), "integrate_velocity", "v has too many voxels");
+    FASTREG_CHECK(args_.grid.blocks < (int64_t(1) << 31), op, "v has too many voxels");
   }
 
   Tensor kept(int64_t count) const { return at::empty(sizes_of_kept(count), packed_options); }
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> integrate_velocity_cuda(const Tensor& velocity, int64
                                                    c10::string_view padding, bool keep) {
   const Device device("integrate_velocity", velocity);
   Tensor v = velocity.contiguous();
-  Integration run(device, v, steps, padding);
+  Integration run("integrate_velocity", device, v, steps, padding);
   Tensor fields = run.kept(keep ? std::max<int64_t>(steps - 1, 0) : 0);
   if (steps == 0 || v.numel() == 0) return {v.clone(at::MemoryFormat::Contiguous), fields};
   Tensor out = at::empty_like(v), u = run.scaled(v);
@@ -90,7 +90,7 @@ Tensor integrate_velocity_bwd_cuda(const Tensor& grad, const Tensor& velocity, c
   Tensor v = velocity.contiguous(), g = grad.to(v.scalar_type()).contiguous();
   FASTREG_CHECK(g.sizes() == v.sizes(), "integrate_velocity_bwd", "grad must have the shape of v");
   if (steps == 0 || v.numel() == 0) return g.clone(at::MemoryFormat::Contiguous);
-  Integration run(device, v, steps, padding);
+  Integration run("integrate_velocity_bwd", device, v, steps, padding);
   const bool kept = run.has_kept(fields, steps);
   const auto [every, last] = Checkpoints(steps, kept);
   std::vector<Tensor> u(steps);

@@ -1,4 +1,4 @@
-#include "common/lcc_loss_inputs.h"
+#include "common/lcc_loss_op.h"
 #include "cuda/binding.h"
 #include "cuda/lcc_loss.cuh"
 

@@ -1,4 +1,4 @@
-#include "common/local_correlation_inputs.h"
+#include "common/local_correlation_op.h"
 #include "cuda/binding.h"
 #include "cuda/local_correlation.cuh"
 #include "cuda/local_correlation_bwd.cuh"

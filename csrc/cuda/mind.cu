@@ -1,4 +1,4 @@
-#include "common/mind_inputs.h"
+#include "common/mind_op.h"
 #include "cuda/binding.h"
 #include "cuda/mind_slabs.cuh"
 

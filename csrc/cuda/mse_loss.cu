@@ -1,4 +1,4 @@
-#include "common/mse_loss_inputs.h"
+#include "common/mse_loss_op.h"
 #include "cuda/binding.h"
 #include "cuda/mse_loss.cuh"
 

@@ -6,6 +6,7 @@
 namespace fastreg {
 
 constexpr int kMseThreads = 256, kMsePerThread = int(kMseBlock) / kMseThreads;
+static_assert(kMsePerThread * kMseThreads == kMseBlock);
 
 // Squared differences summed over channels. Work: a block per 1024 voxels of a sample, 4 a thread, 256 apart,
 // so that a warp reads 128 bytes at a time and has 8 loads in flight. Bytes: 2 volumes and the mask read, the

@@ -1,4 +1,4 @@
-#include "common/warp_inputs.h"
+#include "common/warp_op.h"
 #include "cuda/fixed_point_sums.h"
 #include "cuda/warp_bwd.cuh"
 
@@ -15,7 +15,7 @@ struct Call : WarpInputs {
     args.n = n, args.c = c, args.compose = compose;
     args.grid = SamplingGrid(nd, n, in, out);
     args.grid.padding = padding, args.grid.nearest = nearest;
-    FASTREG_CHECK(args.grid.blocks < (int64_t(1) << 31), "warp", "the displacement has too many voxels");
+    FASTREG_CHECK(args.grid.blocks < (int64_t(1) << 31), op, "the displacement has too many voxels");
   }
 
   at::Tensor forward() {

@@ -16,18 +16,17 @@ struct IntegrateInputs {
   std::vector<int64_t> packed_sizes;
   at::TensorOptions packed_options;
 
-  IntegrateInputs(const at::Tensor& v, int64_t steps, c10::string_view padding_)
+  IntegrateInputs(const char* op, const at::Tensor& v, int64_t steps, c10::string_view padding_)
       : nd(int(v.dim()) - 2),
         type(stored(v)),
         scale(std::ldexp(1.0, -int(steps))),
         padding(padding_of(padding_)),
         packed_options(v.options().dtype(arithmetic_of(v))) {
-    FASTREG_CHECK((nd == 2 || nd == 3) && v.size(1) == nd, "integrate_velocity",
-                  "v must have shape (N, nd, *spatial)");
-    FASTREG_CHECK(steps >= 0 && steps <= 64, "integrate_velocity", "steps must be from 0 to 64");
+    FASTREG_CHECK((nd == 2 || nd == 3) && v.size(1) == nd, op, "v must have shape (N, nd, *spatial)");
+    FASTREG_CHECK(steps >= 0 && steps <= 64, op, "steps must be from 0 to 64");
     samples = v.size(0);
-    volume_size("integrate_velocity", v.sizes(), size);
-    FASTREG_CHECK(size[1] * size[2] < (int64_t(1) << 32), "integrate_velocity",
+    volume_size(op, v.sizes(), size);
+    FASTREG_CHECK(size[1] * size[2] < (int64_t(1) << 32), op,
                   "a plane of v must be smaller than 2^32 voxels");
     packed_sizes = v.sizes().slice(2).vec();
     packed_sizes.push_back(nd == 3 ? 4 : 2);
