@@ -60,8 +60,8 @@ def window_terms(
         by_c = tl.sqrt(inverse)
         value = c * by_c
         common = -value * inverse
-    # A window that holds a non-finite sample is NaN, and so is what it passes back.
-    probe = s2 + t2 + n
+    # A window that holds a non-finite sample, or whose variances overflow, is NaN, and so is what it passes back.
+    probe = s2 + t2 + n + v * w
     bad = probe - probe != 0
     nan = float("nan")
     g = tl.where(bad, tl.where(g != 0, nan, 0), tl.where(resolved & (value <= 1), g, 0))

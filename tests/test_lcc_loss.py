@@ -746,6 +746,18 @@ def test_windows_that_pass_nothing_back_pass_no_nan(kernel):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("contrast", [1e7, 1e9, 1e12])
+def test_a_contrast_beyond_the_arithmetic_gives_nan_or_the_lcc(contrast, squared):
+    fixed, moved = (contrast * torch.randn(2, 1, 1, 7, 9)).unbind(0)
+    options = {"squared": squared, "padding": "valid", "reduction": "none"}
+    lcc = fastreg.lcc_loss(fixed, moved, 5, **options)
+    truth = fastreg.lcc_loss(fixed.double(), moved.double(), 5, **options)
+    assert_close(lcc, truth.masked_fill(lcc.isnan(), float("nan")), 1e-4)
+    if contrast < 1e8:
+        assert lcc.isfinite().all()
+
+
 def test_no_channels_average_to_nan():
     empty = torch.rand(1, 0, 4, 5)
     assert fastreg.lcc_loss(empty, empty, 3, reduction="none").isnan().all()

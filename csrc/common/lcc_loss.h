@@ -92,7 +92,7 @@ struct LccSums {
 template <class A>
 struct LccWindow {
   A value, e, a, b, mean_f, mean_m;
-  bool finite;  // if not, the window holds a sample that is not
+  bool finite;  // if not, the window holds a sample that is not, or the product of its variances overflows
 };
 
 // `inside` and `outside`: weight of the samples inside the image and of the padded zeros, which stand for
@@ -111,10 +111,10 @@ FASTREG_HD LccWindow<A> lcc_window(const LccSums<A>& s, A inside, A outside, A s
     ff += outside * shift_f * shift_f, mm += outside * shift_m * shift_m;
     mean_f -= share * f, mean_m -= share * m;
   }
-  const A probe = (s.ff + s.mm + inside) * A(0);
   const bool counted = inside + outside >= least;
   const bool resolved = v > A(rule.tau) * ff && w > A(rule.tau) * mm && counted;
   v = resolved ? v : A(0), w = resolved ? w : A(0), c = resolved ? c : A(0);
+  const A probe = (s.ff + s.mm + inside + v * w) * A(0);
   const A nr = A(rule.smooth_nr), dr = A(rule.smooth_dr);
   const LccTerms<A> t = lcc_terms(kind, squared, v, w, c, nr, dr);
   const A pass = resolved ? A(1) : A(0);

@@ -66,9 +66,10 @@ def lcc_loss(
         threads; extra memory with gradients: 3 (both: 5) times ``window + 31`` planes of fp64, at most those of the image.
         A region whose offset from the rest is beyond 1e6 times its contrast counts as flat.
         CUDA: fp32 sums, shifted tile by tile (16 x 16 columns, at most 32 planes), for windows that reach at most 10 voxels from
-        their centre; there a region whose offset from the rest of its tile is beyond 500 times its contrast counts as flat. fp64
-        sums for fp64 images and longer windows, at a cost proportional to the window. Bits independent of the run. Extra memory
-        with gradients: 3 (both: 5) maps of some 100 planes of a 256^3 volume.
+        their centre; there a region whose offset from the rest of its tile is beyond 500 times its contrast counts as flat, and a
+        window whose variance sums multiply beyond fp32 (both images of a contrast of some 1e8) is NaN. fp64 sums for fp64 images
+        and longer windows, at a cost proportional to the window. Bits independent of the run. Extra memory with gradients: 3
+        (both: 5) maps of some 100 planes of a 256^3 volume.
     """
     _check.floating("lcc_loss", fixed=fixed, moved=moved, mask=mask)
     _check.image("lcc_loss", "fixed", fixed)
