@@ -124,14 +124,25 @@ def test_nvcc_of_the_major_version_of_torch_is_taken(setup_py, compiler, torch_c
     assert setup_py["cuda_mismatch"]("says nothing", torch_cuda) is None
 
 
-def test_nvcc_of_another_major_version_is_refused(setup_py, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def fake_nvcc(monkeypatch, tmp_path):
+    """Writes a compiler that runs this shell script."""
+
+    def write(script):
+        compiler = tmp_path / "bin" / "nvcc"
+        compiler.parent.mkdir(exist_ok=True)
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        return str(compiler)
+
+    return write
+
+
+def test_nvcc_of_another_major_version_is_refused(setup_py, fake_nvcc, monkeypatch, capsys):
     message = "nvcc is of CUDA 13.0, torch of CUDA 12.8"
     assert setup_py["cuda_mismatch"](NVCC.format("13.0"), "12.8").startswith(message)
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
-    compiler.write_text(f"#!/bin/sh\ncat <<END\n{NVCC.format('13.0')}END\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    compiler = fake_nvcc(f"cat <<END\n{NVCC.format('13.0')}END")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.delenv("FASTREG_CUDA", raising=False)
     assert setup_py["nvcc"]() is None
@@ -141,3 +152,37 @@ def test_nvcc_of_another_major_version_is_refused(setup_py, monkeypatch, tmp_pat
         setup_py["nvcc"]()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert setup_py["nvcc"]() == str(compiler)
+
+
+def test_an_nvcc_that_does_not_run_costs_the_cuda_kernels_alone(setup_py, fake_nvcc, monkeypatch, capsys):
+    compiler = fake_nvcc("exit 1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("FASTREG_CUDA", raising=False)
+    assert setup_py["nvcc"]() is None
+    assert f"{compiler} does not run" in capsys.readouterr().err
+    monkeypatch.setenv("FASTREG_CUDA", "1")
+    with pytest.raises(SystemExit, match="does not run"):
+        setup_py["nvcc"]()
+
+
+def test_architectures_are_those_that_nvcc_knows(setup_py, fake_nvcc, monkeypatch):
+    monkeypatch.delenv("FASTREG_CUDA_ARCHS", raising=False)
+    assert setup_py["architectures"](fake_nvcc("echo sm_75 sm_80 sm_86 sm_90")) == ["80", "86", "90"]
+    with pytest.raises(SystemExit, match="FASTREG_CUDA_ARCHS"):
+        setup_py["architectures"](fake_nvcc("echo sm_50"))
+    monkeypatch.setenv("FASTREG_CUDA_ARCHS", "90 100")
+    assert setup_py["architectures"](fake_nvcc("echo sm_50")) == ["90", "100"]
+
+
+def test_an_object_is_current_as_long_as_its_sources_say_the_same(setup_py, tmp_path):
+    done, source = tmp_path / "op.o", tmp_path / "op.cpp"
+    done.touch(), source.write_text("int a;")
+    assert not setup_py["is_current"](done, ["-O3"])
+    done.with_suffix(".d").write_text(f"{done}: {source} \\\n {SETUP}\n")
+    setup_py["note_key"](done, ["-O3"])
+    assert setup_py["is_current"](done, ["-O3"])
+    assert not setup_py["is_current"](done, ["-O2"])
+    source.write_text("int b;")
+    os.utime(source, (0, 0))  # older than the object, which says nothing
+    setup_py["digest"].cache_clear()
+    assert not setup_py["is_current"](done, ["-O3"])
