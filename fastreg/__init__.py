@@ -12,7 +12,7 @@ from fastreg.ops import __all__ as _ops
 
 _ext.load()
 
-from fastreg import metrics, nn  # noqa: E402
+from fastreg import metrics, models, nn  # noqa: E402
 from fastreg.registration import Registration, register  # noqa: E402
 
-__all__ = ["Registration", "__version__", "backends", "metrics", "nn", "register", *_ops]
+__all__ = ["Registration", "__version__", "backends", "metrics", "models", "nn", "register", *_ops]

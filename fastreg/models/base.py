@@ -1,0 +1,133 @@
+"""What the models share: the interface, padding to the sizes a net can halve, checkpointing, losses by name."""
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import ops
+
+CHECKPOINTS = ("none", "blocks")
+
+# Each minimised; what a model's `similarity` may name.
+SIMILARITIES = {
+    "lcc": ops.lcc_loss,
+    "mind": ops.mind_loss,
+    "mse": ops.mse_loss,
+}
+
+
+@dataclass
+class Prediction:
+    """What a model says of a pair.
+
+    displacement (Tensor): (N, nd, *spatial) fp32, voxels of the images' grid; all of the motion.
+    fields (list[Tensor]): what led there, coarse to fine; each model's docstring says what.
+    affine (Tensor or None): (N, nd, nd + 1) fp32, voxels: the affine part of the motion.
+    parameters (Tensor or None): the few numbers that make the motion, where there are (R2N2).
+    """
+
+    displacement: torch.Tensor
+    fields: list = field(default_factory=list)
+    affine: torch.Tensor | None = None
+    parameters: torch.Tensor | None = None
+
+
+class Model(nn.Module):
+    """A registration network.
+
+    ``model(fixed, moving) -> Prediction``; ``model.loss(fixed, moving, prediction)`` is the paper's loss, a scalar;
+    ``model.terms(...)`` its weighted terms by name. Images are (N, 1, D, H, W) or, where the model is 2D, (N, 1, H, W),
+    fp32, fp16 or bf16, intensities as the paper has them (most: [0, 1]). Sizes that the net cannot halve are padded with
+    zeros at the end of each axis, and the result is cropped. Flow heads and displacements are fp32 under autocast.
+
+    A subclass has `ndims` and `divisor`, names its presets' arguments ("paper" has none), and implements `predict` and
+    `terms`.
+    Arguments that each takes: `checkpoint`: "blocks" recomputes blocks in the backward pass instead of keeping what is
+    inside; `padding`: what a warp reads outside of an image.
+    """
+
+    ndims = (3,)
+    divisor = 16
+    ndim = 3
+    checkpoint = "none"
+
+    def __init_subclass__(cls, **presets):
+        super().__init_subclass__()
+        cls.presets = {"paper": {}, **presets}
+
+    def __new__(cls, *args, **options):
+        self = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind(self, *args, **options)
+        bound.apply_defaults()
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        # What a checkpoint has to carry to build the model again.
+        object.__setattr__(self, "arguments", arguments)
+        for name, allowed in (("checkpoint", CHECKPOINTS), ("ndim", cls.ndims)):
+            if arguments.get(name, allowed[0]) not in allowed:
+                self.fail(ValueError, f"{name} must be one of {allowed}, got {arguments[name]!r}")
+        return self
+
+    @classmethod
+    def from_preset(cls, name="paper", **options):
+        """The model as the paper has it ("paper") or as its authors released it ("released"), where there is one."""
+        if name not in cls.presets:
+            cls.fail(ValueError, f"preset must be one of {tuple(cls.presets)}, got {name!r}")
+        return cls(**{**cls.presets[name], **options})
+
+    @classmethod
+    def fail(cls, kind, text):
+        raise kind(f"fastreg.models.{cls.__name__}: {text}")
+
+    def forward(self, fixed, moving, *, fixed_features=None):
+        self.check(fixed, moving)
+        size = fixed.shape[2:]
+        padded = [self.padded(t) for t in (fixed, moving)]
+        options = {} if fixed_features is None else {"fixed_features": fixed_features}
+        prediction = self.predict(*padded, **options)
+        if padded[0].shape != fixed.shape:
+            prediction.displacement = prediction.displacement[(..., *(slice(n) for n in size))]
+        return prediction
+
+    def padded(self, image):
+        """With zeros at the end of each axis, up to the next size that the net can halve."""
+        d = self.divisor
+        missing = [(n + d - 1) // d * d - n for n in image.shape[2:]]
+        return F.pad(image, [p for m in reversed(missing) for p in (0, m)]) if any(missing) else image
+
+    def check(self, fixed, moving):
+        for name, image in (("fixed", fixed), ("moving", moving)):
+            if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+                self.fail(
+                    TypeError, f"{name} must be a floating tensor, got {getattr(image, 'dtype', type(image))}"
+                )
+            if image.ndim != self.ndim + 2 or image.shape[1] != 1 or image.numel() == 0:
+                shape = "(N, 1, D, H, W)" if self.ndim == 3 else "(N, 1, H, W)"
+                self.fail(
+                    ValueError, f"{name} must have shape {shape} and not be empty, got {tuple(image.shape)}"
+                )
+        if fixed.shape != moving.shape:
+            self.fail(
+                ValueError,
+                f"moving must have the shape of fixed, {tuple(fixed.shape)}, got {tuple(moving.shape)}",
+            )
+        if fixed.device != moving.device:
+            self.fail(
+                ValueError, f"moving must be on the device of fixed, {fixed.device}, got {moving.device}"
+            )
+
+    def loss(self, fixed, moving, prediction):
+        """The paper's loss of a prediction: a scalar with gradient."""
+        return sum(self.terms(fixed, moving, prediction).values())
+
+    def block(self, function, *tensors):
+        """function(*tensors), recomputed in the backward pass under checkpoint="blocks"."""
+        if self.checkpoint == "blocks" and torch.is_grad_enabled():
+            return checkpoint(function, *tensors, use_reentrant=False)
+        return function(*tensors)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())

@@ -1,0 +1,123 @@
+"""LinDef, linear and deformable registration with a 3D CNN (Christodoulidis et al. 2018): one net at full resolution gives
+the spatial gradients of a deformable map, which are summed up, and an affine matrix.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastreg import ops
+
+from .base import Model, Prediction
+from .blocks import FlowHead, chain, conv, norm_act_
+
+SLOPE = 0.2
+ENCODER, DILATIONS = (32, 64, 128, 32, 32), (1, 1, 2, 3, 5)
+FEATURES = 2 + sum(ENCODER)
+SQUEEZED = FEATURES // 16
+DECODER = (128, 64, 32, 32, 32)
+ORDERS = ("two_pass", "single_pass", "legacy")
+
+
+class LinDef(Model):
+    """Five dilated convolutions whose outputs all go on to a decoder of gradients Phi in (0, 2), whose sums along each
+    axis are the deformable map G_N (Phi = 1: the identity), and to a mean over space that gives the affine map G_A.
+
+    Args:
+        affine (bool): False: the deformable part alone.
+        order (str): "two_pass" (paper): S is resampled by G_N, the result by G_A; "single_pass": S once, at
+            G_N(G_A(p)), the same map with less blur; "legacy": S once at G_A(G_N(p)), as the authors' code has it.
+        alpha, beta (float): of the absolute deviation of the affine matrix (in [-1, 1] coordinates) and of Phi from the
+            identity, summed over elements, averaged over the batch.
+        padding, checkpoint (str): see Model.
+
+    Any size; the identity before training. Prediction.fields: Phi and the displacement of G_N;
+    Prediction.displacement: of the whole map in one, also with "two_pass". 1,767,875 parameters; 1,764,383 without the
+    affine part.
+    """
+
+    divisor = 1
+
+    def __init__(
+        self, *, affine=True, order="two_pass", alpha=1e-6, beta=1e-6, padding="border", checkpoint="none"
+    ):
+        super().__init__()
+        if order not in ORDERS:
+            self.fail(ValueError, f"order must be one of {ORDERS}, got {order!r}")
+        self.affine, self.order, self.alpha, self.beta = affine, order, alpha, beta
+        self.padding, self.checkpoint = padding, checkpoint
+        inputs = (2, *ENCODER[:-1])
+        self.encoder = nn.ModuleList(
+            conv(3, i, o, dilation=d) for i, o, d in zip(inputs, ENCODER, DILATIONS, strict=True)
+        )
+        self.squeeze, self.excite = nn.Linear(FEATURES, SQUEEZED), nn.Linear(SQUEEZED, FEATURES)
+        inputs = (FEATURES, *DECODER[:-1])
+        self.decoder = nn.ModuleList(conv(3, i, o) for i, o in zip(inputs, DECODER, strict=True))
+        self.head = FlowHead(3, DECODER[-1], deviation=0)
+        self.linear = nn.Linear(FEATURES, 12) if affine else None
+        if affine:
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def predict(self, fixed, moving):
+        pair = torch.cat([moving, fixed], 1)
+        features = self.block(lambda pair: chain(self.encoder, pair, SLOPE), pair)
+        mean = features.mean((2, 3, 4), dtype=torch.promote_types(features.dtype, torch.float32))
+        with torch.autocast(mean.device.type, enabled=False):
+            scale = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
+            step = self.linear(mean).view(-1, 3, 4) if self.affine else None
+        x = self.block(self._excited, features, scale)
+        for layer in self.decoder[1:]:
+            x = self.block(lambda x, layer=layer: norm_act_(layer(x), SLOPE), x)
+        phi = 2 * torch.sigmoid(self.head(x))
+        u = ops.integrate_gradients(phi)
+        if step is None:
+            return Prediction(u, [phi, u])
+        matrix = _to_voxels(step, u.shape[2:])
+        linear = ops.affine_displacement(matrix, u.shape[2:])
+        first, then = (linear, u) if self.order == "legacy" else (u, linear)
+        return Prediction(ops.compose(first, then, padding="border"), [phi, u], matrix)
+
+    def _excited(self, features, scale):
+        """The decoder's first layer on features times scale: the scale goes into its weights, sample by sample."""
+        layer, out = self.decoder[0], []
+        for x, s in zip(features.split(1), scale, strict=True):
+            out.append(F.conv3d(x, layer.weight * s.view(1, -1, 1, 1, 1), layer.bias, padding=layer.padding))
+        return norm_act_(out[0] if len(out) == 1 else torch.cat(out), SLOPE)
+
+    def terms(self, fixed, moving, prediction):
+        phi, u = prediction.fields
+        if self.affine and self.order == "two_pass":
+            moved = ops.warp(moving, u, padding=self.padding)
+            moved = ops.warp(moved, None, affine=prediction.affine, padding=self.padding)
+        else:
+            moved = ops.warp(moving, prediction.displacement, padding=self.padding)
+        terms = {
+            "similarity": ops.mse_loss(fixed, moved),
+            "regularity": self.beta * (phi - 1).abs().sum() / len(phi),
+        }
+        if self.affine:
+            step = _to_unit(prediction.affine, phi.shape[2:])
+            terms["affine"] = self.alpha * step.abs().sum() / len(step)
+        return terms
+
+
+def _half(shape, like):
+    """Voxels per unit of [-1, 1] coordinates, per axis."""
+    return like.new_tensor([max(n - 1, 1) / 2 for n in shape])
+
+
+def _to_voxels(step, shape):
+    """Affine map I + step of (z, y, x) in [-1, 1], origin at the centre, as a map of voxels: (N, 3, 4)."""
+    h = _half(shape, step)
+    linear = torch.eye(3, dtype=step.dtype, device=step.device) + step[:, :, :3]
+    scaled = linear * (h[:, None] / h)
+    return torch.cat([scaled, (h * (step[:, :, 3] + 1 - linear.sum(2)))[..., None]], 2)
+
+
+def _to_unit(matrix, shape):
+    """The step that _to_voxels made this matrix of."""
+    h = _half(shape, matrix)
+    linear = matrix[:, :, :3] * (h / h[:, None])
+    shift = matrix[:, :, 3:] / h[:, None] - 1 + linear.sum(2, keepdim=True)
+    return torch.cat([linear - torch.eye(3, dtype=h.dtype, device=h.device), shift], 2)

@@ -1,0 +1,234 @@
+"""R2N2, Recurrent Registration Neural Network (Sandkuehler et al. 2019): a recurrent net places one Gaussian-shaped motion
+after the other, 2D.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastreg import ops
+
+from .base import Model, Prediction
+from .blocks import conv, single
+
+ACTIVATIONS = {"tanh": torch.tanh, "leaky_relu": F.leaky_relu}
+NOISES = ("weights", "outputs", "none")
+HIDDEN = 1024
+RELEASED = {"blocks": 6, "activation": "leaky_relu", "norm": True, "coordinates": False}
+INSTANT = 1e-5  # no Gaussian is narrower
+
+
+def _expectation(p):
+    """Mean coordinate (x, y) in [-1, 1] under distributions p (N, H, W)."""
+    n_y, n_x = p.shape[1:]
+    x = torch.linspace(-1, 1, n_x, device=p.device, dtype=p.dtype)
+    y = torch.linspace(-1, 1, n_y, device=p.device, dtype=p.dtype)
+    return torch.stack([(p.sum(1) * x).sum(1), (p.sum(2) * y).sum(1)], 1)
+
+
+def _softmax(x):
+    """Over space, in fp32 at least."""
+    return torch.softmax(single(x).flatten(2), 2).view(x.shape)
+
+
+class _Gates(nn.Module):
+    """Convolutional GRU: the three convolutions of the input as one, two of the state as one.
+
+    h' = (1 - z) h + z tanh(W x + U (r h) + b), r and z sigmoids of W x + U h + b. Under training noise, if its place is
+    the weights, those of the state are multiplied by N(1, deviation), drawn anew each step.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.input = conv(2, width, 3 * width)
+        self.state = conv(2, width, 2 * width, bias=False)
+        self.reset = conv(2, width, width, bias=False)
+        for layer in (self.input, self.state, self.reset):
+            for part in layer.weight.data.split(width):
+                nn.init.xavier_normal_(part)
+        self.input.bias.data.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(width))
+
+    def forward(self, x, h, noise):
+        r, z, new = self.input(x).chunk(3, 1)
+        if h is None:
+            return torch.sigmoid(z) * torch.tanh(new)
+        r_h, z_h = F.conv2d(h, noise(self.state.weight), padding=1).chunk(2, 1)
+        r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
+        new = torch.tanh(new + F.conv2d(r * h, noise(self.reset.weight), padding=1))
+        return torch.lerp(h, new, z)
+
+
+class _Unit(nn.Module):
+    """Residual blocks, GRU, a proposed position with its weight, halving (GR2U)."""
+
+    def __init__(self, width, outputs, blocks, activation, norm):
+        super().__init__()
+        self.activation, self.norm = activation, norm
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([conv(2, width, width), conv(2, width, width)]) for _ in range(blocks)
+        )
+        self.gates = _Gates(width)
+        self.position = nn.Conv2d(width, 2, 1)
+        self.down = conv(2, width, outputs, stride=2)
+
+    def forward(self, x, h, weight_noise, state_noise):
+        act, norm = self.activation, self.norm
+        for first, second in self.blocks:
+            x = act(x + norm(second(act(norm(first(x))))))
+        h = state_noise(self.gates(x, h, weight_noise))
+        y = act(h + x)
+        left, right = _softmax(self.position(y)).unbind(1)
+        weight = 2 - (left - right).abs().sum((1, 2))
+        return act(norm(self.down(y))), h, _expectation(left), weight
+
+
+class _Shape(nn.Module):
+    """Extents, angle and motion of the Gaussian from the coarsest map."""
+
+    def __init__(self, width, activation):
+        super().__init__()
+        half = width // 2
+        self.activation = activation
+        self.first, self.second = conv(2, width, width), conv(2, half, half)
+        self.hidden, self.out = nn.Linear(half, HIDDEN), nn.Linear(HIDDEN, 5)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        value, attention = self.first(x).chunk(2, 1)
+        value = self.second(self.activation(value))
+        pooled = self.activation(single(value) * _softmax(attention)).sum((2, 3))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(self.activation(self.hidden(pooled)))
+
+
+class R2N2(Model, released=RELEASED):
+    """Per step: a convolution of fixed and warped moving image, three recurrent units at 1/2, 1/4 and 1/8 of the size, and
+    the seven numbers of a Gaussian that is added to the displacement.
+
+    Args:
+        steps (int): T.
+        widths (4 ints): channels at 1/2, 1/4, 1/8 and 1/16.
+        blocks (int): residual blocks a unit.
+        activation (str): "tanh" (paper) or "leaky_relu" (released). norm (bool): instance normalisation (released).
+        coordinates (bool): the pixels' coordinates as input channels.
+        sigma_max (float): the largest extent, where the image spans [-1, 1].
+        sigma_is (str): extents are deviations ("std", released) or variances ("var", the paper's formula).
+        noise (str): in training, multiplicative N(1, sqrt 2): on the "weights" of the state (released), on "outputs" (states, and
+            shape parameters before they are brought into range: paper) or "none".
+        weight (float): of the isotropic total variation of the displacement, in units where the image spans [-1, 1].
+        padding, checkpoint (str): see Model; a block is a step.
+
+    Any size; the identity before training. Prediction.fields: the displacements after each step;
+    Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
+    """
+
+    ndims, ndim, divisor = (2,), 2, 1
+
+    def __init__(
+        self,
+        *,
+        steps=25,
+        widths=(32, 64, 128, 256),
+        blocks=3,
+        activation="tanh",
+        norm=False,
+        coordinates=True,
+        sigma_max=0.3,
+        sigma_is="std",
+        noise="weights",
+        weight=0.1,
+        padding="zeros",
+        checkpoint="none",
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            self.fail(ValueError, f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+        if noise not in NOISES:
+            self.fail(ValueError, f"noise must be one of {NOISES}, got {noise!r}")
+        self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is
+        self.noise, self.weight, self.padding, self.checkpoint = noise, weight, padding, checkpoint
+        self.activation = ACTIVATIONS[activation]
+        self.norm = F.instance_norm if norm else lambda x: x
+        self.stem = conv(2, 4 if coordinates else 2, widths[0], 7, stride=2)
+        self.units = nn.ModuleList(
+            _Unit(i, o, blocks, self.activation, self.norm) for i, o in itertools.pairwise(widths)
+        )
+        self.shape = _Shape(widths[-1], self.activation)
+
+    def encode_fixed(self, fixed):
+        """The part of the first convolution that sees fixed image and coordinates: the same in each step."""
+        weight = self.stem.weight
+        inputs, weights = [fixed], [weight[:, :1]]
+        if self.coordinates:
+            n, _, n_y, n_x = fixed.shape
+            x = torch.linspace(-1, 1, n_x, device=fixed.device, dtype=fixed.dtype).expand(n, 1, n_y, n_x)
+            y = torch.linspace(-1, 1, n_y, device=fixed.device, dtype=fixed.dtype)[:, None].expand(
+                n, 1, n_y, n_x
+            )
+            inputs += [x, y]
+            weights += [weight[:, 2:]]
+        return F.conv2d(torch.cat(inputs, 1), torch.cat(weights, 1), self.stem.bias, stride=2, padding=3)
+
+    def _noisy(self, where):
+        if self.noise != where or not self.training:
+            return lambda t: t
+        return lambda t: t * (1 + math.sqrt(2) * torch.randn_like(t))
+
+    def _step(self, of_fixed, warped, *states):
+        noisy = self._noisy("weights"), self._noisy("outputs")
+        x = of_fixed + F.conv2d(warped, self.stem.weight[:, 1:2], stride=2, padding=3)
+        x = self.activation(self.norm(x))
+        new, positions, weights = [], [], []
+        for unit, h in zip(self.units, states, strict=True):
+            x, h, position, weight = unit(x, h, *noisy)
+            new.append(h)
+            positions.append(position)
+            weights.append(weight)
+        weights = torch.stack(weights, 1)[..., None]
+        position = (torch.stack(positions, 1) * weights).sum(1) / weights.sum(1)
+        raw = noisy[1](self.shape(x))
+        sigma = torch.sigmoid(raw[:, :2]) * self.sigma_max + INSTANT
+        parameters = [position, sigma, torch.sigmoid(raw[:, 4:]) * math.pi, torch.tanh(raw[:, 2:4])]
+        return torch.cat(parameters, 1), *new
+
+    def predict(self, fixed, moving, fixed_features=None):
+        of_fixed = self.encode_fixed(fixed) if fixed_features is None else fixed_features
+        states, warped = [None] * len(self.units), moving
+        u, fields, parameters = None, [], []
+        for _ in range(self.steps):
+            proposal, *states = self.block(self._step, of_fixed, warped, *states)
+            parameters.append(proposal)
+            step = ops.gaussian_displacement(proposal[:, None], fixed.shape[2:], sigma_is=self.sigma_is)
+            u = step if u is None else u + step
+            fields.append(u)
+            warped = ops.warp(moving, u, padding=self.padding)
+        return Prediction(u, fields, parameters=torch.stack(parameters, 1))
+
+    def terms(self, fixed, moving, prediction):
+        similarity = 0
+        for u in prediction.fields:
+            moved = ops.warp(moving, u, padding=self.padding)
+            similarity = similarity + ops.mse_loss(fixed, moved, mask=_inside(u))
+        u = prediction.displacement
+        span = u.new_tensor([2 / (n - 1) for n in u.shape[2:]]).view(1, 2, 1, 1)
+        return {
+            "similarity": similarity / len(prediction.fields),
+            "regularity": self.weight * ops.total_variation(u * span, isotropic=True),
+        }
+
+
+@torch.no_grad()
+def _inside(u):
+    """1 where the moving image is sampled inside, (N, 1, H, W)."""
+    inside = None
+    for k, n in enumerate(u.shape[2:]):
+        p = u[:, k] + torch.arange(n, device=u.device, dtype=u.dtype).view(
+            -1 if k == 0 else 1, -1 if k else 1
+        )
+        within = (p >= 0) & (p <= n - 1)
+        inside = within if inside is None else inside & within
+    return inside[:, None].to(u.dtype)

@@ -1,0 +1,76 @@
+"""VoxelMorph (Balakrishnan et al. 2018): a U-Net from the pair to the displacement. The baseline of four of the papers."""
+
+from torch import nn
+
+from fastreg import ops
+
+from .base import SIMILARITIES, Model, Prediction
+from .blocks import FlowHead, activated, concat_conv, conv
+
+SLOPE = 0.2
+
+
+class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
+    """Four halving convolutions, then convolutions at 1/16, 1/8, 1/4, 1/2 (two) and 1/1 (one or two) of the size, each
+    after nearest upsampling and concatenation with the encoder's map of its size; at full size with the images.
+
+    Args:
+        encoder, decoder (sequence): channels; VM-2 by default, VM-1: decoder (32, 32, 32, 32, 8, 8).
+        ndim (int): 3 or 2.
+        similarity (str): "lcc" (window 9), "mse" or "mind" (MIND-SSC).
+        weight (float): of the diffusion of the displacement in voxels.
+        padding, checkpoint (str): see Model.
+
+    Prediction.fields is empty. 259,675 parameters (VM-1), 300,547 (VM-2).
+    """
+
+    ndims = (3, 2)
+
+    def __init__(
+        self,
+        *,
+        encoder=(16, 32, 32, 32),
+        decoder=(32, 32, 32, 32, 32, 16, 16),
+        ndim=3,
+        similarity="lcc",
+        weight=1.0,
+        padding="zeros",
+        checkpoint="none",
+    ):
+        super().__init__()
+        if len(encoder) != 4 or len(decoder) not in (6, 7):
+            self.fail(ValueError, f"encoder must have 4 widths, decoder 6 or 7, got {encoder} and {decoder}")
+        if similarity not in SIMILARITIES:
+            self.fail(ValueError, f"similarity must be one of {tuple(SIMILARITIES)}, got {similarity!r}")
+        self.ndim, self.similarity, self.weight = ndim, similarity, weight
+        self.padding, self.checkpoint = padding, checkpoint
+        e, d = encoder, decoder
+        inputs = (2, *e[:3])
+        self.encoder = nn.ModuleList(conv(ndim, i, o, stride=2) for i, o in zip(inputs, e, strict=True))
+        inputs = (e[3], d[0] + e[2], d[1] + e[1], d[2] + e[0], d[3], d[4] + 2, *d[5:-1])
+        self.decoder = nn.ModuleList(conv(ndim, i, o) for i, o in zip(inputs, d, strict=True))
+        self.head = FlowHead(ndim, d[-1])
+
+    def predict(self, fixed, moving):
+        skips = [fixed.new_empty(0)] * 4
+        x = None
+        for k, layer in enumerate(self.encoder):
+            x = concat_conv(layer, (moving, fixed), SLOPE) if k == 0 else activated(layer, x, SLOPE)
+            skips[k] = x
+        d = self.decoder
+        x = activated(d[0], x, SLOPE)
+        for layer, skip in zip(d[1:4], skips[2::-1], strict=True):
+            x = self.block(lambda x, skip, layer=layer: concat_conv(layer, (x, skip), SLOPE), x, skip)
+        x = activated(d[4], x, SLOPE)
+        x = self.block(lambda x, m, f: concat_conv(d[5], (x, m, f), SLOPE), x, moving, fixed)
+        for layer in d[6:]:
+            x = activated(layer, x, SLOPE)
+        return Prediction(self.head(x))
+
+    def terms(self, fixed, moving, prediction):
+        u = prediction.displacement
+        moved = ops.warp(moving, u, padding=self.padding)
+        return {
+            "similarity": SIMILARITIES[self.similarity](fixed, moved),
+            "regularity": self.weight * ops.diffusion(u),
+        }
