@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastreg.ops import jacobian_determinant
 from fastreg.ops._check import fail
 
-__all__ = ["TRE", "Dice", "dice", "folding", "move_points", "sdlogj", "tre"]
+__all__ = ["TRE", "Dice", "Distance", "assd", "dice", "folding", "hd95", "move_points", "sdlogj", "tre"]
 
 
 class Dice(NamedTuple):
     """mean: over `per_label`, NaN when that is empty. per_label: label -> overlap in [0, 1]."""
+
+    mean: float
+    per_label: dict[int, float]
+
+
+class Distance(NamedTuple):
+    """mean: over `per_label`, NaN when that is empty. per_label: label -> distance, in the unit of the spacing."""
 
     mean: float
     per_label: dict[int, float]
@@ -36,6 +45,18 @@ def _tensor(op, name, value):
         fail(op, name, "be a tensor", type(value).__name__, TypeError)
 
 
+def _check_labels(op, fixed_labels, moved_labels):
+    for name, value in (("fixed_labels", fixed_labels), ("moved_labels", moved_labels)):
+        _tensor(op, name, value)
+        if value.is_floating_point() or value.is_complex():
+            fail(op, name, "be integer or bool", value.dtype, TypeError)
+    shape = tuple(fixed_labels.shape)
+    if moved_labels.shape != fixed_labels.shape:
+        fail(op, "moved_labels", f"have the shape {shape} of fixed_labels", tuple(moved_labels.shape))
+    if moved_labels.device != fixed_labels.device:
+        fail(op, "moved_labels", f"be on {fixed_labels.device}", moved_labels.device)
+
+
 def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Iterable[int] | None = None) -> Dice:
     """Overlap 2 |A and B| / (|A| + |B|) of each label.
 
@@ -43,15 +64,7 @@ def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Iterable[int] | Non
     background 0 when None. A label absent from both is left out, absent from one it scores 0.
     Raises: TypeError for floating labels, ValueError for unequal shapes.
     """
-    for name, value in (("fixed_labels", fixed_labels), ("moved_labels", moved_labels)):
-        _tensor("dice", name, value)
-        if value.is_floating_point() or value.is_complex():
-            fail("dice", name, "be integer or bool", value.dtype, TypeError)
-    shape = tuple(fixed_labels.shape)
-    if moved_labels.shape != fixed_labels.shape:
-        fail("dice", "moved_labels", f"have the shape {shape} of fixed_labels", tuple(moved_labels.shape))
-    if moved_labels.device != fixed_labels.device:
-        fail("dice", "moved_labels", f"be on {fixed_labels.device}", moved_labels.device)
+    _check_labels("dice", fixed_labels, moved_labels)
     fixed, moved = fixed_labels.reshape(-1).long(), moved_labels.reshape(-1).long()
     present, index = torch.cat([fixed, moved]).unique(return_inverse=True)
     fixed, moved = index[: fixed.numel()], index[fixed.numel() :]
@@ -63,6 +76,90 @@ def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Iterable[int] | Non
     per_label = {label: scores[label] for label in wanted if label in scores}
     mean = sum(per_label.values()) / len(per_label) if per_label else float("nan")
     return Dice(mean, per_label)
+
+
+def _scale(op, spacing, nd):
+    scale = torch.as_tensor(spacing, dtype=torch.float64)
+    if scale.numel() not in (1, nd) or scale.ndim > 1 or not bool((scale > 0).all()):
+        fail(op, "spacing", f"be 1 or {nd} positive numbers", spacing)
+    return scale
+
+
+def assd(
+    fixed_labels: Tensor,
+    moved_labels: Tensor,
+    spacing: float | Sequence[float],
+    labels: Iterable[int] | None = None,
+) -> Distance:
+    """Average symmetric surface distance of each label: the mean, over the surface voxels of both, of the distance to the
+    nearest surface voxel of the other.
+
+    A surface voxel has a face neighbour (or the image's end) outside of the label.
+
+    Args: fixed_labels, moved_labels: integer or bool, (*spatial) or with leading axes of 1. spacing: per axis, or one
+    number. labels: as for `dice`. A label absent from both is left out, absent from one it is at an infinite distance.
+    Raises: TypeError, ValueError; ImportError without SimpleITK.
+    """
+    return _surfaces(
+        "assd", fixed_labels, moved_labels, spacing, labels, lambda a, b: np.concatenate([a, b]).mean()
+    )
+
+
+def hd95(
+    fixed_labels: Tensor,
+    moved_labels: Tensor,
+    spacing: float | Sequence[float],
+    labels: Iterable[int] | None = None,
+) -> Distance:
+    """95th percentile of the Hausdorff distance of each label: the larger of both directions, of the distances of `assd`.
+
+    Args, Raises: as for `assd`.
+    """
+    return _surfaces(
+        "hd95",
+        fixed_labels,
+        moved_labels,
+        spacing,
+        labels,
+        lambda a, b: max(np.percentile(d, 95) for d in (a, b)),
+    )
+
+
+def _surfaces(op, fixed_labels, moved_labels, spacing, labels, summary):
+    from fastreg.io import _sitk
+
+    sitk = _sitk()
+    _check_labels(op, fixed_labels, moved_labels)
+    shape = tuple(n for k, n in enumerate(fixed_labels.shape) if n > 1 or k >= fixed_labels.ndim - 2)
+    if len(shape) not in (2, 3):
+        fail(op, "fixed_labels", "have 2 or 3 axes longer than 1", tuple(fixed_labels.shape))
+    scale = _scale(op, spacing, len(shape)).expand(len(shape)).tolist()
+    fixed, moved = (t.reshape(shape).cpu().numpy() for t in (fixed_labels, moved_labels))
+    present = np.union1d(fixed, moved).tolist()
+    wanted = (
+        [label for label in present if label != 0] if labels is None else [int(label) for label in labels]
+    )
+    per_label = {}
+    for label in wanted:
+        masks = fixed == label, moved == label
+        if not any(m.any() for m in masks):
+            continue
+        if not all(m.any() for m in masks):
+            per_label[label] = math.inf
+            continue
+        # Where the label is, and a margin: what lies beyond changes nothing.
+        box = tuple(slice(where.min(), where.max() + 1) for where in np.nonzero(masks[0] | masks[1]))
+        surfaces, distances = [], []
+        for mask in masks:
+            image = sitk.GetImageFromArray(np.pad(mask[box], 1).astype(np.uint8))
+            image.SetSpacing(scale[::-1])
+            contour = sitk.BinaryContour(image, fullyConnected=False)
+            surfaces.append(sitk.GetArrayViewFromImage(contour).astype(bool))
+            away = sitk.SignedMaurerDistanceMap(contour, squaredDistance=False, useImageSpacing=True)
+            distances.append(np.maximum(sitk.GetArrayFromImage(away), 0).astype(np.float64))
+        per_label[label] = float(summary(distances[1][surfaces[0]], distances[0][surfaces[1]]))
+    mean = sum(per_label.values()) / len(per_label) if per_label else float("nan")
+    return Distance(mean, per_label)
 
 
 def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) -> TRE:
@@ -80,9 +177,7 @@ def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) ->
         shape = tuple(points_a.shape)
         fail("tre", "points_b", f"have the shape {shape} of points_a", tuple(points_b.shape))
     nd = points_a.shape[1]
-    scale = torch.as_tensor(spacing, dtype=torch.float64, device=points_a.device)
-    if scale.numel() not in (1, nd) or scale.ndim > 1 or not bool((scale > 0).all()):
-        fail("tre", "spacing", f"be 1 or {nd} positive numbers", spacing)
+    scale = _scale("tre", spacing, nd).to(points_a.device)
     distance = ((points_a.double() - points_b.to(points_a.device).double()) * scale).norm(dim=1)
     quartiles = distance.quantile(distance.new_tensor([0.25, 0.5, 0.75]))
     return TRE(distance.mean().item(), distance.std(correction=0).item(), *quartiles.tolist())

@@ -42,6 +42,51 @@ def test_dice_errors(args, error, match):
         metrics.dice(*args)
 
 
+def surfaces(mask, spacing):
+    """mm positions of the voxels that have a face neighbour outside."""
+    padded = np.pad(mask, 1)
+    inner = padded.copy()
+    for axis in range(mask.ndim):
+        for step in (1, -1):
+            inner &= np.roll(padded, step, axis)
+    return np.argwhere(padded & ~inner) * np.asarray(spacing)
+
+
+@pytest.mark.parametrize("shape", [(9, 11, 10), (12, 15)])
+def test_surface_distances_by_definition(shape):
+    pytest.importorskip("SimpleITK")
+    spacing = (2.5, 1.0, 0.75)[-len(shape) :]
+    grid = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    ball = [sum((g - c) ** 2 for g, c in zip(grid, centre, strict=False)) for centre in ((4,) * 3, (4, 6, 5))]
+    fixed, moved = (np.where(b < r, 2, 0) for b, r in zip(ball, (10, 13), strict=True))
+    fixed[:2], moved[:3] = 7, 7  # at the end of the image
+    moved[0, 0] = 0
+    a, b = torch.from_numpy(fixed), torch.from_numpy(moved)
+    found = metrics.assd(a, b, spacing), metrics.hd95(a[None, None], b[None, None], spacing)
+    for label in (2, 7):
+        p, q = surfaces(fixed == label, spacing), surfaces(moved == label, spacing)
+        apart = np.linalg.norm(p[:, None] - q[None], axis=2)
+        there, back = apart.min(1), apart.min(0)
+        assert found[0].per_label[label] == pytest.approx(np.concatenate([there, back]).mean(), rel=1e-5)
+        expected = max(np.percentile(there, 95), np.percentile(back, 95))
+        assert found[1].per_label[label] == pytest.approx(expected, rel=1e-5)
+    assert found[0].mean == pytest.approx(sum(found[0].per_label.values()) / 2)
+    assert metrics.assd(a, a, 1.0).mean == 0
+
+
+def test_surface_distances_of_absent_labels():
+    pytest.importorskip("SimpleITK")
+    a, b = torch.zeros(4, 5, 6, dtype=torch.long), torch.zeros(4, 5, 6, dtype=torch.long)
+    assert metrics.assd(a, b, 1.0).per_label == {}
+    a[1, 2, 3] = 4
+    assert metrics.hd95(a, b, 1.0).per_label == {4: math.inf}
+    assert metrics.assd(a, b, 1.0, labels=[3]).per_label == {}
+    with pytest.raises(ValueError, match="fastreg::assd: spacing must be 1 or 3 positive numbers"):
+        metrics.assd(a, b, (1.0, 2.0))
+    with pytest.raises(TypeError, match="fastreg::hd95: fixed_labels must be integer or bool"):
+        metrics.hd95(a.float(), b, 1.0)
+
+
 def test_tre():
     a = torch.tensor([[0.0, 0, 0], [1, 2, 3], [4, 4, 4], [0, 0, 1]])
     b = torch.tensor([[0.0, 0, 4], [1, 2, 3], [4, 3, 4], [1, 0, 1]])
