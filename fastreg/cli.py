@@ -406,7 +406,9 @@ def _print_summary(summary):
         print(f"landmarks   {before['mean']:.2f} -> {after['mean']:.2f} mm ({more})")
     if "dice" in summary:
         before, after = summary["dice"]["before"], summary["dice"]["after"]
-        print(f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({len(after) - 1} labels)")
+        print(
+            f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({len(after) - 1} label{'s' * (len(after) != 2)})"
+        )
     print(f"folding     {100 * summary['folding']:.3g} % of voxels, sd of log J {summary['sdlogj']:.3f}")
     print(f"time        {summary['seconds']:.1f} s")
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import ops
 
 CHECKPOINTS = ("none", "blocks")
+PADDINGS = ("zeros", "border", "reflection")
 
 # Each minimised; what a model's `similarity` may name.
 SIMILARITIES = {
@@ -24,9 +25,10 @@ SIMILARITIES = {
 class Prediction:
     """What a model says of a pair.
 
-    displacement (Tensor): (N, nd, *spatial) fp32, voxels of the images' grid; all of the motion.
+    displacement (Tensor): (N, nd, *spatial), voxels of the images' grid; all of the motion. fp32, also under autocast
+        (fp64 of an fp64 model).
     fields (list[Tensor]): what led there, coarse to fine; each model's docstring says what.
-    affine (Tensor or None): (N, nd, nd + 1) fp32, voxels: the affine part of the motion.
+    affine (Tensor or None): (N, nd, nd + 1), voxels: the affine part of the motion.
     parameters (Tensor or None): the few numbers that make the motion, where there are (R2N2).
     """
 
@@ -40,9 +42,13 @@ class Model(nn.Module):
     """A registration network.
 
     ``model(fixed, moving) -> Prediction``; ``model.loss(fixed, moving, prediction)`` is the paper's loss, a scalar;
-    ``model.terms(...)`` its weighted terms by name. Images are (N, 1, D, H, W) or, where the model is 2D, (N, 1, H, W),
-    fp32, fp16 or bf16, intensities as the paper has them (most: [0, 1]). Sizes that the net cannot halve are padded with
-    zeros at the end of each axis, and the result is cropped. Flow heads and displacements are fp32 under autocast.
+    ``model.terms(...)`` its weighted terms by name. Images are (N, 1, D, H, W) or, where the model is 2D, (N, 1, H, W), of
+    the dtype of the weights (halves under autocast), intensities in [0, 1] but where a model says otherwise. Sizes that the
+    net cannot halve are padded with zeros at the end of each axis, and the result is cropped. Flow heads and
+    displacements are fp32 under autocast.
+
+    ``model(fixed, moving, fixed_features=model.encode_fixed(fixed))`` reads a fixed image's features, which later calls with
+    other moving images (and the same batch size) can share; RRN, R2N2 and PRDFE have that.
 
     A subclass has `ndims` and `divisor`, names its presets' arguments ("paper" has none), and implements `predict` and
     `terms`.
@@ -61,12 +67,15 @@ class Model(nn.Module):
 
     def __new__(cls, *args, **options):
         self = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind(self, *args, **options)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **options)
+        except TypeError as error:
+            cls.fail(TypeError, f"{error}; presets: {cls.__name__}.from_preset of {tuple(cls.presets)}")
         bound.apply_defaults()
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
         # What a checkpoint has to carry to build the model again.
         object.__setattr__(self, "arguments", arguments)
-        for name, allowed in (("checkpoint", CHECKPOINTS), ("ndim", cls.ndims)):
+        for name, allowed in (("checkpoint", CHECKPOINTS), ("ndim", cls.ndims), ("padding", PADDINGS)):
             if arguments.get(name, allowed[0]) not in allowed:
                 self.fail(ValueError, f"{name} must be one of {allowed}, got {arguments[name]!r}")
         return self
@@ -83,26 +92,57 @@ class Model(nn.Module):
         raise kind(f"fastreg.models.{cls.__name__}: {text}")
 
     def forward(self, fixed, moving, *, fixed_features=None):
-        self.check(fixed, moving)
+        """Prediction of the motion from fixed to moving.
+
+        Args: fixed, moving (Tensor): see the class, of one shape. fixed_features: what encode_fixed(fixed) returned.
+        Raises: TypeError, ValueError.
+        """
+        self._check(fixed, moving)
         size = fixed.shape[2:]
-        padded = [self.padded(t) for t in (fixed, moving)]
-        options = {} if fixed_features is None else {"fixed_features": fixed_features}
-        prediction = self.predict(*padded, **options)
+        padded = [self._padded(t) for t in (fixed, moving)]
+        if self._encode is None and fixed_features is not None:
+            self.fail(TypeError, "takes no fixed_features")
+        if self._encode is not None:
+            padded.append(self._encode(padded[0]) if fixed_features is None else fixed_features)
+        prediction = self.predict(*padded)
         if padded[0].shape != fixed.shape:
             prediction.displacement = prediction.displacement[(..., *(slice(n) for n in size))]
         return prediction
 
-    def padded(self, image):
+    _encode = None
+
+    def encode_fixed(self, fixed):
+        """What the net makes of the fixed image alone, for ``fixed_features``. TypeError for a model that has no such part."""
+        self._check(fixed, fixed)
+        if self._encode is None:
+            self.fail(TypeError, "has no features of the fixed image alone")
+        return self._encode(self._padded(fixed))
+
+    def predict(self, fixed, moving):
+        """The prediction for images of sizes that the net can halve (and the features of the fixed one, where it has)."""
+        raise NotImplementedError
+
+    def terms(self, fixed, moving, prediction):
+        """The weighted terms of the loss by name, scalars; their sum is `loss`."""
+        raise NotImplementedError
+
+    def _padded(self, image):
         """With zeros at the end of each axis, up to the next size that the net can halve."""
         d = self.divisor
         missing = [(n + d - 1) // d * d - n for n in image.shape[2:]]
         return F.pad(image, [p for m in reversed(missing) for p in (0, m)]) if any(missing) else image
 
-    def check(self, fixed, moving):
+    def _check(self, fixed, moving):
+        weights = next(self.parameters())
         for name, image in (("fixed", fixed), ("moving", moving)):
-            if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+            if not isinstance(image, torch.Tensor):
+                self.fail(TypeError, f"{name} must be a tensor, got {type(image).__name__}")
+            if image.dtype != weights.dtype and not (
+                image.is_floating_point() and torch.is_autocast_enabled(image.device.type)
+            ):
                 self.fail(
-                    TypeError, f"{name} must be a floating tensor, got {getattr(image, 'dtype', type(image))}"
+                    TypeError,
+                    f"{name} must have the dtype of the weights, {weights.dtype} (or a half one, under autocast), got {image.dtype}",
                 )
             if image.ndim != self.ndim + 2 or image.shape[1] != 1 or image.numel() == 0:
                 shape = "(N, 1, D, H, W)" if self.ndim == 3 else "(N, 1, H, W)"
@@ -114,10 +154,12 @@ class Model(nn.Module):
                 ValueError,
                 f"moving must have the shape of fixed, {tuple(fixed.shape)}, got {tuple(moving.shape)}",
             )
-        if fixed.device != moving.device:
-            self.fail(
-                ValueError, f"moving must be on the device of fixed, {fixed.device}, got {moving.device}"
-            )
+        for name, image in (("fixed", fixed), ("moving", moving)):
+            if image.device != weights.device:
+                self.fail(
+                    ValueError,
+                    f"{name} must be on the device of the weights, {weights.device}, got {image.device}",
+                )
 
     def loss(self, fixed, moving, prediction):
         """The paper's loss of a prediction: a scalar with gradient."""

@@ -82,7 +82,7 @@ def _corners(up):
 
 
 class F3RNet(Model):
-    """A stream of 16 channels at full resolution (head, 2 residual blocks, MRBs, 3 residual blocks, flow) and a stream that
+    """F3RNet (Xu et al. 2021). A stream of 16 channels at full resolution (head, 2 residual blocks, MRBs, 3 residual blocks, flow) and a stream that
     goes down to 1/16 and back up to 1/2.
 
     Args:
@@ -91,7 +91,7 @@ class F3RNet(Model):
         f3d_policy (str): "fit": in MRBs of encoder and decoder the residual blocks alone; chosen after the fact so that
             parameter counts come near the paper's; "all": each 3x3x3 convolution but the last, the paper's text.
         pool ("max" | "mean"), up ("trilinear" | "nearest"): between the streams.
-        similarity options of mind_loss: see `mind`; the paper names none.
+        mind (dict or None): options of fastreg.mind_loss; None: those of MIND 2012, as the paper names none.
         weight (float): of the diffusion of the displacement in voxels.
         padding, checkpoint (str): see Model.
 
@@ -122,7 +122,9 @@ class F3RNet(Model):
             if value not in allowed:
                 self.fail(ValueError, f"{name} must be one of {tuple(allowed)}, got {value!r}")
         paper = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
-        self.mind, self.weight = paper if mind is None else dict(mind), weight
+        if not (mind is None or isinstance(mind, dict)):
+            self.fail(TypeError, f"mind must be a dict of options of mind_loss, got {mind!r}")
+        self.mind, self.weight = paper if mind is None else mind, weight
         self.padding, self.checkpoint = padding, checkpoint
         parts = VARIANTS[variant]
 

@@ -20,7 +20,7 @@ ORDERS = ("two_pass", "single_pass", "legacy")
 
 
 class LinDef(Model):
-    """Five dilated convolutions whose outputs all go on to a decoder of gradients Phi in (0, 2), whose sums along each
+    """LinDef (Christodoulidis et al. 2018). Five dilated convolutions whose outputs all go on to a decoder of gradients Phi in (0, 2), whose sums along each
     axis are the deformable map G_N (Phi = 1: the identity), and to a mean over space that gives the affine map G_A.
 
     Args:

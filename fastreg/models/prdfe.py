@@ -21,7 +21,7 @@ SIMULATION = {
 
 
 class PRDFE(Model, simulation=SIMULATION):
-    """Levels 1/16, 1/8, 1/4, 1/2 and 1/1: the field so far is resized, the moving features are warped by it, and a few
+    """PRDFE (Zhou et al. 2020). Levels 1/16, 1/8, 1/4, 1/2 and 1/1: the field so far is resized, the moving features are warped by it, and a few
     convolutions of both maps (and of the level before) give what is added to it.
 
     Args:
@@ -82,11 +82,7 @@ class PRDFE(Model, simulation=SIMULATION):
             self.heads.append(FlowHead(ndim, outputs[-1]))
             below = outputs[-1] if unet_skip else 0
 
-    def encode_fixed(self, fixed):
-        """Features of the fixed image, for ``model(fixed, moving, fixed_features=...)`` with many moving ones."""
-        return self._features(fixed)
-
-    def _features(self, image):
+    def _encode(self, image):
         x, levels = image, [image]
         pool = F.avg_pool3d if self.ndim == 3 else F.avg_pool2d
         for k in range(4):
@@ -103,9 +99,8 @@ class PRDFE(Model, simulation=SIMULATION):
         scale = "exact" if self.scale_magnitude else 1
         return ops.resize_displacement(u, size, align_corners=False, scale=scale)
 
-    def predict(self, fixed, moving, fixed_features=None):
-        f_levels = self._features(fixed) if fixed_features is None else fixed_features
-        m_levels = self._features(moving)
+    def predict(self, fixed, moving, f_levels):
+        m_levels = self._encode(moving)
         h, fields, steps = None, [], []
 
         def level(layers, *sources):

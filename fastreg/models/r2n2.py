@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastreg import ops
+from fastreg.ops.gaussian_displacement import SIGMA_IS
 
 from .base import Model, Prediction
 from .blocks import conv, single
@@ -18,7 +19,7 @@ ACTIVATIONS = {"tanh": torch.tanh, "leaky_relu": F.leaky_relu}
 NOISES = ("weights", "outputs", "none")
 HIDDEN = 1024
 RELEASED = {"blocks": 6, "activation": "leaky_relu", "norm": True, "coordinates": False}
-INSTANT = 1e-5  # no Gaussian is narrower
+MIN_SIGMA = 1e-5
 
 
 def _expectation(p):
@@ -106,7 +107,7 @@ class _Shape(nn.Module):
 
 
 class R2N2(Model, released=RELEASED):
-    """Per step: a convolution of fixed and warped moving image, three recurrent units at 1/2, 1/4 and 1/8 of the size, and
+    """R2N2 (Sandkuehler et al. 2019). Per step: a convolution of fixed and warped moving image, three recurrent units at 1/2, 1/4 and 1/8 of the size, and
     the seven numbers of a Gaussian that is added to the displacement.
 
     Args:
@@ -122,7 +123,10 @@ class R2N2(Model, released=RELEASED):
         weight (float): of the isotropic total variation of the displacement, in units where the image spans [-1, 1].
         padding, checkpoint (str): see Model; a block is a step.
 
-    Any size; the identity before training. Prediction.fields: the displacements after each step;
+    The "paper" preset keeps two choices of the authors' code, noise="weights" and sigma_is="std"; the paper's text has
+    noise="outputs" and sigma_is="var".
+
+    Images are standardised (mean 0, deviation 1) and clamped to [-2, 2]. Any size; the identity before training. Prediction.fields: the displacements after each step;
     Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
     """
 
@@ -149,6 +153,10 @@ class R2N2(Model, released=RELEASED):
             self.fail(ValueError, f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
         if noise not in NOISES:
             self.fail(ValueError, f"noise must be one of {NOISES}, got {noise!r}")
+        if sigma_is not in SIGMA_IS:
+            self.fail(ValueError, f"sigma_is must be one of {SIGMA_IS}, got {sigma_is!r}")
+        if steps < 1:
+            self.fail(ValueError, f"steps must be at least 1, got {steps}")
         self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is
         self.noise, self.weight, self.padding, self.checkpoint = noise, weight, padding, checkpoint
         self.activation = ACTIVATIONS[activation]
@@ -159,7 +167,7 @@ class R2N2(Model, released=RELEASED):
         )
         self.shape = _Shape(widths[-1], self.activation)
 
-    def encode_fixed(self, fixed):
+    def _encode(self, fixed):
         """The part of the first convolution that sees fixed image and coordinates: the same in each step."""
         weight = self.stem.weight
         inputs, weights = [fixed], [weight[:, :1]]
@@ -191,12 +199,11 @@ class R2N2(Model, released=RELEASED):
         weights = torch.stack(weights, 1)[..., None]
         position = (torch.stack(positions, 1) * weights).sum(1) / weights.sum(1)
         raw = noisy[1](self.shape(x))
-        sigma = torch.sigmoid(raw[:, :2]) * self.sigma_max + INSTANT
+        sigma = torch.sigmoid(raw[:, :2]) * self.sigma_max + MIN_SIGMA
         parameters = [position, sigma, torch.sigmoid(raw[:, 4:]) * math.pi, torch.tanh(raw[:, 2:4])]
         return torch.cat(parameters, 1), *new
 
-    def predict(self, fixed, moving, fixed_features=None):
-        of_fixed = self.encode_fixed(fixed) if fixed_features is None else fixed_features
+    def predict(self, fixed, moving, of_fixed):
         states, warped = [None] * len(self.units), moving
         u, fields, parameters = None, [], []
         for _ in range(self.steps):

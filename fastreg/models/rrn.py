@@ -15,7 +15,7 @@ PYRAMID = (16, 32, 64, 96)
 DENSE = (128, 128, 96, 64, 32)
 REFINE, DILATIONS = (128, 128, 128, 96, 64, 32), (1, 2, 4, 8, 16, 1)
 CONTEXT = DENSE[-1]
-REGULARIZERS = ("tv", "diffusion")
+REGULARIZERS = {"tv": 0.01, "diffusion": 1.25}  # and their weights
 
 
 class _Estimator(nn.Module):
@@ -32,8 +32,8 @@ class _Estimator(nn.Module):
         return context, self.head(context)
 
 
-class RRN(Model, released={"regularizer": "diffusion", "weight": 1.25}):
-    """Displacements at 1/16, 1/8 and 1/4 of the size, each added to the doubled one before, a dilated refinement at 1/4,
+class RRN(Model, released={"regularizer": "diffusion"}):
+    """RRN (He et al. 2021). Displacements at 1/16, 1/8 and 1/4 of the size, each added to the doubled one before, a dilated refinement at 1/4,
     then two doublings.
 
     Args:
@@ -42,7 +42,7 @@ class RRN(Model, released={"regularizer": "diffusion", "weight": 1.25}):
         normalize (bool): features to the mean and deviation of the pair, per sample.
         window (int): of the LCC (the paper does not say; the authors' code has 5).
         regularizer (str): "tv" (paper) or "diffusion" (released), of the displacement in voxels.
-        weight (float): of it: 0.01 with "tv", 1.25 with "diffusion".
+        weight (float or None): of it; None: 0.01 for "tv", 1.25 for "diffusion".
         deviation (float or None): of the flow heads' initial weights; None: PyTorch's, as released.
         padding, checkpoint (str): see Model.
 
@@ -58,16 +58,19 @@ class RRN(Model, released={"regularizer": "diffusion", "weight": 1.25}):
         normalize=True,
         window=5,
         regularizer="tv",
-        weight=0.01,
+        weight=None,
         deviation=None,
         padding="zeros",
         checkpoint="none",
     ):
         super().__init__()
         if regularizer not in REGULARIZERS:
-            self.fail(ValueError, f"regularizer must be one of {REGULARIZERS}, got {regularizer!r}")
+            self.fail(ValueError, f"regularizer must be one of {tuple(REGULARIZERS)}, got {regularizer!r}")
         self.cost_volume, self.radius, self.normalize = cost_volume, radius, normalize
-        self.window, self.regularizer, self.weight = window, regularizer, weight
+        if radius < 0 or window < 1 or window % 2 == 0:
+            self.fail(ValueError, f"radius must be >= 0 and window odd, got {radius} and {window}")
+        self.window, self.regularizer = window, regularizer
+        self.weight = REGULARIZERS[regularizer] if weight is None else weight
         self.padding, self.checkpoint = padding, checkpoint
         inputs = (1, *PYRAMID[:-1])
         self.pyramid = nn.ModuleList(
@@ -87,11 +90,7 @@ class RRN(Model, released={"regularizer": "diffusion", "weight": 1.25}):
         )
         self.head = FlowHead(3, REFINE[-1], deviation=deviation)
 
-    def encode_fixed(self, fixed):
-        """Features of the fixed image, for ``model(fixed, moving, fixed_features=...)`` with many moving ones."""
-        return self._features(self.padded(fixed))
-
-    def _features(self, image):
+    def _encode(self, image):
         def level(x, *layers):
             for layer in layers:
                 x = activated(layer, x, PYRAMID_SLOPE)
@@ -113,9 +112,8 @@ class RRN(Model, released={"regularizer": "diffusion", "weight": 1.25}):
         warped = moving if u is None else ops.warp(moving, u, padding="zeros")
         return list(_normalized(fixed, warped) if self.normalize else (fixed, warped)), 0
 
-    def predict(self, fixed, moving, fixed_features=None):
-        f_levels = self._features(fixed) if fixed_features is None else fixed_features
-        m_levels = self._features(moving)
+    def predict(self, fixed, moving, f_levels):
+        m_levels = self._encode(moving)
         u, context, fields = None, None, []
         for k, (f, m) in enumerate(zip(f_levels, m_levels, strict=True)):
             carried = []

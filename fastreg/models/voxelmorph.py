@@ -11,7 +11,7 @@ SLOPE = 0.2
 
 
 class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
-    """Four halving convolutions, then convolutions at 1/16, 1/8, 1/4, 1/2 (two) and 1/1 (one or two) of the size, each
+    """VoxelMorph (Balakrishnan et al. 2018). Four halving convolutions, then convolutions at 1/16, 1/8, 1/4, 1/2 (two) and 1/1 (one or two) of the size, each
     after nearest upsampling and concatenation with the encoder's map of its size; at full size with the images.
 
     Args:
