@@ -76,20 +76,23 @@ class Model(nn.Module):
         # What a checkpoint has to carry to build the model again.
         object.__setattr__(self, "arguments", arguments)
         for name, allowed in (("checkpoint", CHECKPOINTS), ("ndim", cls.ndims), ("padding", PADDINGS)):
-            if arguments.get(name, allowed[0]) not in allowed:
-                self.fail(ValueError, f"{name} must be one of {allowed}, got {arguments[name]!r}")
+            cls.choice(name, arguments.get(name, allowed[0]), allowed)
         return self
 
     @classmethod
     def from_preset(cls, name="paper", **options):
         """The model as the paper has it ("paper") or as its authors released it ("released"), where there is one."""
-        if name not in cls.presets:
-            cls.fail(ValueError, f"preset must be one of {tuple(cls.presets)}, got {name!r}")
+        cls.choice("preset", name, cls.presets)
         return cls(**{**cls.presets[name], **options})
 
     @classmethod
     def fail(cls, kind, text):
         raise kind(f"fastreg.models.{cls.__name__}: {text}")
+
+    @classmethod
+    def choice(cls, name, value, allowed):
+        if value not in allowed:
+            cls.fail(ValueError, f"{name} must be one of {tuple(allowed)}, got {value!r}")
 
     def forward(self, fixed, moving, *, fixed_features=None):
         """Prediction of the motion from fixed to moving.

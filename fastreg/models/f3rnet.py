@@ -23,6 +23,7 @@ VARIANTS = {
     "mrb": ("fr", "encoder", "bottleneck", "decoder", "extra"),
 }
 POLICIES = ("fit", "all")
+MIND_2012 = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
 POOLS = {"max": F.max_pool3d, "mean": F.avg_pool3d}
 UPS = ("trilinear", "nearest")
 
@@ -113,18 +114,13 @@ class F3RNet(Model):
         checkpoint="none",
     ):
         super().__init__()
-        for name, value, allowed in (
-            ("variant", variant, VARIANTS),
-            ("f3d_policy", f3d_policy, POLICIES),
-            ("pool", pool, POOLS),
-            ("up", up, UPS),
-        ):
-            if value not in allowed:
-                self.fail(ValueError, f"{name} must be one of {tuple(allowed)}, got {value!r}")
-        paper = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
+        self.choice("variant", variant, VARIANTS)
+        self.choice("f3d_policy", f3d_policy, POLICIES)
+        self.choice("pool", pool, POOLS)
+        self.choice("up", up, UPS)
         if not (mind is None or isinstance(mind, dict)):
             self.fail(TypeError, f"mind must be a dict of options of mind_loss, got {mind!r}")
-        self.mind, self.weight = paper if mind is None else mind, weight
+        self.mind, self.weight = MIND_2012 if mind is None else dict(mind), weight
         self.padding, self.checkpoint = padding, checkpoint
         parts = VARIANTS[variant]
 

@@ -42,8 +42,7 @@ class LinDef(Model):
         self, *, affine=True, order="two_pass", alpha=1e-6, beta=1e-6, padding="border", checkpoint="none"
     ):
         super().__init__()
-        if order not in ORDERS:
-            self.fail(ValueError, f"order must be one of {ORDERS}, got {order!r}")
+        self.choice("order", order, ORDERS)
         self.affine, self.order, self.alpha, self.beta = affine, order, alpha, beta
         self.padding, self.checkpoint = padding, checkpoint
         inputs = (2, *ENCODER[:-1])

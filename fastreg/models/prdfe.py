@@ -58,8 +58,7 @@ class PRDFE(Model, simulation=SIMULATION):
         checkpoint="none",
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            self.fail(ValueError, f"variant must be one of {VARIANTS}, got {variant!r}")
+        self.choice("variant", variant, VARIANTS)
         if len(encoder) != 4 or len(decoder) != 7:
             self.fail(ValueError, f"encoder must have 4 widths and decoder 7, got {encoder} and {decoder}")
         self.variant, self.ndim, self.unet_skip, self.direct = variant, ndim, unet_skip, direct

@@ -149,12 +149,9 @@ class R2N2(Model, released=RELEASED):
         checkpoint="none",
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            self.fail(ValueError, f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-        if noise not in NOISES:
-            self.fail(ValueError, f"noise must be one of {NOISES}, got {noise!r}")
-        if sigma_is not in SIGMA_IS:
-            self.fail(ValueError, f"sigma_is must be one of {SIGMA_IS}, got {sigma_is!r}")
+        self.choice("activation", activation, ACTIVATIONS)
+        self.choice("noise", noise, NOISES)
+        self.choice("sigma_is", sigma_is, SIGMA_IS)
         if steps < 1:
             self.fail(ValueError, f"steps must be at least 1, got {steps}")
         self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is

@@ -64,8 +64,7 @@ class RRN(Model, released={"regularizer": "diffusion"}):
         checkpoint="none",
     ):
         super().__init__()
-        if regularizer not in REGULARIZERS:
-            self.fail(ValueError, f"regularizer must be one of {tuple(REGULARIZERS)}, got {regularizer!r}")
+        self.choice("regularizer", regularizer, REGULARIZERS)
         self.cost_volume, self.radius, self.normalize = cost_volume, radius, normalize
         if radius < 0 or window < 1 or window % 2 == 0:
             self.fail(ValueError, f"radius must be >= 0 and window odd, got {radius} and {window}")

@@ -40,8 +40,7 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         super().__init__()
         if len(encoder) != 4 or len(decoder) not in (6, 7):
             self.fail(ValueError, f"encoder must have 4 widths, decoder 6 or 7, got {encoder} and {decoder}")
-        if similarity not in SIMILARITIES:
-            self.fail(ValueError, f"similarity must be one of {tuple(SIMILARITIES)}, got {similarity!r}")
+        self.choice("similarity", similarity, SIMILARITIES)
         self.ndim, self.similarity, self.weight = ndim, similarity, weight
         self.padding, self.checkpoint = padding, checkpoint
         e, d = encoder, decoder
