@@ -25,7 +25,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = (ROOT / "fastreg" / "_version.py").read_text().split('"')[1]
+VERSION = (ROOT / "fastreg" / "_version.py").read_text(encoding="utf-8").split('"')[1]
 ISAS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -101,7 +101,7 @@ def key_of(done, flags):
     listed = done.with_suffix(".d")
     if not (done.exists() and listed.exists()):
         return None
-    files = listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()
+    files = listed.read_text(encoding="utf-8").split(":", 1)[1].replace("\\\n", " ").split()
     if not all(os.path.exists(f) for f in files):
         return None
     return hashlib.sha1(repr([flags, *map(digest, files)]).encode()).hexdigest()
@@ -109,7 +109,7 @@ def key_of(done, flags):
 
 def is_current(done, flags):
     made_of = done.with_suffix(".key")
-    return made_of.exists() and made_of.read_text() == key_of(done, flags)
+    return made_of.exists() and made_of.read_text(encoding="utf-8") == key_of(done, flags)
 
 
 def note_key(done, flags):

@@ -412,7 +412,7 @@ def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -486,7 +486,7 @@ def read_rows(path):
     path = Path(path)
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -501,7 +501,7 @@ def append_rows(path, rows, fields=None):
         names = list(dict.fromkeys([*(fields or FIELDS), *(k for r in [*old, *rows] for k in r)]))
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", newline="") as file:
+            with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows([*old, *rows])

@@ -82,7 +82,7 @@ class HighWater:
 
 
 def resident(entry):
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(entry + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {entry}")

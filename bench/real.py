@@ -147,7 +147,7 @@ def run(name, pair, source, folder, extra=()):
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise Unusable(f"{name}: fastreg register ended with status {done.returncode}: {lines[-1]}")
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     folding = float(report["folding"])
     rows = []
     for score, goal in pair.goals.items():

@@ -45,7 +45,7 @@ def readable(symbols):
 def kernels(folder):
     rows = []
     for report in sorted(folder.glob("cuda-*/*.ptxas")):
-        found = [m.groupdict() for m in ENTRY.finditer(report.read_text())]
+        found = [m.groupdict() for m in ENTRY.finditer(report.read_text(encoding="utf-8"))]
         for m, name in zip(found, readable([m["symbol"] for m in found]), strict=True):
             shared = re.search(r"(\d+) bytes smem", m["rest"])
             values = [report.stem, name, f"sm_{m['arch']}", m["registers"], shared[1] if shared else "0"]
@@ -71,7 +71,7 @@ def main(argv=None):
             f"{r['op']:20} {r['arch']:7} {r['registers']:>3} registers {r['shared_bytes']:>6} B shared  {r['kernel']}{spills}"
         )
     if args.write:
-        with (ROOT / "bench" / "results" / "cuda_resources.csv").open("w", newline="") as file:
+        with (ROOT / "bench" / "results" / "cuda_resources.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

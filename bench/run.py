@@ -259,7 +259,7 @@ def gpu_kernels():
     """Ops that have a kernel: those bound in csrc/cuda/, those launched from kernels/."""
     import fastreg.kernels
 
-    sources = [p.read_text() for p in (common.ROOT.parent / "csrc" / "cuda").glob("*.cu")]
+    sources = [p.read_text(encoding="utf-8") for p in (common.ROOT.parent / "csrc" / "cuda").glob("*.cu")]
     return {
         "CUDA C++": {op for text in sources for op in re.findall(r'm\.impl\("(\w+)"', text)},
         "Triton": set(fastreg.kernels.LAUNCHERS),
@@ -348,7 +348,7 @@ def tables(results):
 
 def write_readme(path, results):
     """Replaces what stands between <!-- NAME:start --> and <!-- NAME:end -->; both must be there."""
-    old = text = path.read_text()
+    old = text = path.read_text(encoding="utf-8")
     for name, table in tables(results).items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
@@ -358,7 +358,7 @@ def write_readme(path, results):
         text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
     if text != old:
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     return 0
 

@@ -244,7 +244,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_new_column(tmp_path):
     """Rows of before a column was added stay readable."""
     path = tmp_path / "cpu.csv"
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["op", "old"], ["warp", "1"]])
     common.append_rows(path, [{"op": "smooth", "new": 2}], ["op", "new"])
     assert common.read_rows(path) == [
@@ -338,20 +338,20 @@ def test_real_table(tmp_path):
 def test_readme(tmp_path):
     readme = tmp_path / "README.md"
     markers = "\n".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in ("ops", "bench", "real"))
-    readme.write_text(f"# head\n{markers}\ntail\n")
+    readme.write_text(f"# head\n{markers}\ntail\n", encoding="utf-8")
     common.append_rows(tmp_path / "cpu.csv", [row()])
     args = ["--write-readme", "--results", str(tmp_path), "--readme", str(readme)]
     assert run.main(args) == 0
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     assert text.startswith("# head\n")
     assert text.endswith("tail\n")
     assert "old" not in text
     assert "| warp, u |" in text
     assert run.main(args) == 0
-    assert readme.read_text() == text
-    readme.write_text("no markers")
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text("no markers", encoding="utf-8")
     assert run.main(args) == 1
-    assert readme.read_text() == "no markers"
+    assert readme.read_text(encoding="utf-8") == "no markers"
 
 
 def test_memory():

@@ -125,7 +125,7 @@ def test_register_writes_everything(case, tmp_path, capsys, kind):
             assert (produced != expected).mean() < 1e-2
             assert produced.dtype == np.uint8
 
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["parameters"]["iterations"] == 2
     assert report["parameters"]["window"] == inspect.signature(register).parameters["window"].default
     assert [level["iterations"] for level in report["levels"]] == [2]
@@ -158,7 +158,7 @@ def test_register_registers(case, tmp_path):
     images = [str(folder / f"{which}.nii.gz") for which in ("fixed", "moving")]
     options = ["-o", str(tmp_path / "out"), "--quiet", *map(str, extras(folder)), "--iterations", "40"]
     assert cli.main(["register", *images, *options]) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["tre"]["after"]["mean"] < 0.5 * report["tre"]["before"]["mean"]
     assert report["dice"]["after"]["mean"] > report["dice"]["before"]["mean"]
 
@@ -167,7 +167,7 @@ def test_similarity_transform_and_affine(case, tmp_path):
     folder = case("same")
     options = ["--similarity", "mse", "--transform", "bspline", "--affine"]
     assert run(folder, *extras(folder), *options) == 0
-    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    summary = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert summary["parameters"]["similarity"] == "mse"
     assert {level["transform"] for level in summary["levels"]} == {"affine", "bspline"}
     assert np.array(summary["affine_voxels_zyx"]).shape == (3, 4)
@@ -206,7 +206,7 @@ def test_integer_images_and_mask(case, tmp_path, capsys):
     mask[4:12, 5:15, 6:20] = 1
     io.write_image(folder / "mask.nii.gz", mask, grid)
     assert run(folder, "--mask", folder / "mask.nii.gz") == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["outside_value"] < -900
 
 
@@ -356,7 +356,7 @@ def test_small_range_on_a_large_offset(case, tmp_path):
         change(folder / f"{which}.nii.gz", lambda a, g: (1e9 + 0.001 * a.astype(np.float64), g))
     assert run(folder) == 0
     assert np.ptp(io.read_image(tmp_path / "out" / "moved.nii.gz")[0]) > 0.05
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["levels"][0]["loss_last"] < -0.1
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["levels"][0]["loss_last"] < -0.1
 
 
 def test_output_must_not_replace_an_input(case, tmp_path, capsys):
@@ -389,7 +389,7 @@ def test_bad_output_places(case, tmp_path, capsys):
     ):
         assert run(folder, out=out) == 2
         assert match in one_line(capsys)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     assert sorted(os.listdir(tmp_path)) == ["file", "in"]
 
 
@@ -558,6 +558,6 @@ def test_demo_output_can_be_registered_again(small_phantom, tmp_path, capsys):
         options += [f"--{which}-labels", str(out / f"{which}_labels.nii.gz")]
     images = [str(out / "fixed.nii.gz"), str(out / "moving.nii.gz")]
     assert cli.main(["register", *images, "-o", str(tmp_path / "again"), *options, *FAST]) == 0
-    first, second = (json.loads((tmp_path / d / "report.json").read_text()) for d in ("demo", "again"))
+    first, second = (json.loads((tmp_path / d / "report.json").read_text(encoding="utf-8")) for d in ("demo", "again"))
     assert second["tre"]["after"]["mean"] == pytest.approx(first["tre"]["after"]["mean"], rel=1e-3)
     assert second["dice"]["after"] == pytest.approx(first["dice"]["after"], rel=1e-3)

@@ -9,7 +9,7 @@ import torch
 from common import BACKEND
 
 pytestmark = pytest.mark.skipif(BACKEND != "emulation", reason="FASTREG_TEST_BACKEND=emulation")
-SOURCE = (Path(__file__).parent / "emulation" / "planted.cpp").read_text()
+SOURCE = (Path(__file__).parent / "emulation" / "planted.cpp").read_text(encoding="utf-8")
 NAMES = [n.strip() for n in SOURCE.split("enum Fault : int64_t {")[1].split("}")[0].split(",") if n.strip()]
 
 

@@ -355,7 +355,7 @@ def test_failed_write_leaves_what_was_there(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert path.read_text() == "precious"
+    assert path.read_text(encoding="utf-8") == "precious"
     assert os.listdir(tmp_path) == ["image.nii.gz"]
     with pytest.raises(OSError, match="cannot be written as an image"):
         io.write_image(tmp_path / "image.nonsense", noise(grid(3)), grid(3))
@@ -395,10 +395,10 @@ def test_output_folder_that_exists(tmp_path):
         fill(out)
     with pytest.raises(KeyboardInterrupt):
         fill(out, text="half", error=KeyboardInterrupt, replace=True)
-    assert {p.name: p.read_text() for p in out.iterdir()} == {"mine": "kept", "x": "1", "y": "1"}
+    assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {"mine": "kept", "x": "1", "y": "1"}
     # A file that this run does not write must not stay from an earlier one.
     fill(out, text="2", replace=True)
-    assert {p.name: p.read_text() for p in out.iterdir()} == {"mine": "kept", "x": "2"}
+    assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {"mine": "kept", "x": "2"}
 
 
 def test_output_folder_errors(tmp_path):
@@ -441,7 +441,7 @@ def test_output_folder_is_never_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="full"):
         fill(tmp_path, write=("x", "y"), text="2", replace=True)
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x": "1", "y": "1"}
+    assert {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()} == {"x": "1", "y": "1"}
 
 
 def test_ctrl_c_does_not_stop_the_last_step(tmp_path, monkeypatch):

@@ -530,6 +530,6 @@ def test_rrn_fields_are_refined_level_by_level():
 
 
 def test_readme_says_how_large_they_are():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \([23D, ]+\) \|.*\| ([\d,]+) \|$", text, re.M))
     assert rows == {cls.__name__: f"{counted(cls()):,}" for cls in MODELS.values()}

@@ -20,8 +20,8 @@ def load():
         # Under another suffix, or the builder would look for nvcc.
         wrapper = folder / f"{source.stem}.cpp"
         text = f'#include "cuda/{source.name}"\n'
-        if not wrapper.exists() or wrapper.read_text() != text:
-            wrapper.write_text(text)
+        if not wrapper.exists() or wrapper.read_text(encoding="utf-8") != text:
+            wrapper.write_text(text, encoding="utf-8")
         sources.append(wrapper)
     flags = ["-std=c++20", "-O1", "-g1", "-DFASTREG_EMULATION", "-Wno-unknown-pragmas", "-ffp-contract=off"]
     cpp_extension.load(
