@@ -67,12 +67,14 @@ def gaussian_displacement(params, shape, *, sigma_is="std"):
     return gaussian_displacement_ref(params, shape, sigma_is)
 
 
-def lcc_loss(fixed, moved, window=9):
+def lcc_loss(fixed, moved, window=9, *, mask=None):
+    assert mask is None
     case = Case("", tuple(fixed.shape), (False, True), {"window": window})
     return bench_lcc_loss.stock(case, (fixed, moved))(fixed, moved)
 
 
-def mind_loss(fixed, moved, **options):
+def mind_loss(fixed, moved, *, mask=None, **options):
+    assert mask is None
     case = Case("", tuple(fixed.shape), (False, True), {"radius": 2, "dilation": 2, **options})
     return bench_mind_loss.stock(case)(fixed, moved)
 

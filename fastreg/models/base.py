@@ -125,8 +125,8 @@ class Model(nn.Module):
         """The prediction for images of sizes that the net can halve (and the features of the fixed one, where it has)."""
         raise NotImplementedError
 
-    def terms(self, fixed, moving, prediction):
-        """The weighted terms of the loss by name, scalars; their sum is `loss`."""
+    def terms(self, fixed, moving, prediction, mask=None):
+        """The weighted terms of the loss by name, scalars; their sum is `loss`. mask: see `loss`."""
         raise NotImplementedError
 
     def _padded(self, image):
@@ -164,9 +164,12 @@ class Model(nn.Module):
                     f"{name} must be on the device of the weights, {weights.device}, got {image.device}",
                 )
 
-    def loss(self, fixed, moving, prediction):
-        """The paper's loss of a prediction: a scalar with gradient."""
-        return sum(self.terms(fixed, moving, prediction).values())
+    def loss(self, fixed, moving, prediction, mask=None):
+        """The paper's loss of a prediction: a scalar with gradient.
+
+        mask (Tensor or None): (N, 1, *spatial), 0 or more: weights of the similarity (of the fixed image's voxels).
+        """
+        return sum(self.terms(fixed, moving, prediction, mask).values())
 
     def block(self, function, *tensors):
         """function(*tensors), recomputed in the backward pass under checkpoint="blocks"."""

@@ -171,10 +171,10 @@ class F3RNet(Model):
             x = self.block(layer, x)
         return Prediction(self.head(x))
 
-    def terms(self, fixed, moving, prediction):
+    def terms(self, fixed, moving, prediction, mask=None):
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         return {
-            "similarity": ops.mind_loss(fixed, moved, **self.mind),
+            "similarity": ops.mind_loss(fixed, moved, **self.mind, mask=mask),
             "regularity": self.weight * ops.diffusion(u),
         }

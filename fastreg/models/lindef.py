@@ -12,10 +12,8 @@ from .base import Model, Prediction
 from .blocks import FlowHead, chain, conv, norm_act_
 
 SLOPE = 0.2
-ENCODER, DILATIONS = (32, 64, 128, 32, 32), (1, 1, 2, 3, 5)
-FEATURES = 2 + sum(ENCODER)
-SQUEEZED = FEATURES // 16
-DECODER = (128, 64, 32, 32, 32)
+DILATIONS = (1, 1, 2, 3, 5)
+REDUCTION = 16  # of the squeeze
 ORDERS = ("two_pass", "single_pass", "legacy")
 
 
@@ -29,6 +27,7 @@ class LinDef(Model):
             G_N(G_A(p)), the same map with less blur; "legacy": S once at G_A(G_N(p)), as the authors' code has it.
         alpha, beta (float): of the absolute deviation of the affine matrix (in [-1, 1] coordinates) and of Phi from the
             identity, summed over elements, averaged over the batch.
+        encoder, decoder (5 widths each): the paper's by default.
         padding, checkpoint (str): see Model.
 
     Any size; the identity before training. Prediction.fields: Phi and the displacement of G_N;
@@ -39,21 +38,34 @@ class LinDef(Model):
     divisor = 1
 
     def __init__(
-        self, *, affine=True, order="two_pass", alpha=1e-6, beta=1e-6, padding="border", checkpoint="none"
+        self,
+        *,
+        affine=True,
+        order="two_pass",
+        alpha=1e-6,
+        beta=1e-6,
+        encoder=(32, 64, 128, 32, 32),
+        decoder=(128, 64, 32, 32, 32),
+        padding="border",
+        checkpoint="none",
     ):
         super().__init__()
+        if len(encoder) != 5 or len(decoder) != 5:
+            self.fail(ValueError, f"encoder and decoder must have 5 widths, got {encoder} and {decoder}")
         self.choice("order", order, ORDERS)
         self.affine, self.order, self.alpha, self.beta = affine, order, alpha, beta
         self.padding, self.checkpoint = padding, checkpoint
-        inputs = (2, *ENCODER[:-1])
+        inputs = (2, *encoder[:-1])
         self.encoder = nn.ModuleList(
-            conv(3, i, o, dilation=d) for i, o, d in zip(inputs, ENCODER, DILATIONS, strict=True)
+            conv(3, i, o, dilation=d) for i, o, d in zip(inputs, encoder, DILATIONS, strict=True)
         )
-        self.squeeze, self.excite = nn.Linear(FEATURES, SQUEEZED), nn.Linear(SQUEEZED, FEATURES)
-        inputs = (FEATURES, *DECODER[:-1])
-        self.decoder = nn.ModuleList(conv(3, i, o) for i, o in zip(inputs, DECODER, strict=True))
-        self.head = FlowHead(3, DECODER[-1], deviation=0)
-        self.linear = nn.Linear(FEATURES, 12) if affine else None
+        features = 2 + sum(encoder)
+        squeezed = max(1, features // REDUCTION)
+        self.squeeze, self.excite = nn.Linear(features, squeezed), nn.Linear(squeezed, features)
+        inputs = (features, *decoder[:-1])
+        self.decoder = nn.ModuleList(conv(3, i, o) for i, o in zip(inputs, decoder, strict=True))
+        self.head = FlowHead(3, decoder[-1], deviation=0)
+        self.linear = nn.Linear(features, 12) if affine else None
         if affine:
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
@@ -84,7 +96,7 @@ class LinDef(Model):
             out.append(F.conv3d(x, layer.weight * s.view(1, -1, 1, 1, 1), layer.bias, padding=layer.padding))
         return norm_act_(out[0] if len(out) == 1 else torch.cat(out), SLOPE)
 
-    def terms(self, fixed, moving, prediction):
+    def terms(self, fixed, moving, prediction, mask=None):
         phi, u = prediction.fields
         if self.affine and self.order == "two_pass":
             moved = ops.warp(moving, u, padding=self.padding)
@@ -92,7 +104,7 @@ class LinDef(Model):
         else:
             moved = ops.warp(moving, prediction.displacement, padding=self.padding)
         terms = {
-            "similarity": ops.mse_loss(fixed, moved),
+            "similarity": ops.mse_loss(fixed, moved, mask=mask),
             "regularity": self.beta * (phi - 1).abs().sum() / len(phi),
         }
         if self.affine:

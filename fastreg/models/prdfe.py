@@ -126,9 +126,9 @@ class PRDFE(Model, simulation=SIMULATION):
             fields.append(step if u is None or self.variant == "pdfe" else u + step)
         return Prediction(fields[-1], fields)
 
-    def terms(self, fixed, moving, prediction):
+    def terms(self, fixed, moving, prediction, mask=None):
         u = prediction.displacement
         return {
-            "similarity": ops.mse_loss(fixed, ops.warp(moving, u, padding=self.padding)),
+            "similarity": ops.mse_loss(fixed, ops.warp(moving, u, padding=self.padding), mask=mask),
             "regularity": self.weight * ops.diffusion(u),
         }

@@ -212,11 +212,12 @@ class R2N2(Model, released=RELEASED):
             warped = ops.warp(moving, u, padding=self.padding)
         return Prediction(u, fields, parameters=torch.stack(parameters, 1))
 
-    def terms(self, fixed, moving, prediction):
+    def terms(self, fixed, moving, prediction, mask=None):
         similarity = 0
         for u in prediction.fields:
             moved = ops.warp(moving, u, padding=self.padding)
-            similarity = similarity + ops.mse_loss(fixed, moved, mask=_inside(u))
+            inside = _inside(u) if mask is None else _inside(u) * mask
+            similarity = similarity + ops.mse_loss(fixed, moved, mask=inside)
         u = prediction.displacement
         span = u.new_tensor([2 / (n - 1) for n in u.shape[2:]]).view(1, 2, 1, 1)
         return {

@@ -137,12 +137,12 @@ class RRN(Model, released={"regularizer": "diffusion"}):
             u = ops.resize_displacement(u, [2 * n for n in u.shape[2:]], scale=2)
         return Prediction(u, fields)
 
-    def terms(self, fixed, moving, prediction):
+    def terms(self, fixed, moving, prediction, mask=None):
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         regularizer = ops.total_variation if self.regularizer == "tv" else ops.diffusion
         return {
-            "similarity": ops.lcc_loss(fixed, moved, self.window),
+            "similarity": ops.lcc_loss(fixed, moved, self.window, mask=mask),
             "regularity": self.weight * regularizer(u),
         }
 

@@ -66,10 +66,10 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
             x = activated(layer, x, SLOPE)
         return Prediction(self.head(x))
 
-    def terms(self, fixed, moving, prediction):
+    def terms(self, fixed, moving, prediction, mask=None):
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         return {
-            "similarity": SIMILARITIES[self.similarity](fixed, moved),
+            "similarity": SIMILARITIES[self.similarity](fixed, moved, mask=mask),
             "regularity": self.weight * ops.diffusion(u),
         }
