@@ -1,0 +1,184 @@
+"""What the experiments share: scans, training for equal time, held-out loss, stored tables and pictures.
+
+Each experiment is a module with `main`: `--setting small` (two cores, at most 15 minutes a method) or `full` (the paper's sizes, a GPU).
+Time is the process's CPU time over its threads, so that methods compared on a machine that others use get the same share of it;
+on a GPU it is wall clock. A method has been trained when its held-out loss has stopped improving (`PATIENCE` looks) or its time is up;
+the weights of the best look are kept.
+"""
+
+import argparse
+import copy
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import common
+from fastreg.training import Training
+
+RESULTS = common.RESULTS / "experiments"
+PATIENCE = 6
+
+
+class Unusable(Exception):
+    """One line for the user."""
+
+
+def parser(doc, minutes, steps=None):
+    """Arguments of every experiment; `minutes`: of a method in the small setting."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--setting", choices=["small", "full"], default="small", help="default: small")
+    p.add_argument("--minutes", type=float, default=minutes, help=f"of training a method (default: {minutes:g})")
+    p.add_argument("--steps", type=int, default=steps, help=f"of training at most (default: {steps or 'none'})")
+    p.add_argument("--methods", nargs="+", help="only these")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder for the table and the picture")
+    p.add_argument("--no-store", action="store_true", help="leave the results alone")
+    return p
+
+
+def scans(name):
+    """The arrays of FASTREG_DATA/NAME.npz."""
+    folder = os.environ.get("FASTREG_DATA")
+    if not folder or not Path(folder).is_dir():
+        raise Unusable("FASTREG_DATA must name the folder with the scans (NAME.npz)")
+    path = Path(folder) / f"{name}.npz"
+    if not path.exists():
+        raise Unusable(f"FASTREG_DATA holds no {path.name}")
+    return dict(np.load(path))
+
+
+def tensor(array):
+    """(..., *spatial) -> (1, 1, *spatial) fp32."""
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
+
+
+def unit(array, low=None, high=None):
+    """Clipped to [low, high] (its own range by default) and scaled to [0, 1]."""
+    array = np.asarray(array, dtype=np.float32)
+    low, high = array.min() if low is None else low, array.max() if high is None else high
+    return (np.clip(array, low, high) - low) / (high - low)
+
+
+def clock(device):
+    """Seconds: CPU time over threads, on a GPU wall clock."""
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
+
+
+@dataclass
+class Trained:
+    """steps and seconds spent; the best held-out loss, at which step; why training ended; the looks (step, seconds, loss)."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_step: int = 0
+    ended: str = ""
+    looks: list = field(default_factory=list)
+
+
+@torch.no_grad()
+def held_out_loss(model, pairs):
+    """Mean of the model's own loss over samples."""
+    model.eval()
+    losses = []
+    for s in pairs:
+        f, m = (t.to(next(model.parameters()).device) for t in (s.fixed, s.moving))
+        losses.append(float(model.loss(f, m, model(f, m))))
+    return sum(losses) / len(losses)
+
+
+def train(model, pairs, held_out, recipe, *, minutes, steps=None, looks=25, seed=0, tell=print, patience=PATIENCE):
+    """Trains until minutes or steps are over, or the held-out loss has not improved for `patience` looks of some `looks` in the
+    whole time; leaves the model with the weights of the best look (held_out None: the last). Returns Trained.
+    """
+    device = next(model.parameters()).device
+    training, done = Training(model, pairs, recipe, seed=seed), Trained()
+    budget, spent, since, kept = minutes * 60, 0.0, 0, None
+    # Looking costs no training time.
+    next_look = budget / looks
+    while True:
+        begin = clock(device)
+        training.advance()
+        spent += clock(device) - begin
+        over = spent >= budget or (steps is not None and training.step >= steps)
+        by_steps = steps is not None and training.step % max(1, steps // looks) == 0
+        if not (over or by_steps or spent >= next_look):
+            continue
+        next_look = spent + budget / looks
+        if held_out is not None:
+            loss = held_out_loss(model, held_out)
+            done.looks.append((training.step, spent, loss))
+            tell(f"    step {training.step}, {spent:.0f} s: held-out loss {loss:.5f}")
+            if loss < done.best:
+                done.best, done.best_step, since = loss, training.step, 0
+                kept = copy.deepcopy(model.state_dict())
+            else:
+                since += 1
+        if over or since >= patience:
+            done.ended = "time" if spent >= budget else "steps" if over else "no improvement"
+            break
+    if kept is not None:
+        model.load_state_dict(kept)
+    done.steps, done.seconds = training.step, spent
+    model.eval()
+    return done
+
+
+@torch.no_grad()
+def seconds_per_pair(model, sample, repeats=5):
+    """Median seconds of a prediction, wall clock."""
+    model.eval()
+    f, m = (t.to(next(model.parameters()).device) for t in (sample.fixed, sample.moving))
+    model(f, m)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        model(f, m)
+        if f.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def store(args, name, rows):
+    """Rows, each a dict, into RESULTS/<name>.csv, in place of what an earlier run left."""
+    if args.no_store:
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{name}.csv"
+    about = {**common.environment(args.device), "setting": args.setting}
+    rows = [{**about, **row} for row in rows]
+    path.unlink(missing_ok=True)
+    common.append_rows(path, rows, list(rows[0]))
+
+
+def picture(args, name, figure):
+    """Writes a matplotlib figure to RESULTS/<name>.png, small enough to keep in the repository."""
+    if args.no_store:
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.results / f"{name}.png", dpi=110)
+
+
+def run(experiment, argv=None):
+    """Calls experiment(args) as a command: exit status 2 and one line for what cannot be used."""
+    common.quiet()
+    try:
+        return experiment(argv) or 0
+    except Unusable as error:
+        print(f"bench.experiments: {error}", file=sys.stderr)
+        return 2
