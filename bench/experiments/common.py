@@ -76,7 +76,8 @@ def clock(device):
 
 @dataclass
 class Trained:
-    """steps and seconds spent; the best held-out loss, at which step; why training ended; the looks (step, seconds, loss)."""
+    """steps and seconds spent; the best held-out loss, at which step; why training ended; the looks (step, seconds, loss); what was watched
+    (step, seconds, value)."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -84,6 +85,7 @@ class Trained:
     best_step: int = 0
     ended: str = ""
     looks: list = field(default_factory=list)
+    watched: list = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -97,9 +99,10 @@ def held_out_loss(model, pairs):
     return sum(losses) / len(losses)
 
 
-def train(model, pairs, held_out, recipe, *, minutes, steps=None, looks=25, seed=0, tell=print, patience=PATIENCE):
+def train(model, pairs, held_out, recipe, *, minutes, steps=None, looks=25, seed=0, tell=print, patience=PATIENCE, watch=None):
     """Trains until minutes or steps are over, or the held-out loss has not improved for `patience` looks of some `looks` in the
-    whole time; leaves the model with the weights of the best look (held_out None: the last). Returns Trained.
+    whole time; leaves the model with the weights of the best look (held_out None: the last).
+    watch: model -> a number for the picture, at each look; it decides on nothing. Returns Trained.
     """
     device = next(model.parameters()).device
     training, done = Training(model, pairs, recipe, seed=seed), Trained()
@@ -115,6 +118,9 @@ def train(model, pairs, held_out, recipe, *, minutes, steps=None, looks=25, seed
         if not (over or by_steps or spent >= next_look):
             continue
         next_look = spent + budget / looks
+        if watch is not None:
+            model.eval()
+            done.watched.append((training.step, spent, float(watch(model))))
         if held_out is not None:
             loss = held_out_loss(model, held_out)
             done.looks.append((training.step, spent, loss))

@@ -1,0 +1,232 @@
+"""Experiment 6: every 3D method trained on pairs of people for the same time, and asked about people it has not seen.
+
+    FASTREG_DATA=... python -m bench.experiments.inter_subject [--setting small | full] [--methods VoxelMorph-2 ...]
+
+hippocampusmr_msd04: subjects 1 to 8 train, 9 and 10 are the held-out ones, 11 to 15 the test: 20 ordered pairs, Dice of the
+anterior and posterior hippocampus. Every image: its 1st and 99th percentile (of what is not padding) to 0 and 1, cropped to the 32x48x32
+voxels that hold the hippocampi of the training subjects; scored at its whole size. A training pair is two subjects, either or both mirrored
+left to right together, each moved by a small random affine map of its own.
+
+small: LinDef with a quarter of the paper's widths; all with one learning rate and batch 1. full: the papers' widths.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+import fastreg
+from bench.experiments import common
+from fastreg import metrics, ops
+from fastreg.models import PRDFE, RRN, F3RNet, LinDef, VoxelMorph
+from fastreg.training import RECIPES, Sample
+
+TRAIN, HELD_OUT, TEST = range(8), (8, 9), range(10, 15)
+BOX = (slice(4, 36), slice(4, 52), slice(4, 36))
+LABELS = (1, 2)
+VIRTUAL = 100_000  # length of the endless sequence of training pairs
+NARROW = {"encoder": (8, 16, 32, 8, 8), "decoder": (32, 16, 8, 8, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """recipe: the paper's, by name. options: of the model, small: in the small setting."""
+
+    model: type
+    recipe: str
+    options: dict = dataclasses.field(default_factory=dict)
+    small: dict = dataclasses.field(default_factory=dict)
+    learning_rate: float = 1e-3
+
+
+METHODS = {
+    "VoxelMorph-1": Method(VoxelMorph, "voxelmorph", {"decoder": (32, 32, 32, 32, 8, 8)}),
+    "VoxelMorph-2": Method(VoxelMorph, "voxelmorph"),
+    "RRN": Method(RRN, "rrn", learning_rate=3e-4),
+    "LinDef": Method(LinDef, "lindef", small=NARROW),
+    "F3RNet": Method(F3RNet, "f3rnet"),
+    "PRDFE": Method(PRDFE, "prdfe"),
+}
+
+
+def images(data):
+    """(1, 1, *spatial) each, the 1st and 99th percentile of what is not padding at 0 and 1."""
+    out = []
+    for image in data["images"]:
+        low, high = np.percentile(image[image > 0], [1, 99])
+        out.append(common.tensor(common.unit(image, low, high)))
+    return out
+
+
+class People:
+    """Training pairs: pair k is drawn from k alone."""
+
+    def __init__(self, images, vary=True):
+        self.images, self.vary = images, vary
+
+    def __len__(self):
+        return VIRTUAL
+
+    def __getitem__(self, k):
+        draw = torch.Generator().manual_seed(k)
+        i, j = torch.randperm(len(self.images), generator=draw)[:2].tolist()
+        fixed, moving = (self._varied(self.images[n], draw) for n in (i, j))
+        if self.vary and torch.rand((), generator=draw) < 0.5:
+            fixed, moving = fixed.flip(2), moving.flip(2)
+        return Sample(f"{i}-{j}", fixed, moving)
+
+    def _varied(self, image, draw):
+        if not self.vary:
+            return cropped(image)
+        shape = image.shape[2:]
+        centre = torch.tensor([(n - 1) / 2 for n in shape])
+        linear = torch.eye(3) + 0.07 * torch.randn(3, 3, generator=draw)
+        shift = torch.randn(3, generator=draw) + centre - linear @ centre
+        affine = torch.cat([linear, shift[:, None]], 1)[None]
+        return cropped(ops.warp(image, None, affine=affine, padding="zeros"))
+
+
+def cropped(image):
+    return image[(..., *BOX)].contiguous()
+
+
+@torch.no_grad()
+def whole(model, fixed, moving):
+    """Displacement at whole size: of the crop, and beyond it what its nearest voxel has."""
+    device = next(model.parameters()).device
+    u = model(cropped(fixed).to(device), cropped(moving).to(device)).displacement.cpu()
+    missing = [p for b, n in zip(BOX[::-1], fixed.shape[:1:-1], strict=True) for p in (b.start, n - b.stop)]
+    return torch.nn.functional.pad(u, missing, mode="replicate")
+
+
+def moved_labels(labels, u):
+    return ops.warp(labels[None, None].float(), u, mode="nearest", padding="zeros")[0, 0].to(labels.dtype)
+
+
+def score(pairs, images, labels, displacement):
+    """Dice by label of each pair, share of folded voxels of all; displacement(fixed, moving)."""
+    dice, folding = [], []
+    for i, j in pairs:
+        u = displacement(images[i], images[j])
+        result = metrics.dice(labels[i], moved_labels(labels[j], u), LABELS)
+        dice.append([result.per_label[label] for label in LABELS])
+        folding.append(metrics.folding(u))
+    return np.array(dice), float(np.mean(folding))
+
+
+def ordered(subjects):
+    return [(i, j) for i in subjects for j in subjects if i != j]
+
+
+def row(name, dice, folding, **more):
+    mean = dice.mean(1)
+    return {
+        "method": name,
+        "dice": f"{mean.mean():.4f}",
+        "dice_sd": f"{mean.std():.4f}",
+        "anterior": f"{dice[:, 0].mean():.4f}",
+        "posterior": f"{dice[:, 1].mean():.4f}",
+        "folding": f"{folding:.3g}",
+        "seconds_per_pair": "",
+        "parameters": "",
+        "learning_rate": "",
+        "steps": "",
+        "seconds": "",
+        "ended": "",
+        "best_step": "",
+        "held_out_loss": "",
+        "note": "",
+        **more,
+    }
+
+
+def build(method, args):
+    torch.manual_seed(0)
+    small = args.setting == "small"
+    return method.model(**method.options, **(method.small if small else {})).to(args.device)
+
+
+def recipe(method, args):
+    """The paper's; in the small setting one that a few minutes are enough for."""
+    paper = RECIPES[method.recipe]
+    if args.setting == "full":
+        return paper
+    return dataclasses.replace(
+        paper, learning_rate=method.learning_rate, batch_size=1, plateau=None, patience=None
+    )
+
+
+def experiment(argv=None):
+    args = common.parser(__doc__, minutes=2.5).parse_args(argv)
+    torch.set_num_threads(args.threads)
+    data = common.scans("hippocampusmr_msd04")
+    scans, labels = images(data), [torch.from_numpy(s.astype(np.int64)) for s in data["segs"]]
+    pairs, held_out = ordered(TEST), ordered(HELD_OUT)
+    looked = [Sample(f"{i}-{j}", cropped(scans[i]), cropped(scans[j])) for i, j in held_out]
+    people = People([scans[k] for k in TRAIN])
+    rows, shown, curves = [], {}, {}
+
+    def told(name, dice, folding, **more):
+        rows.append(row(name, dice, folding, **more))
+        print(f"{name}: Dice {dice.mean():.4f}, folding {100 * folding:.2g} %", flush=True)
+        shown[name] = dice.mean(1)
+
+    still = torch.zeros(1, 3, *scans[0].shape[2:])
+    told("identity", *score(pairs, scans, labels, lambda f, m: still))
+    fields = {"identity": still}
+    for name, method in METHODS.items():
+        if args.methods and name not in args.methods:
+            continue
+        model = build(method, args)
+        print(f"{name}, {common.parameters(model):,} parameters", flush=True)
+
+        def watch(model):
+            return score(held_out, scans, labels, lambda f, m: whole(model, f, m))[0].mean()
+
+        how = recipe(method, args)
+        done = common.train(
+            model, people, looked, how, minutes=args.minutes, steps=args.steps, watch=watch
+        )
+        curves[name] = done
+        dice, folding = score(pairs, scans, labels, lambda f, m, model=model: whole(model, f, m))
+        told(
+            name,
+            dice,
+            folding,
+            seconds_per_pair=f"{common.seconds_per_pair(model, looked[0]):.3f}",
+            parameters=common.parameters(model),
+            learning_rate=how.learning_rate,
+            steps=done.steps,
+            seconds=f"{done.seconds:.0f}",
+            ended=done.ended,
+            best_step=done.best_step,
+            held_out_loss=f"{done.best:.5f}",
+            note="a quarter of the widths" if method.small and args.setting == "small" else "",
+        )
+        fields[name] = whole(model, scans[pairs[0][0]], scans[pairs[0][1]])
+    if not args.methods or "register" in args.methods:
+        spent = []
+
+        def pairwise(f, m):
+            result = fastreg.register(f.to(args.device), m.to(args.device))
+            spent.append(result.seconds)
+            return result.displacement.cpu()
+
+        dice, folding = score(pairs, scans, labels, pairwise)
+        note = "each pair optimised by itself"
+        told("fastreg.register", dice, folding, seconds_per_pair=f"{np.median(spent):.3f}", note=note)
+        fields["fastreg.register"] = pairwise(scans[pairs[0][0]], scans[pairs[0][1]])
+    common.store(args, "inter_subject", rows)
+    draw(args, scans, labels, pairs[0], fields, shown, curves)
+
+
+def draw(args, scans, labels, pair, fields, dice, curves):
+    pass
+
+
+def main(argv=None):
+    return common.run(experiment, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
