@@ -43,6 +43,14 @@ def parser(doc, minutes, steps=None):
     return p
 
 
+def chosen(args, methods):
+    """Those of methods that the arguments name, all by default, in their own order."""
+    unknown = [m for m in args.methods or () if m not in methods]
+    if unknown:
+        raise Unusable(f"--methods must be of {', '.join(methods)}, got {', '.join(unknown)}")
+    return [m for m in methods if not args.methods or m in args.methods]
+
+
 def scans(name):
     """The arrays of FASTREG_DATA/NAME.npz."""
     folder = os.environ.get("FASTREG_DATA")
