@@ -24,6 +24,7 @@ __all__ = [
     "Geometry",
     "InputError",
     "output_folder",
+    "read_displacement",
     "read_image",
     "read_landmarks",
     "replacing",
@@ -210,6 +211,21 @@ def _read(path):
     return image, bad
 
 
+def _geometry(image, path):
+    """The grid of a SimpleITK image, which must be one that can be interpolated on."""
+    geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    flat = [axis for axis, n in zip("xyz", geometry.size, strict=False) if n < 2]
+    if flat:
+        also = "; save it as a 2D image" if geometry.nd == 3 and len(flat) == 1 else ""
+        axes = " and ".join(flat)
+        raise InputError(f"{path}: must have at least 2 voxels an axis, got 1 along {axes}{also}")
+    numbers = np.concatenate([geometry.spacing, geometry.origin, geometry.direction])
+    usable = np.isfinite(numbers).all() and min(geometry.spacing) > 0
+    if not (usable and np.linalg.cond(geometry.matrix) < 1e6):
+        raise InputError(f"{path}: its spacing, origin or direction is not usable")
+    return geometry
+
+
 def read_image(path):
     """Reads a scalar 2D or 3D image: any file SimpleITK reads, or a folder with one DICOM series.
 
@@ -226,16 +242,7 @@ def read_image(path):
         raise InputError(f"{path}: must be a 2D or 3D image, got {nd} dimensions")
     if n_components != 1:
         raise InputError(f"{path}: must have one value a voxel, got {n_components}")
-    geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-    flat = [axis for axis, n in zip("xyz", geometry.size, strict=False) if n < 2]
-    if flat:
-        also = "; save it as a 2D image" if nd == 3 and len(flat) == 1 else ""
-        axes = " and ".join(flat)
-        raise InputError(f"{path}: must have at least 2 voxels an axis, got 1 along {axes}{also}")
-    numbers = np.concatenate([geometry.spacing, geometry.origin, geometry.direction])
-    usable = np.isfinite(numbers).all() and min(geometry.spacing) > 0
-    if not (usable and np.linalg.cond(geometry.matrix) < 1e6):
-        raise InputError(f"{path}: its spacing, origin or direction is not usable")
+    geometry = _geometry(image, path)
     array = sitk.GetArrayFromImage(image)
     if np.iscomplexobj(array):
         raise InputError(f"{path}: must have real values, got complex ones")
@@ -243,6 +250,30 @@ def read_image(path):
     if bad:
         raise InputError(f"{path}: must be finite, got NaN or infinity in {bad} of {array.size} voxels")
     return array, geometry
+
+
+def read_displacement(path):
+    """Reads an ITK displacement field (x, y, z), mm, LPS, as write_displacement writes it.
+
+    Returns:
+        (Tensor, Geometry): (1, nd, *spatial) fp32, in voxels (z, y, x) of its grid.
+    Raises:
+        InputError: as read_image, and where a voxel does not hold one number an axis.
+    """
+    image, bad = _read(path)
+    nd = image.GetDimension()
+    if nd not in (2, 3) or image.GetNumberOfComponentsPerPixel() != nd:
+        raise InputError(
+            f"{path}: must be a displacement field, a vector of 2 or 3 numbers at each pixel of a 2D or voxel of a 3D grid"
+        )
+    geometry = _geometry(image, path)
+    vectors = np.asarray(_sitk().GetArrayFromImage(image), dtype=np.float64)
+    if bad or not np.isfinite(vectors).all():
+        raise InputError(f"{path}: must be finite, got NaN or infinity")
+    voxels = vectors @ np.linalg.inv(geometry.matrix).T
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32))[
+        None
+    ], geometry
 
 
 def read_landmarks(path, nd):

@@ -9,7 +9,6 @@ and step number are the whole state.
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass
 
 import torch
@@ -64,7 +63,9 @@ class NotFinite(ValueError):
     def __init__(self, step, names, terms):
         self.step, self.names, self.terms = step, names, terms
         values = ", ".join(f"{k} {v:g}" for k, v in terms.items())
-        super().__init__(f"step {step}: the loss or its gradient is not finite ({values}) for {', '.join(names)}")
+        super().__init__(
+            f"step {step}: the loss or its gradient is not finite ({values}) for {', '.join(names)}"
+        )
 
 
 class _Loss(nn.Module):
@@ -135,7 +136,9 @@ class Training:
         n, size = len(self.pairs), self.recipe.batch_size
         chosen, at = [], step * size
         while len(chosen) < size:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + at // n))
+            order = torch.randperm(
+                n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + at // n)
+            )
             chosen.append(int(order[at % n]))
             at += 1
         return chosen
@@ -156,7 +159,9 @@ class Training:
             )
         masks = [s.mask for s in samples]
         if any(m is not None for m in masks):
-            masks = [torch.ones_like(s.fixed) if m is None else m for m, s in zip(masks, samples, strict=True)]
+            masks = [
+                torch.ones_like(s.fixed) if m is None else m for m, s in zip(masks, samples, strict=True)
+            ]
             mask = torch.cat(masks).to(self.device)
         else:
             mask = None
@@ -180,7 +185,9 @@ class Training:
         loss = sum(terms.values())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         norm = nn.utils.get_total_norm(gradients)
         values = self._mean([loss.detach(), norm, *(t.detach() for t in terms.values())])
         told = dict(zip(("loss", "gradient", *terms), values, strict=True))
@@ -245,14 +252,3 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self.COUNTED:
             setattr(self, name, state["counted"][name])
-
-
-def memory(device):
-    """Bytes: the most that the process (or, of a GPU, its allocator) has held; None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open(f"/proc/{os.getpid()}/status", encoding="utf-8") as stream:
-            return next(1024 * int(line.split()[1]) for line in stream if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None

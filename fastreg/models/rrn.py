@@ -14,18 +14,17 @@ PYRAMID_SLOPE, SLOPE = 0.1, 0.05
 PYRAMID = (16, 32, 64, 96)
 DENSE = (128, 128, 96, 64, 32)
 REFINE, DILATIONS = (128, 128, 128, 96, 64, 32), (1, 2, 4, 8, 16, 1)
-CONTEXT = DENSE[-1]
 REGULARIZERS = {"tv": 0.01, "diffusion": 1.25}  # and their weights
 
 
 class _Estimator(nn.Module):
     """Context and displacement of a level from what the level knows."""
 
-    def __init__(self, inputs, deviation):
+    def __init__(self, inputs, dense, deviation):
         super().__init__()
-        widths = [inputs + sum(DENSE[:k]) for k in range(len(DENSE))]
-        self.layers = nn.ModuleList(conv(3, i, o) for i, o in zip(widths, DENSE, strict=True))
-        self.head = FlowHead(3, CONTEXT, deviation=deviation)
+        widths = [inputs + sum(dense[:k]) for k in range(len(dense))]
+        self.layers = nn.ModuleList(conv(3, i, o) for i, o in zip(widths, dense, strict=True))
+        self.head = FlowHead(3, dense[-1], deviation=deviation)
 
     def forward(self, activate, *sources):
         context = dense_block(self.layers, sources, SLOPE, activate=activate)
@@ -44,6 +43,7 @@ class RRN(Model, released={"regularizer": "diffusion"}):
         regularizer (str): "tv" (paper) or "diffusion" (released), of the displacement in voxels.
         weight (float or None): of it; None: 0.01 for "tv", 1.25 for "diffusion".
         deviation (float or None): of the flow heads' initial weights; None: PyTorch's, as released.
+        pyramid (4 widths), dense (of an estimator, the last of its context), refine (6 widths): the paper's by default.
         padding, checkpoint (str): see Model.
 
     Prediction.fields: displacements at 1/16, 1/8, 1/4 and the refined one at 1/4, in voxels of their (padded) grids.
@@ -60,6 +60,9 @@ class RRN(Model, released={"regularizer": "diffusion"}):
         regularizer="tv",
         weight=None,
         deviation=None,
+        pyramid=PYRAMID,
+        dense=DENSE,
+        refine=REFINE,
         padding="zeros",
         checkpoint="none",
     ):
@@ -68,26 +71,31 @@ class RRN(Model, released={"regularizer": "diffusion"}):
         self.cost_volume, self.radius, self.normalize = cost_volume, radius, normalize
         if radius < 0 or window < 1 or window % 2 == 0:
             self.fail(ValueError, f"radius must be >= 0 and window odd, got {radius} and {window}")
+        if len(pyramid) != 4 or len(dense) < 1 or len(refine) != 6:
+            self.fail(
+                ValueError,
+                f"pyramid must have 4 widths, dense at least 1 and refine 6, got {pyramid}, {dense} and {refine}",
+            )
         self.window, self.regularizer = window, regularizer
         self.weight = REGULARIZERS[regularizer] if weight is None else weight
         self.padding, self.checkpoint = padding, checkpoint
-        inputs = (1, *PYRAMID[:-1])
+        inputs, context = (1, *pyramid[:-1]), dense[-1]
         self.pyramid = nn.ModuleList(
             nn.ModuleList([conv(3, i, o, stride=2), conv(3, o, o), conv(3, o, o)])
-            for i, o in zip(inputs, PYRAMID, strict=True)
+            for i, o in zip(inputs, pyramid, strict=True)
         )
         # Coarse to fine: 1/16, 1/8, 1/4.
-        matches = [c + ((2 * radius + 1) ** 3 if cost_volume else 2 * c) for c in PYRAMID[:0:-1]]
-        widths = [m + (CONTEXT + 3 if k else 0) for k, m in enumerate(matches)]
-        self.estimators = nn.ModuleList(_Estimator(w, deviation) for w in widths)
+        matches = [c + ((2 * radius + 1) ** 3 if cost_volume else 2 * c) for c in pyramid[:0:-1]]
+        widths = [m + (context + 3 if k else 0) for k, m in enumerate(matches)]
+        self.estimators = nn.ModuleList(_Estimator(w, dense, deviation) for w in widths)
         self.ups = nn.ModuleList(
-            nn.ConvTranspose3d(CONTEXT, CONTEXT, 4, stride=2, padding=1) for _ in range(2)
+            nn.ConvTranspose3d(context, context, 4, stride=2, padding=1) for _ in range(2)
         )
-        inputs = (CONTEXT + 3, *REFINE[:-1])
+        inputs = (context + 3, *refine[:-1])
         self.refine = nn.ModuleList(
-            conv(3, i, o, dilation=d) for i, o, d in zip(inputs, REFINE, DILATIONS, strict=True)
+            conv(3, i, o, dilation=d) for i, o, d in zip(inputs, refine, DILATIONS, strict=True)
         )
-        self.head = FlowHead(3, REFINE[-1], deviation=deviation)
+        self.head = FlowHead(3, refine[-1], deviation=deviation)
 
     def _encode(self, image):
         def level(x, *layers):

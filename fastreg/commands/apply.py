@@ -1,0 +1,126 @@
+"""`fastreg apply`: a trained net on two scans, or a displacement field on images, labels and points."""
+
+import time
+
+import numpy as np
+import torch
+
+from fastreg import checkpoint, io, report
+from fastreg.data.pairs import read_labels, sample_of
+from fastreg.data.preprocessing import Preprocessing
+from fastreg.io import InputError
+from fastreg.metrics import move_points
+
+from . import nets
+from .case import OUTPUTS, Run, add_arguments, intensities, paths_of, read_case, refuse_own_inputs, volume
+from .options import add_common, device_of, telling, warn
+
+FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
+FIELD_ONLY = ("labels", "points")
+PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask")
+
+
+def add(commands):
+    command = commands.add_parser(
+        "apply",
+        help="a trained net, or a displacement field",
+        usage="fastreg apply --weights RUN.pt FIXED MOVING -o OUT [...]\n       fastreg apply --field FIELD MOVING -o OUT [--labels IMAGE] [--points CSV] [...]",
+        description="With --weights: registers MOVING to FIXED with a net that fastreg train has trained; OUT becomes what "
+        "fastreg register makes. With --field: moves MOVING (and its labels) by a displacement field as "
+        "fastreg register writes it, and sends points of the fixed image to where they lie in the moving one.",
+    )
+    command.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="FIXED MOVING with --weights, MOVING with --field"
+    )
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", metavar="RUN.pt", help="a checkpoint of fastreg train")
+    what.add_argument(
+        "--field", metavar="FIELD", help="an ITK displacement field (mm, LPS), on the grid of the result"
+    )
+    command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to make")
+    command.add_argument("--labels", metavar="IMAGE", help="with --field: labels on the grid of MOVING")
+    command.add_argument(
+        "--points",
+        metavar="CSV",
+        help="with --field: points in the fixed image (x,y,z, mm, LPS); OUT/points.csv: in the moving one",
+    )
+    add_arguments(command)
+    add_common(command)
+    command.set_defaults(run=_run)
+
+
+def _run(args):
+    by_net = args.weights is not None
+    for name in FIELD_ONLY if by_net else PAIR_ONLY:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with {'--field' if by_net else '--weights'}")
+    if len(args.images) != (2 if by_net else 1):
+        wanted = "--weights takes FIXED and MOVING" if by_net else "--field takes MOVING alone"
+        raise InputError(f"{wanted}, got {len(args.images)} image{'s' * (len(args.images) != 1)}")
+    return _apply_net(args) if by_net else _apply_field(args)
+
+
+def _apply_net(args):
+    began = time.perf_counter()
+    report.require_matplotlib()
+    args.fixed, args.moving = args.images
+    refuse_own_inputs(args, (*paths_of(args), args.weights))
+    device = device_of(args)
+    content = checkpoint.load(args.weights)
+    model = checkpoint.build(content, args.weights).to(device)
+    preprocessing = Preprocessing(**content["preprocessing"])
+    with io.output_folder(args.out, OUTPUTS, replace=args.force) as folder:
+        case = read_case(args)
+        sample, grid = sample_of(case, preprocessing, model.ndim, warn)
+        start = time.perf_counter()
+        u = nets.predict(model, sample, grid, case, preprocessing)
+        summary = {
+            "weights": str(args.weights),
+            "method": content["method"],
+            "arguments": content["arguments"],
+            "preprocessing": content["preprocessing"],
+            "seconds": time.perf_counter() - start,
+        }
+        run = Run(case, u, device, summary)
+        run.write(folder, began, args)
+    run.tell(args)
+    return 0
+
+
+def _apply_field(args):
+    (args.moving,) = args.images
+    refuse_own_inputs(args, (args.field, args.moving, args.labels, args.points), FIELD_OUTPUTS)
+    device_of(args)
+    with io.output_folder(args.out, FIELD_OUTPUTS, replace=args.force) as folder:
+        u, grid = io.read_displacement(args.field)
+        moving, moving_grid = io.read_image(args.moving)
+        if moving_grid.nd != grid.nd:
+            raise InputError(f"{args.field} is {grid.nd}D and {args.moving} is {moving_grid.nd}D")
+        moved, inside = io.resample(intensities(moving), moving_grid, grid, u, outside=float(moving.min()))
+        if not inside.any():
+            raise InputError(f"{args.field}: leads nowhere into {args.moving}")
+        io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
+        if args.labels is not None:
+            labels = read_labels(args.labels, moving_grid, args.moving)
+            moved, _ = io.resample(volume(labels, np.float64), moving_grid, grid, u, mode="nearest")
+            io.write_image(folder / "moved_labels.nii.gz", moved[0, 0].numpy().astype(labels.dtype), grid)
+        if args.points is not None:
+            points = io.read_landmarks(args.points, grid.nd)
+            index = grid.to_index(points)
+            outside = int((~grid.contains(index)).sum())
+            if outside == len(points):
+                raise InputError(f"{args.points}: no point lies in {args.field} (they must be mm, LPS)")
+            if outside:
+                warn(
+                    f"{args.points}: {outside} of {len(points)} points lie outside {args.field}: moved as its border is"
+                )
+            io.write_landmarks(folder / "points.csv", _moved(index, u, grid))
+    if not args.quiet:
+        with telling():
+            print(f"written to  {args.out}")
+    return 0
+
+
+def _moved(index, u, grid):
+    """mm in the moving image of points of the fixed one, voxels."""
+    return grid.to_physical(move_points(torch.from_numpy(index), u).numpy())

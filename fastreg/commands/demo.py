@@ -1,0 +1,75 @@
+"""`fastreg demo`: a synthetic thorax whose motion is known."""
+
+import contextlib
+import time
+
+from fastreg import io, metrics, report
+from fastreg.data import phantom
+from fastreg.data.pairs import Case
+
+from .case import OUTPUTS
+from .options import telling
+from .register import add_parameters, solve
+
+INPUTS = ("fixed.nii.gz", "moving.nii.gz", "fixed_labels.nii.gz", "moving_labels.nii.gz")
+DEMO_OUTPUTS = (*OUTPUTS, *INPUTS, "fixed_landmarks.csv", "moving_landmarks.csv")
+
+
+def add(commands):
+    command = commands.add_parser(
+        "demo",
+        help="register a synthetic breathing thorax and judge the result",
+        description="Registers a synthetic thorax whose motion is known. Exit status 1 if a goal is missed.",
+    )
+    command.add_argument("-o", "--out", metavar="OUT", help="folder to make: outputs and inputs")
+    add_parameters(command)
+    command.set_defaults(run=_run)
+
+
+def _run(args):
+    began = time.perf_counter()
+    if args.out is not None:
+        report.require_matplotlib()
+        output = io.output_folder(args.out, DEMO_OUTPUTS, replace=args.force)
+    else:
+        output = contextlib.nullcontext()
+    with output as folder:
+        if not args.quiet:
+            with telling():
+                print("making a breathing thorax whose motion is known ...")
+        p = phantom.thorax()
+        grid = io.Geometry.of(p.fixed.shape[2:], p.spacing)
+        fixed, moving, fixed_labels, moving_labels = (
+            t[0, 0].numpy() for t in (p.fixed, p.moving, p.fixed_labels, p.moving_labels)
+        )
+        landmarks = [grid.to_physical(t.numpy()) for t in (p.fixed_landmarks, p.moving_landmarks)]
+        case = Case("thorax phantom", fixed, grid, moving, grid, fixed_labels, moving_labels, *landmarks)
+        run = solve(case, args)
+        u, summary = run.u, run.summary
+        score = summary["score"] = phantom.score(p, u, summary["seconds"])
+        missed = summary["missed"] = phantom.failures(score)
+        if folder is not None:
+            for name, array in zip(INPUTS, (fixed, moving, fixed_labels, moving_labels), strict=True):
+                io.write_image(folder / name, array, grid)
+            for which, points in zip(("fixed", "moving"), landmarks, strict=True):
+                io.write_landmarks(folder / f"{which}_landmarks.csv", points)
+            run.write(folder, began)
+    if not args.quiet:
+        near = p.near_wall
+        wall = metrics.tre(p.fixed_landmarks[near], p.moving_landmarks[near], p.spacing).mean
+        goals, dice = phantom.GOALS, summary["dice"]
+        rows = [
+            ("landmarks, mm", score["tre_before"], score["tre_after"], goals["tre_after"]),
+            ("near the wall, mm", wall, score["tre_wall"], goals["tre_wall"]),
+            ("folding, %", None, 100 * score["folding"], 100 * goals["folding"]),
+            ("seconds", None, score["seconds"], goals["seconds"]),
+            ("Dice of the lungs", dice["before"]["mean"], dice["after"]["mean"], None),
+        ]
+        with telling():
+            print(f"\n{'':20}{'before':>10}{'after':>10}{'goal':>10}")
+            for name, *values in rows:
+                print(f"{name:20}" + "".join(f"{'' if v is None else f'{v:.2f}':>10}" for v in values))
+            print("all goals are met" if not missed else "missed: " + "; ".join(missed))
+            if args.out is not None:
+                print(f"written to {args.out}")
+    return 1 if missed else 0

@@ -1,0 +1,91 @@
+"""What the commands share: arguments, devices, messages."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+import torch
+
+from fastreg.io import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are InputError, one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def warn(message):
+    """A line on stderr."""
+    print(f"fastreg: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def telling():
+    """For prints: a reader that has gone away must not fail a run."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, UnicodeError):
+        # or the interpreter would fail to flush what is left when it exits
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+
+
+def numbers(text):
+    """A number, or several that commas separate."""
+
+    def one(part):
+        try:
+            return int(part)
+        except ValueError:
+            return float(part)
+
+    parts = tuple(one(part) for part in text.split(","))
+    return parts if len(parts) > 1 else parts[0]
+
+
+numbers.__name__ = "number"  # argparse names it in its message
+
+
+def device_of(args):
+    """The torch.device that the arguments ask for; sets the number of threads."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    name = args.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("must be cpu or cuda")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def add_common(parser):
+    """What every command that computes takes."""
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    parser.add_argument("--progress", action="store_true", help="show progress though stderr is no terminal")
+    parser.add_argument("--force", action="store_true", help="replace outputs that OUT already holds")
+
+
+def bar(args, **options):
+    """A tqdm bar on stderr; None where nobody looks, or tqdm is not installed."""
+    if not args.progress and (args.quiet or not sys.stderr.isatty()):
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(file=sys.stderr, **options)

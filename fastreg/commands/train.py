@@ -1,0 +1,443 @@
+"""`fastreg train`: a net on many pairs, or on the one that it is to register."""
+
+import contextlib
+import csv
+import datetime
+import functools
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastreg import checkpoint, evaluation, io, metrics, models, ops, report
+from fastreg.data.pairs import TASKS, Pairs, find_pairs, read_case, sample_of
+from fastreg.io import InputError
+from fastreg.training import RECIPES, NotFinite, Training, ranks
+
+from . import nets
+from .case import about, peak_memory, write_json
+from .options import add_common, bar, device_of, telling, warn
+
+LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
+    "last.pt", "best.pt", "log.csv", "validation.csv", "validation.png", "settings.json", "not_finite.json",
+)  # fmt: skip
+FILES = (LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN)
+DEFAULTS = {
+    "task": "inter", "seed": 0, "save_every": 100, "validate_most": 8, "amp": False, "compile": False,
+}  # fmt: skip
+RECIPE = ("steps", "learning_rate", "batch_size", "patience")
+# What a run cannot change half-way; the rest of its arguments may differ when it is resumed.
+KEPT = ("method", "pairs", "task", "validation", *nets.NAMES, "seed", "learning_rate", "batch_size", "amp")
+
+
+def add(commands):
+    command = commands.add_parser(
+        "train",
+        help="train a net",
+        description="Trains a net. OUT becomes a folder with last.pt and best.pt (for fastreg apply --weights), log.csv, "
+        "validation.csv and validation.png. Ctrl-C saves and ends; --resume goes on. "
+        "Several GPUs: torchrun --nproc-per-node=N -m fastreg.train ...",
+    )
+    command.add_argument("--method", choices=sorted(models.MODELS))
+    command.add_argument(
+        "--pairs",
+        metavar="CSV|FOLDER",
+        help="csv: columns fixed, moving and perhaps fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, mask; "
+        "paths relative to it. Folder: images, or images/, labels/ and landmarks/ with the same names",
+    )
+    command.add_argument(
+        "--task",
+        choices=TASKS,
+        help="which pairs of a folder: inter (default): all; intra: names that agree up to the last _; one-shot: the only one",
+    )
+    command.add_argument(
+        "--validation", metavar="CSV|FOLDER", help="other pairs, to validate on (default: those trained on)"
+    )
+    command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder of the run")
+    command.add_argument(
+        "--resume", action="store_true", help="go on from OUT/last.pt, with the arguments it was started with"
+    )
+    nets.add_arguments(command)
+    group = command.add_argument_group("training")
+    group.add_argument("--steps", type=int, help="of the optimiser (default: the paper's)")
+    group.add_argument("--minutes", type=float, help="end after so many, if --steps are not done before")
+    group.add_argument("--learning-rate", type=float, help="of Adam (default: the paper's)")
+    group.add_argument(
+        "--batch-size", type=int, help="pairs a step, over all processes (default: the paper's)"
+    )
+    group.add_argument(
+        "--patience", type=int, metavar="N", help="end after N epochs without a better mean loss"
+    )
+    group.add_argument("--seed", type=int, help="of weights, order and noise (default: 0)")
+    group.add_argument("--amp", action="store_true", default=None, help="bf16 convolutions")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile")
+    group.add_argument("--validate-every", type=int, metavar="N", help="steps (default: a twentieth of them)")
+    group.add_argument("--validate-most", type=int, metavar="N", help="pairs (default: 8)")
+    group.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 100)")
+    add_common(command)
+    command.set_defaults(run=_run)
+
+
+def _settings(args, saved):
+    """All arguments of the run: given ones before those of the checkpoint, these before defaults."""
+    names = (*KEPT, *DEFAULTS, *RECIPE, "validate_every")
+    given = {name: getattr(args, name) for name in dict.fromkeys(names) if getattr(args, name) is not None}
+    for name in ("pairs", "validation"):
+        if name in given:
+            given[name] = os.path.abspath(given[name])
+    if saved is not None:
+        for name in KEPT:
+            old = saved["settings"].get(name)
+            if name in given and given[name] != old:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(
+                    f"{args.out}: was started with {flag} {old}, and cannot be resumed with {given[name]}"
+                )
+        given = {**saved["settings"], **given}
+    for name in ("method", "pairs"):
+        if name not in given:
+            raise InputError(f"--{name} is missing")
+    settings = {**DEFAULTS, **given}
+    for name in ("steps", "batch_size", "patience", "validate_every", "validate_most", "save_every"):
+        if settings.get(name) is not None and settings[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {settings[name]}")
+    rate = settings.get("learning_rate")
+    if rate is not None and not 0 < rate < math.inf:
+        raise InputError(f"--learning-rate must be positive, got {rate}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError(f"--minutes must be positive, got {args.minutes}")
+    return settings
+
+
+@contextlib.contextmanager
+def _processes(args):
+    """Yields the device; under torchrun the processes find each other."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield device_of(args)
+        return
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = device_of(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The others wait while the first validates.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(args):
+    out = Path(args.out)
+    saved = None
+    if args.resume:
+        if not (out / LAST).exists():
+            raise InputError(f"{out}: holds no {LAST} to resume")
+        saved = checkpoint.load(out / LAST)
+        if "optimizer" not in saved:
+            raise InputError(f"{out / LAST}: holds no state of a training")
+    settings = _settings(args, saved)
+    report.require_matplotlib()
+    with _processes(args) as device:
+        if ranks()[0] == 0 and saved is None:
+            _take(out, args.force)
+        run = _Run(out, settings, device, args, saved)
+        run.train()
+    return 0
+
+
+def _take(out, force):
+    """Makes OUT, empty of what another run left."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: exists and is not a folder")
+    taken = [name for name in FILES if (out / name).exists()]
+    if taken and not force:
+        raise InputError(f"{out}: already holds {taken[0]}; --resume goes on with it, --force replaces it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {(error.strerror or str(error)).lower()}") from error
+    for name in taken:
+        (out / name).unlink()
+
+
+class _Run:
+    """A training and its folder."""
+
+    def __init__(self, out, settings, device, args, saved):
+        self.out, self.settings, self.device, self.args = out, settings, device, args
+        method = settings["method"]
+        self.preprocessing = nets.preprocessing_of(_Namespace(settings), method)
+        pairs = find_pairs(settings["pairs"], settings["task"])
+        validated = pairs
+        if settings.get("validation") is not None:
+            validated = find_pairs(settings["validation"], settings["task"])
+        self.first = ranks()[0] == 0
+        # The first pair tells how many axes images have; what else is wrong with it is better known before an epoch than after.
+        ndim = read_case(pairs[0], warn if self.first else lambda message: None).fixed_grid.nd
+        torch.manual_seed(settings["seed"])
+        model = nets.model_of(_Namespace(settings), method, ndim).to(device)
+        recipe = RECIPES[method]
+        recipe = replace(recipe, **{k: settings[k] for k in RECIPE if settings.get(k) is not None})
+        world = ranks()[1]
+        if settings.get("batch_size") is None and recipe.batch_size % world:
+            recipe = replace(recipe, batch_size=world)
+        self.training = Training(
+            model,
+            Pairs(pairs, self.preprocessing, ndim=ndim),
+            recipe,
+            seed=settings["seed"],
+            amp=settings["amp"],
+            compile=settings["compile"],
+        )
+        self.validation = _Validation(validated[: settings["validate_most"]], self.preprocessing)
+        self.best, self.seconds = math.inf, 0.0
+        if saved is not None:
+            self.training.restore(saved)
+            self.best, self.seconds = saved["best"], saved["seconds"]
+        self.validate_every = settings.get("validate_every") or max(1, recipe.steps // 20)
+        self.stop = False
+
+    def content(self):
+        return {
+            "method": self.settings["method"],
+            "preset": self.settings.get("preset") or "paper",
+            "arguments": self.training.model.arguments,
+            "preprocessing": self.preprocessing.plain(),
+            "settings": self.settings,
+            "best": self.best,
+            "seconds": self.seconds,
+            **self.training.state(),
+        }
+
+    def train(self):
+        training, args, recipe = self.training, self.args, self.training.recipe
+        begin, before = time.perf_counter(), self.seconds
+        if self.first:
+            write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
+            if not args.quiet:
+                parameters = sum(p.numel() for p in training.model.parameters())
+                with telling():
+                    print(
+                        f"{self.settings['method']}: {parameters:,} parameters, {len(training.pairs)} pairs, {self.device}"
+                    )
+        log = _Log(self.out / LOG, training.step) if self.first else None
+        shown = bar(args, total=recipe.steps, initial=training.step) if self.first else None
+        with self._interruptible(), contextlib.ExitStack() as stack:
+            if log is not None:
+                stack.callback(log.close)
+            if shown is not None:
+                stack.callback(shown.close)
+            while not (training.done or self._over(begin)):
+                try:
+                    told = training.advance()
+                except NotFinite as error:
+                    if self.first:
+                        write_json(
+                            self.out / BROKEN,
+                            {"step": error.step, "pairs": error.names, "terms": error.terms},
+                        )
+                    raise
+                self.seconds = before + time.perf_counter() - begin
+                if not self.first:
+                    continue
+                memory = peak_memory(self.device)
+                told["memory_mb"] = memory.get("device", memory["process"])
+                rate = training.optimizer.param_groups[0]["lr"]
+                log.write(
+                    {"step": training.step, **told, "learning_rate": rate, "seconds": round(self.seconds, 3)}
+                )
+                if shown is not None:
+                    values = {
+                        k: told[k]
+                        for k in ("loss", "similarity", "regularity", "folding", "memory_mb")
+                        if k in told
+                    }
+                    shown.set_postfix(
+                        {k: f"{v:.4g}" for k, v in values.items() if v is not None}, refresh=False
+                    )
+                    shown.update()
+                validated = training.step % self.validate_every == 0
+                if validated:
+                    self._validate()
+                if validated or training.step % self.settings["save_every"] == 0:
+                    checkpoint.save(self.out / LAST, self.content())
+            if self.first:
+                if training.step % self.validate_every or not training.step:
+                    self._validate()
+                checkpoint.save(self.out / LAST, self.content())
+        if self.first and not args.quiet:
+            with telling():
+                print(f"{training.step} steps, {self.seconds:.0f} s; written to {self.out}")
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def _over(self, begin):
+        minutes = self.args.minutes
+        over = self.stop or (minutes is not None and time.perf_counter() - begin >= 60 * minutes)
+        if ranks()[1] > 1:
+            # All end together, or the others would wait for this one.
+            flag = torch.tensor(float(over), device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            over = bool(flag)
+        return over
+
+    @contextlib.contextmanager
+    def _interruptible(self):
+        """The first Ctrl-C (or SIGTERM) ends the run after its step, with everything saved; the second at once."""
+
+        def ask(number, frame):
+            if self.stop:
+                signal.default_int_handler(number, frame)
+            self.stop = True
+
+        try:
+            previous = [(n, signal.signal(n, ask)) for n in (signal.SIGINT, signal.SIGTERM)]
+        except ValueError:  # not the main thread
+            previous = []
+        try:
+            yield
+        finally:
+            for number, handler in previous:
+                signal.signal(number, handler)
+
+    def _validate(self):
+        row, draw = self.validation(self.training.model)
+        row = {"step": self.training.step, **row}
+        _append(self.out / VALIDATION, row)
+        draw(self.out / PICTURE)
+        if row["loss"] < self.best:
+            self.best = row["loss"]
+            checkpoint.save(self.out / BEST, self.content())
+        if not self.args.quiet:
+            units = {"tre": " mm", "assd": " mm"}
+            told = [f"{k} {v:.4g}{units.get(k, '')}" for k, v in row.items() if k != "step" and v != ""]
+            with telling():
+                print(f"step {row['step']}: {', '.join(told)}")
+
+
+class _Namespace:
+    """Settings as arguments; None where there is none."""
+
+    def __init__(self, settings):
+        self.__dict__.update(settings)
+
+    def __getattr__(self, name):
+        return None
+
+
+class _Validation:
+    """Means over pairs of the loss and of what landmarks and labels say."""
+
+    def __init__(self, pairs, preprocessing):
+        self.pairs, self.preprocessing = pairs, preprocessing
+        self._read = functools.lru_cache(maxsize=8)(self._of_pair)
+
+    def _of_pair(self, k):
+        case = read_case(self.pairs[k])
+        return case, *sample_of(case, self.preprocessing)
+
+    @torch.no_grad()
+    def __call__(self, model):
+        """(row of validation.csv, function that draws the first pair)."""
+        model.eval()
+        device, rows, drawn = next(model.parameters()).device, [], None
+        for k in range(len(self.pairs)):
+            case, sample, grid = self._read(k)
+            images = [t.to(device) for t in (sample.fixed, sample.moving)]
+            prediction = model(*images)
+            mask = None if sample.mask is None else sample.mask.to(device)
+            terms = {name: float(v) for name, v in model.terms(*images, prediction, mask).items()}
+            u = self.preprocessing.displacement(prediction.displacement.float().cpu(), grid, case.fixed_grid)
+            found = evaluation.scores(case, u, surfaces=True)
+            rows.append(
+                {
+                    "loss": sum(terms.values()),
+                    **terms,
+                    **{
+                        name: found[name]["after"]["mean"]
+                        for name in ("tre", "dice", "assd")
+                        if name in found
+                    },
+                    "folding": metrics.folding(u),
+                    "sdlogj": metrics.sdlogj(u),
+                }
+            )
+            if drawn is None:
+                drawn = case, u
+        names = dict.fromkeys(name for row in rows for name in row)
+        means = {}
+        for name in names:
+            values = [row[name] for row in rows if name in row]
+            means[name] = sum(values) / len(values)
+        return means, functools.partial(_draw, *drawn)
+
+
+def _draw(case, u, path):
+    moving = torch.from_numpy(case.moving.astype("float32"))[None, None]
+    seen = []
+    for field in (None, u):
+        image, inside = io.resample(moving, case.moving_grid, case.fixed_grid, field)
+        seen.append(image.masked_fill(~inside, math.nan)[0, 0].numpy())
+    determinant = ops.jacobian_determinant(u)[0, 0].numpy()
+    report.write_picture(
+        path, case.fixed, *seen, u[0].numpy(), determinant, case.fixed_grid, title=case.title
+    )
+
+
+# Tables
+
+
+def _rows(path):
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _append(path, row):
+    """A row more, whose columns the table may not have yet."""
+    rows = _rows(path) if path.exists() else []
+    rows.append(row)
+    _write(path, [r for r in rows[:-1] if int(r["step"]) < int(row["step"])] + rows[-1:])
+
+
+def _write(path, rows):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with io.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class _Log:
+    """log.csv, a row a step; steps after `step`, which a run that was killed had not saved, are taken out."""
+
+    def __init__(self, path, step):
+        self.path, self.stream, self.writer = path, None, None
+        if path.exists() and (rows := [r for r in _rows(path) if int(r["step"]) <= step]):
+            _write(path, rows)
+            self._open(list(rows[0]), "a")
+
+    def _open(self, names, mode):
+        self.stream = open(self.path, mode, newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.stream, names, restval="")
+        if mode == "w":
+            self.writer.writeheader()
+
+    def write(self, row):
+        row = {**row, "names": json.dumps(row["names"], ensure_ascii=False)}
+        if self.writer is None:
+            self._open(list(row), "w")
+        self.writer.writerow({k: row[k] for k in self.writer.fieldnames})
+        self.stream.flush()
+
+    def close(self):
+        if self.stream is not None:
+            self.stream.close()

@@ -1,0 +1,292 @@
+"""Pairs of scans in files: what a csv or a folder names, and what it holds.
+
+A csv has a header: `fixed`, `moving`, and where there are any `fixed_labels`, `moving_labels`, `fixed_landmarks`,
+`moving_landmarks`, `mask` (fixed grid). Paths are relative to the csv.
+"""
+
+import csv
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastreg import io
+from fastreg.io import InputError
+from fastreg.training import Sample
+
+TASKS = ("inter", "intra", "one-shot")
+OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask")
+SMALL_OVERLAP = 0.1
+IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".tif", ".tiff", ".jpg", ".dcm", ".hdr")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Paths. Labels lie on the grid of their image, the mask on the fixed one's; landmarks are mm, LPS."""
+
+    fixed: str
+    moving: str
+    fixed_labels: str | None = None
+    moving_labels: str | None = None
+    fixed_landmarks: str | None = None
+    moving_landmarks: str | None = None
+    mask: str | None = None
+
+    @property
+    def name(self):
+        return f"{Path(self.moving).name} → {Path(self.fixed).name}"
+
+
+@dataclass
+class Case:
+    """What is to be registered. Arrays lie on the grid of their image; landmarks (P, nd): mm, (x, y, z)."""
+
+    title: str
+    fixed: np.ndarray
+    fixed_grid: io.Geometry
+    moving: np.ndarray
+    moving_grid: io.Geometry
+    fixed_labels: np.ndarray | None = None
+    moving_labels: np.ndarray | None = None
+    fixed_landmarks: np.ndarray | None = None
+    moving_landmarks: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+    @property
+    def weights(self):
+        """The mask as fp32 (1, 1, *spatial), at most 1, or None: only ratios count, and fp32 does not hold all that a file may."""
+        if self.mask is None:
+            return None
+        return torch.from_numpy((self.mask / float(self.mask.max())).astype(np.float32))[None, None]
+
+
+def _read_intensities(path):
+    array, grid = io.read_image(path)
+    if array.min() == array.max():
+        raise InputError(f"{path}: must not be constant, got {array.min():g} everywhere")
+    largest = max(abs(float(array.min())), abs(float(array.max())))
+    if largest > torch.finfo(torch.float32).max:
+        raise InputError(f"{path}: must fit single precision, got values as large as {largest:g}")
+    return array, grid
+
+
+def read_beside(path, grid, image):
+    """An image that must lie on the grid of another one."""
+    array, own = io.read_image(path)
+    if not own.matches(grid):
+        detail = f"{own} against {grid}" if str(own) != str(grid) else "origin or direction differ"
+        raise InputError(f"{path}: must lie on the grid of {image}: {detail}")
+    return array
+
+
+def read_labels(path, grid, image):
+    """Whole numbers on the grid of an image."""
+    array = read_beside(path, grid, image)
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        raise InputError(f"{path}: labels must be whole numbers")
+    if max(abs(float(array.min())), abs(float(array.max()))) >= 2**53:
+        raise InputError(f"{path}: labels must be below 2^53")
+    return array
+
+
+def _read_points(paths, grids, warn):
+    points = [io.read_landmarks(path, grids[0].nd) for path in paths]
+    if len(points[0]) != len(points[1]):
+        raise InputError(f"{paths[0]} holds {len(points[0])} landmarks, {paths[1]} holds {len(points[1])}")
+    for path, p, grid, which in zip(paths, points, grids, ("fixed", "moving"), strict=True):
+        outside = int((~grid.contains(grid.to_index(p))).sum())
+        if outside == len(p):
+            raise InputError(f"{path}: no landmark lies in the {which} image (they must be mm, LPS)")
+        if outside:
+            warn(f"{path}: {outside} of {len(p)} landmarks lie outside the {which} image, and count")
+    return points
+
+
+def read_case(pair, warn=lambda message: None):
+    """What the files of a Pair hold. InputError for those that do not fit each other; warn(message) for what may be meant."""
+    fixed, fixed_grid = _read_intensities(pair.fixed)
+    moving, moving_grid = _read_intensities(pair.moving)
+    if fixed_grid.nd != moving_grid.nd:
+        raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
+    case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
+    if pair.fixed_landmarks:
+        paths = pair.fixed_landmarks, pair.moving_landmarks
+        case.fixed_landmarks, case.moving_landmarks = _read_points(paths, (fixed_grid, moving_grid), warn)
+    if pair.fixed_labels:
+        case.fixed_labels = read_labels(pair.fixed_labels, fixed_grid, pair.fixed)
+        case.moving_labels = read_labels(pair.moving_labels, moving_grid, pair.moving)
+        if not (case.fixed_labels.any() or case.moving_labels.any()):
+            raise InputError(f"{pair.fixed_labels} and {pair.moving_labels} hold background only")
+    if pair.mask:
+        case.mask = read_beside(pair.mask, fixed_grid, pair.fixed)
+        if case.mask.min() < 0 or not case.mask.any():
+            raise InputError(f"{pair.mask}: a mask must be 0 or more everywhere, and more somewhere")
+    return case
+
+
+def weights_of(mask, inside, warn=lambda message: None):
+    """Where a loss counts: where the moving image reaches (inside, bool), times the user's mask (or None), both
+    (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere).
+    """
+    share = inside.double().mean().item()
+    if share == 0:
+        raise InputError("the fixed and the moving image do not overlap in physical space")
+    if share < SMALL_OVERLAP:
+        warn(f"the moving image covers only {100 * share:.2g} % of the fixed one")
+    if mask is None:
+        return share, None if share == 1 else inside.float()
+    weights = mask.float() * inside
+    if not weights.any():
+        raise InputError("the mask is 0 wherever the moving image reaches")
+    return share, weights
+
+
+# Lists of pairs
+
+
+def find_pairs(path, task="inter"):
+    """The pairs that a csv lists or a folder implies: list of Pair. InputError says what is missing.
+
+    A folder holds images, or `images/` with `labels/` (the same file names) and `landmarks/` (NAME.csv) beside it. Each is
+    named by its file without extension. Task "inter": every ordered pair of images; "intra": of those whose names agree up to
+    the last "_" (case1_inspiration, case1_expiration); "one-shot": two images, the first by name is fixed. A csv lists pairs
+    whatever the task is, for "one-shot" one.
+    """
+    path = Path(path)
+    if task not in TASKS:
+        raise InputError(f"task must be one of {', '.join(TASKS)}, got {task}")
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    pairs = _of_folder(path, task) if path.is_dir() else _of_csv(path)
+    if task == "one-shot" and len(pairs) != 1:
+        raise InputError(f"{path}: one-shot takes one pair, got {len(pairs)}")
+    for pair in pairs:
+        for field in ("fixed", "moving", *OPTIONAL):
+            file = getattr(pair, field)
+            if file is not None and not Path(file).exists():
+                raise InputError(f"{file}: no such file ({field} of {pair.name} in {path})")
+    return pairs
+
+
+def _of_csv(path):
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a csv file") from error
+    known = ("fixed", "moving", *OPTIONAL)
+    unknown = [name for name in header if name not in known]
+    if not {"fixed", "moving"} <= set(header) or unknown or len(set(header)) < len(header):
+        raise InputError(
+            f"{path}: the header must name fixed and moving, and may name {', '.join(OPTIONAL)}; got {','.join(header)[:80]!r}"
+        )
+    pairs = []
+    for line, row in rows:
+        if None in row or not all((row[k] or "").strip() for k in ("fixed", "moving")):
+            raise InputError(
+                f"{path}: line {line} must name a fixed and a moving image, and have a field a column"
+            )
+        files = {k: str(path.parent / v.strip()) for k, v in row.items() if v and v.strip()}
+        for kind in ("labels", "landmarks"):
+            if (f"fixed_{kind}" in files) != (f"moving_{kind}" in files):
+                raise InputError(f"{path}: line {line} must name {kind} of both images or of none")
+        pairs.append(Pair(**files))
+    if not pairs:
+        raise InputError(f"{path}: lists no pairs")
+    return pairs
+
+
+def _stem(path):
+    name = path.name
+    suffix = next((s for s in sorted(IMAGES, key=len, reverse=True) if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def _of_folder(path, task):
+    inside = path / "images"
+    folder = inside if inside.is_dir() else path
+    images = sorted(
+        f for f in folder.iterdir() if f.name.lower().endswith(IMAGES) and not f.name.startswith(".")
+    )
+    if len(images) < 2:
+        raise InputError(f"{folder}: must hold at least two images, got {len(images)}")
+    beside = [path] if inside.is_dir() else []
+
+    def extra(kind, name):
+        found = [str(f / kind / name) for f in beside if (f / kind / name).exists()]
+        return found[0] if found else None
+
+    def pair(fixed, moving):
+        files = {"fixed": str(fixed), "moving": str(moving)}
+        for kind, name in (("labels", lambda f: f.name), ("landmarks", lambda f: f"{_stem(f)}.csv")):
+            both = extra(kind, name(fixed)), extra(kind, name(moving))
+            if all(both):
+                files[f"fixed_{kind}"], files[f"moving_{kind}"] = both
+        return Pair(**files)
+
+    if task == "one-shot":
+        if len(images) != 2:
+            raise InputError(f"{folder}: one-shot takes two images, got {len(images)}")
+        return [pair(*images)]
+    group = (lambda f: re.sub(r"_[^_]*$", "", _stem(f))) if task == "intra" else lambda f: ""
+    pairs = [pair(a, b) for a in images for b in images if a != b and group(a) == group(b)]
+    if not pairs:
+        raise InputError(f"{folder}: no two images have names that agree up to the last '_', as intra wants")
+    return pairs
+
+
+# What a net is trained on
+
+
+class Pairs:
+    """Pair files as a sequence of Sample, read when they are asked for; the last ones stay in memory.
+
+    Args: pairs (list of Pair). preprocessing (Preprocessing). keep (int): samples that stay. ndim: 2 or 3, that images must
+    have, or None.
+    """
+
+    def __init__(self, pairs, preprocessing, *, keep=64, ndim=None):
+        self.pairs, self.preprocessing, self.ndim = list(pairs), preprocessing, ndim
+        self._sample = functools.lru_cache(maxsize=keep)(self._read)
+        self._image = functools.lru_cache(maxsize=keep)(_read_intensities)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, k):
+        return self._sample(k)
+
+    def _read(self, k):
+        pair = self.pairs[k]
+        arrays = {side: self._image(getattr(pair, side)) for side in ("fixed", "moving")}
+        (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
+        if fixed_grid.nd != moving_grid.nd:
+            raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
+        mask = read_beside(pair.mask, fixed_grid, pair.fixed) if pair.mask else None
+        case = Case(pair.name, fixed, fixed_grid, moving, moving_grid, mask=mask)
+        return sample_of(case, self.preprocessing, self.ndim)[0]
+
+
+def sample_of(case, preprocessing, ndim=None, warn=lambda message: None):
+    """(Sample, Geometry): a Case as a net takes it, and the grid that it takes it on."""
+    if ndim is not None and case.fixed_grid.nd != ndim:
+        raise InputError(f"{case.title}: the net registers {ndim}D images, got {case.fixed_grid.nd}D")
+    grid = preprocessing.grid(case.fixed_grid)
+    try:
+        fixed, _ = preprocessing.image(case.fixed, case.fixed_grid, grid)
+        moving, inside = preprocessing.image(case.moving, case.moving_grid, grid)
+        mask = case.weights
+        if mask is not None:
+            mask = io.resample(mask, case.fixed_grid, grid, outside=None)[0]
+        _, mask = weights_of(mask, inside, warn)
+    except InputError as error:
+        raise InputError(f"{case.title}: {error}") from error
+    return Sample(case.title, fixed, moving, mask), grid

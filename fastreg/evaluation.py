@@ -1,0 +1,54 @@
+"""How well a displacement registers a Case, where landmarks or labels tell."""
+
+import math
+
+import numpy as np
+import torch
+
+from fastreg import io, metrics
+
+
+def scores(case, u, *, surfaces=False):
+    """Scores of u (1, nd, *fixed grid), voxels, on the CPU.
+
+    Returns:
+        dict: "tre" ({"unit", "landmarks", "before", "after"}: of metrics.TRE) where the case has landmarks; "dice" ({"before",
+        "after"}: {"mean", label: ...}) and "moved_labels" (ndarray) where it has labels; with surfaces "assd" (the same, mm).
+    """
+    found, grid = {}, case.fixed_grid
+    if case.fixed_landmarks is not None:
+        fixed = torch.from_numpy(grid.to_index(case.fixed_landmarks))
+        moving = torch.from_numpy(grid.to_index(case.moving_landmarks))
+        found["tre"] = {
+            "unit": "mm",
+            "landmarks": len(fixed),
+            "before": metrics.tre(fixed, moving, grid.spacing_zyx)._asdict(),
+            "after": metrics.tre(metrics.move_points(fixed, u), moving, grid.spacing_zyx)._asdict(),
+        }
+    if case.fixed_labels is None:
+        return found
+    fixed, moving = (
+        torch.from_numpy(np.ascontiguousarray(a, dtype=kind))[None, None]
+        for a, kind in ((case.fixed_labels, np.int64), (case.moving_labels, np.float64))
+    )
+    before, after = (
+        io.resample(moving, case.moving_grid, grid, field, mode="nearest")[0].long() for field in (None, u)
+    )
+    # The same labels before and after, so that the means compare: one that is moved out of sight scores 0.
+    present = torch.cat([fixed.unique(), before.unique(), after.unique()]).unique().tolist()
+    labels = [label for label in present if label != 0]
+    found["dice"], found["moved_labels"] = {}, after[0, 0].numpy()
+    if surfaces:
+        found["assd"] = {}
+    for when, moved in (("before", before), ("after", after)):
+        of_labels = metrics.dice(fixed, moved, labels).per_label
+        of_labels = {label: of_labels.get(label, 0.0) for label in labels}
+        found["dice"][when] = {"mean": _mean(of_labels), **of_labels}
+        if surfaces:
+            distances = metrics.assd(fixed, moved, grid.spacing_zyx, labels).per_label
+            found["assd"][when] = {"mean": _mean(distances), **distances}
+    return found
+
+
+def _mean(values):
+    return sum(values.values()) / len(values) if values else math.nan
