@@ -364,6 +364,7 @@ def test_bad_arguments():
         (lambda: RRN(regularizer="l1"), "regularizer"),
         (lambda: RRN(radius=-1), "radius"),
         (lambda: RRN(window=4), "window odd"),
+        (lambda: RRN(refine=(1, 2)), "refine 6"),
         (lambda: R2N2(activation="relu"), "activation"),
         (lambda: R2N2(sigma_is="stdev"), "sigma_is"),
         (lambda: R2N2(steps=0), "steps"),
@@ -527,6 +528,13 @@ def test_rrn_fields_are_refined_level_by_level():
     assert [tuple(f.shape[2:]) for f in prediction.fields] == [(1, 2, 1), (2, 4, 2), (4, 8, 4), (4, 8, 4)]
     released = RRN.from_preset("released")
     assert (released.regularizer, released.weight) == ("diffusion", 1.25)
+
+
+def test_rrn_can_be_narrower():
+    narrow = RRN(pyramid=(2, 3, 4, 5), dense=(6, 5, 4), refine=(4, 4, 3, 3, 2, 2))
+    prediction = narrow(*pair("rrn"))
+    narrow.loss(*pair("rrn"), prediction).backward()
+    assert counted(narrow) < 200_000 and all(p.grad is not None for p in narrow.parameters())
 
 
 def test_readme_says_how_large_they_are():
