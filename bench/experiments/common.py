@@ -33,8 +33,12 @@ def parser(doc, minutes, steps=None):
     """Arguments of every experiment; `minutes`: of a method in the small setting."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--setting", choices=["small", "full"], default="small", help="default: small")
-    p.add_argument("--minutes", type=float, default=minutes, help=f"of training a method (default: {minutes:g})")
-    p.add_argument("--steps", type=int, default=steps, help=f"of training at most (default: {steps or 'none'})")
+    p.add_argument(
+        "--minutes", type=float, default=minutes, help=f"of training a method (default: {minutes:g})"
+    )
+    p.add_argument(
+        "--steps", type=int, default=steps, help=f"of training at most (default: {steps or 'none'})"
+    )
     p.add_argument("--methods", nargs="+", help="only these")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=2)
@@ -107,7 +111,20 @@ def held_out_loss(model, pairs):
     return sum(losses) / len(losses)
 
 
-def train(model, pairs, held_out, recipe, *, minutes, steps=None, looks=25, seed=0, tell=print, patience=PATIENCE, watch=None):
+def train(
+    model,
+    pairs,
+    held_out,
+    recipe,
+    *,
+    minutes,
+    steps=None,
+    looks=25,
+    seed=0,
+    tell=print,
+    patience=PATIENCE,
+    watch=None,
+):
     """Trains until minutes or steps are over, or the held-out loss has not improved for `patience` looks of some `looks` in the
     whole time; leaves the model with the weights of the best look (held_out None: the last).
     watch: model -> a number for the picture, at each look; it decides on nothing. Returns Trained.
@@ -129,6 +146,7 @@ def train(model, pairs, held_out, recipe, *, minutes, steps=None, looks=25, seed
         if watch is not None:
             model.eval()
             done.watched.append((training.step, spent, float(watch(model))))
+            tell(f"    step {training.step}, {spent:.0f} s: {done.watched[-1][2]:.4f}")
         if held_out is not None:
             loss = held_out_loss(model, held_out)
             done.looks.append((training.step, spent, loss))

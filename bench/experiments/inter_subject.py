@@ -3,17 +3,19 @@
     FASTREG_DATA=... python -m bench.experiments.inter_subject [--setting small | full] [--methods VoxelMorph-2 ...]
 
 hippocampusmr_msd04: subjects 1 to 8 train, 9 and 10 are the held-out ones, 11 to 15 the test: 20 ordered pairs, Dice of the
-anterior and posterior hippocampus. Every image: its 1st and 99th percentile (of what is not padding) to 0 and 1, cropped to the 32x48x32
-voxels that hold the hippocampi of the training subjects; scored at its whole size. A training pair is two subjects, either or both mirrored
-left to right together, each moved by a small random affine map of its own.
+anterior and posterior hippocampus, on the whole images. Every image: its 1st and 99th percentile (of what is not padding) to 0 and 1,
+cropped to the 32x48x32 voxels that hold the hippocampi of the training subjects. A training pair is two subjects, both mirrored or
+not, each moved by a small random affine map of its own. Losses are the papers'; no label is used in training, nor in choosing when it ends.
 
-small: LinDef with a quarter of the paper's widths; all with one learning rate and batch 1. full: the papers' widths.
+small: images at half resolution (16x24x16 voxels of 2 mm; the displacement is resized), LinDef with a quarter of the paper's widths,
+learning rates of minutes instead of days, chosen on the held-out subjects. full: whole resolution, the papers' widths and recipes.
 """
 
 import dataclasses
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import fastreg
 from bench.experiments import common
@@ -25,6 +27,8 @@ TRAIN, HELD_OUT, TEST = range(8), (8, 9), range(10, 15)
 BOX = (slice(4, 36), slice(4, 52), slice(4, 36))
 LABELS = (1, 2)
 VIRTUAL = 100_000  # length of the endless sequence of training pairs
+BATCH = 4  # in the small setting
+COARSER = {"small": 2, "full": 1}  # size of a net's voxel, mm
 NARROW = {"encoder": (8, 16, 32, 8, 8), "decoder": (32, 16, 8, 8, 8)}
 
 
@@ -59,10 +63,10 @@ def images(data):
 
 
 class People:
-    """Training pairs: pair k is drawn from k alone."""
+    """Training pairs: pair k is drawn from k alone. size: of a net's voxel."""
 
-    def __init__(self, images, vary=True):
-        self.images, self.vary = images, vary
+    def __init__(self, images, size):
+        self.images, self.size = images, size
 
     def __len__(self):
         return VIRTUAL
@@ -70,33 +74,34 @@ class People:
     def __getitem__(self, k):
         draw = torch.Generator().manual_seed(k)
         i, j = torch.randperm(len(self.images), generator=draw)[:2].tolist()
-        fixed, moving = (self._varied(self.images[n], draw) for n in (i, j))
-        if self.vary and torch.rand((), generator=draw) < 0.5:
+        fixed, moving = (seen(_varied(self.images[n], draw), self.size) for n in (i, j))
+        if torch.rand((), generator=draw) < 0.5:
             fixed, moving = fixed.flip(2), moving.flip(2)
         return Sample(f"{i}-{j}", fixed, moving)
 
-    def _varied(self, image, draw):
-        if not self.vary:
-            return cropped(image)
-        shape = image.shape[2:]
-        centre = torch.tensor([(n - 1) / 2 for n in shape])
-        linear = torch.eye(3) + 0.07 * torch.randn(3, 3, generator=draw)
-        shift = torch.randn(3, generator=draw) + centre - linear @ centre
-        affine = torch.cat([linear, shift[:, None]], 1)[None]
-        return cropped(ops.warp(image, None, affine=affine, padding="zeros"))
+
+def _varied(image, draw):
+    centre = torch.tensor([(n - 1) / 2 for n in image.shape[2:]])
+    linear = torch.eye(3) + 0.07 * torch.randn(3, 3, generator=draw)
+    shift = torch.randn(3, generator=draw) + centre - linear @ centre
+    return ops.warp(image, None, affine=torch.cat([linear, shift[:, None]], 1)[None], padding="zeros")
 
 
-def cropped(image):
-    return image[(..., *BOX)].contiguous()
+def seen(image, size):
+    """What a net sees of an image."""
+    image = image[(..., *BOX)]
+    return F.avg_pool3d(image, size) if size > 1 else image.contiguous()
 
 
 @torch.no_grad()
-def whole(model, fixed, moving):
-    """Displacement at whole size: of the crop, and beyond it what its nearest voxel has."""
+def whole(model, size, fixed, moving):
+    """Displacement of the whole images: beyond the box what its nearest voxel has."""
     device = next(model.parameters()).device
-    u = model(cropped(fixed).to(device), cropped(moving).to(device)).displacement.cpu()
-    missing = [p for b, n in zip(BOX[::-1], fixed.shape[:1:-1], strict=True) for p in (b.start, n - b.stop)]
-    return torch.nn.functional.pad(u, missing, mode="replicate")
+    u = model(*(seen(i, size).to(device) for i in (fixed, moving))).displacement.cpu()
+    if size > 1:
+        u = ops.resize_displacement(u, [b.stop - b.start for b in BOX], align_corners=False)
+    around = [p for b, n in zip(BOX[::-1], fixed.shape[:1:-1], strict=True) for p in (b.start, n - b.stop)]
+    return F.pad(u, around, mode="replicate")
 
 
 def moved_labels(labels, u):
@@ -152,7 +157,7 @@ def recipe(method, args):
     if args.setting == "full":
         return paper
     return dataclasses.replace(
-        paper, learning_rate=method.learning_rate, batch_size=1, plateau=None, patience=None
+        paper, learning_rate=method.learning_rate, batch_size=BATCH, plateau=None, patience=None
     )
 
 
@@ -162,8 +167,9 @@ def experiment(argv=None):
     data = common.scans("hippocampusmr_msd04")
     scans, labels = images(data), [torch.from_numpy(s.astype(np.int64)) for s in data["segs"]]
     pairs, held_out = ordered(TEST), ordered(HELD_OUT)
-    looked = [Sample(f"{i}-{j}", cropped(scans[i]), cropped(scans[j])) for i, j in held_out]
-    people = People([scans[k] for k in TRAIN])
+    size = COARSER[args.setting]
+    looked = [Sample(f"{i}-{j}", seen(scans[i], size), seen(scans[j], size)) for i, j in held_out]
+    people = People([scans[k] for k in TRAIN], size)
     rows, shown, curves = [], {}, {}
 
     def told(name, dice, folding, **more):
@@ -181,14 +187,12 @@ def experiment(argv=None):
         print(f"{name}, {common.parameters(model):,} parameters", flush=True)
 
         def watch(model):
-            return score(held_out, scans, labels, lambda f, m: whole(model, f, m))[0].mean()
+            return score(held_out, scans, labels, lambda f, m: whole(model, size, f, m))[0].mean()
 
         how = recipe(method, args)
-        done = common.train(
-            model, people, looked, how, minutes=args.minutes, steps=args.steps, watch=watch
-        )
+        done = common.train(model, people, looked, how, minutes=args.minutes, steps=args.steps, watch=watch)
         curves[name] = done
-        dice, folding = score(pairs, scans, labels, lambda f, m, model=model: whole(model, f, m))
+        dice, folding = score(pairs, scans, labels, lambda f, m, model=model: whole(model, size, f, m))
         told(
             name,
             dice,
@@ -203,7 +207,7 @@ def experiment(argv=None):
             held_out_loss=f"{done.best:.5f}",
             note="a quarter of the widths" if method.small and args.setting == "small" else "",
         )
-        fields[name] = whole(model, scans[pairs[0][0]], scans[pairs[0][1]])
+        fields[name] = whole(model, size, scans[pairs[0][0]], scans[pairs[0][1]])
     if not args.methods or "register" in args.methods:
         spent = []
 
