@@ -32,9 +32,12 @@ def save(path, content):
 def load(path):
     """The dict that `save` wrote, on the CPU. InputError: none, damaged, or of another program."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as stream:
+            stored = _io.BytesIO(stream.read())
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    try:
+        content = torch.load(stored, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what it likes for bytes that are none of its
         raise InputError(f"{path}: not a checkpoint, or damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not set(KEYS) <= set(content):

@@ -368,6 +368,8 @@ def test_bad_arguments():
         (lambda: R2N2(activation="relu"), "activation"),
         (lambda: R2N2(sigma_is="stdev"), "sigma_is"),
         (lambda: R2N2(steps=0), "steps"),
+        (lambda: R2N2(widths=(4, 4, 4, 5)), "widths"),
+        (lambda: LinDef(encoder=(4, 4)), "encoder"),
         (lambda: R2N2(noise="images"), "noise"),
         (lambda: LinDef(order="three_pass"), "order"),
         (lambda: F3RNet(variant="best"), "variant"),

@@ -181,7 +181,7 @@ class _Run:
         if settings.get("validation") is not None:
             validated = find_pairs(settings["validation"], settings["task"])
         self.first = ranks()[0] == 0
-        # The first pair tells how many axes images have; what else is wrong with it is better known before an epoch than after.
+        # The first pair tells how many axes images have.
         ndim = read_case(pairs[0], warn if self.first else lambda message: None).fixed_grid.nd
         torch.manual_seed(settings["seed"])
         model = nets.model_of(_Namespace(settings), method, ndim).to(device)
@@ -222,6 +222,7 @@ class _Run:
         training, args, recipe = self.training, self.args, self.training.recipe
         begin, before = time.perf_counter(), self.seconds
         if self.first:
+            self.validation.read()
             write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
             if not args.quiet:
                 parameters = sum(p.numel() for p in training.model.parameters())
@@ -344,6 +345,11 @@ class _Validation:
     def _of_pair(self, k):
         case = read_case(self.pairs[k])
         return case, *sample_of(case, self.preprocessing)
+
+    def read(self):
+        """Reads the pairs: what is wrong with one is better known before the first step than hours later."""
+        for k in range(len(self.pairs)):
+            self._read(k)
 
     @torch.no_grad()
     def __call__(self, model):

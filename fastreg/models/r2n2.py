@@ -152,6 +152,8 @@ class R2N2(Model, released=RELEASED):
         self.choice("activation", activation, ACTIVATIONS)
         self.choice("noise", noise, NOISES)
         self.choice("sigma_is", sigma_is, SIGMA_IS)
+        if len(widths) != 4 or widths[-1] % 2:
+            self.fail(ValueError, f"widths must be 4, the last one even, got {widths}")
         if steps < 1:
             self.fail(ValueError, f"steps must be at least 1, got {steps}")
         self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is

@@ -1,0 +1,230 @@
+"""Lists of pairs, and what a net is given of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastreg import io
+from fastreg.data.pairs import Pairs, find_pairs, read_case, sample_of
+from fastreg.data.preprocessing import Preprocessing
+from fastreg.io import Geometry, InputError
+
+pytest.importorskip("SimpleITK")
+
+GRID = Geometry.of((12, 14, 10), (2.0, 1.0, 1.5))
+
+
+def write(path, seed=0, grid=GRID):
+    array = np.random.default_rng(seed).random(grid.shape, dtype=np.float32)
+    io.write_image(path, array, grid)
+    return array
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for sub in ("images", "labels", "landmarks"):
+        (tmp_path / sub).mkdir()
+    for k, name in enumerate(("a_in", "a_out", "b_in", "b_out")):
+        write(tmp_path / "images" / f"{name}.nii.gz", k)
+        io.write_image(tmp_path / "labels" / f"{name}.nii.gz", np.ones(GRID.shape, np.uint8), GRID)
+        io.write_landmarks(tmp_path / "landmarks" / f"{name}.csv", [[1.0, 2.0, 3.0]])
+    return tmp_path
+
+
+def test_folder(folder):
+    assert len(find_pairs(folder, "inter")) == 12
+    intra = find_pairs(folder, "intra")
+    assert [p.name for p in intra] == [
+        "a_out.nii.gz → a_in.nii.gz", "a_in.nii.gz → a_out.nii.gz",
+        "b_out.nii.gz → b_in.nii.gz", "b_in.nii.gz → b_out.nii.gz",
+    ]  # fmt: skip
+    assert intra[0].fixed_labels == str(folder / "labels" / "a_in.nii.gz")
+    assert intra[0].moving_landmarks == str(folder / "landmarks" / "a_out.csv")
+    (folder / "labels" / "b_in.nii.gz").unlink()
+    assert find_pairs(folder, "intra")[2].fixed_labels is None
+    with pytest.raises(InputError, match="one-shot takes two images, got 4"):
+        find_pairs(folder, "one-shot")
+    # without images/ the images themselves
+    assert len(find_pairs(folder / "images", "inter")) == 12
+
+
+def test_csv(folder):
+    table = folder / "pairs.csv"
+    table.write_text(
+        "fixed, moving, fixed_labels, moving_labels, mask\n"
+        "images/a_in.nii.gz, images/a_out.nii.gz, labels/a_in.nii.gz, labels/a_out.nii.gz,\n"
+        "images/b_in.nii.gz, images/a_in.nii.gz,,, labels/b_in.nii.gz\n",
+        encoding="utf-8",
+    )
+    first, second = find_pairs(table)
+    assert first.fixed == str(folder / "images" / "a_in.nii.gz")
+    assert first.mask is None
+    assert second.fixed_labels is None
+    assert read_case(second).mask is not None
+    with pytest.raises(InputError, match="one-shot takes one pair, got 2"):
+        find_pairs(table, "one-shot")
+
+
+HEADER = "fixed,moving,fixed_labels,moving_labels,mask\n"
+IMAGES = "images/a_in.nii.gz,images/a_out.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the header must name fixed and moving"),
+        ("fixed;moving\na;b\n", "the header must name fixed and moving"),
+        ("fixed,moving,label\n", "the header must name"),
+        (HEADER, "lists no pairs"),
+        (HEADER + f"{IMAGES},labels/a_in.nii.gz,,\n", "line 2 must name labels of both images or of none"),
+        (HEADER + "images/a_in.nii.gz,,,,\n", "line 2 must name a fixed and a moving image"),
+        (
+            HEADER + f"{IMAGES},,,,,,\n",
+            "line 2 must name a fixed and a moving image, and have a field a column",
+        ),
+        (HEADER + "images/a_in.nii.gz,images/none.nii.gz,,,\n", "none.nii.gz: no such file"),
+        (HEADER + f"{IMAGES},,,no.nii.gz\n", r"no.nii.gz: no such file \(mask of"),
+    ],
+)
+def test_bad_csv(folder, text, message):
+    (folder / "pairs.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        find_pairs(folder / "pairs.csv")
+
+
+def test_bad_places(tmp_path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_pairs(tmp_path / "none")
+    with pytest.raises(InputError, match="at least two images, got 0"):
+        find_pairs(tmp_path)
+    write(tmp_path / "a.nii.gz"), write(tmp_path / "b.nii.gz")
+    with pytest.raises(InputError, match="agree up to the last"):
+        find_pairs(tmp_path, "intra")
+    with pytest.raises(InputError, match="task must be"):
+        find_pairs(tmp_path, "both")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a csv file"):
+        find_pairs(tmp_path / "bytes.csv")
+
+
+def test_samples(folder):
+    pairs = Pairs(find_pairs(folder, "intra"), Preprocessing(), ndim=3)
+    assert len(pairs) == 4
+    sample = pairs[0]
+    assert sample.fixed.shape == (1, 1, *GRID.shape)
+    assert sample.fixed.dtype == torch.float32
+    assert (sample.fixed.min(), sample.fixed.max()) == (0, 1)
+    assert sample.mask is None
+    assert pairs[0] is sample
+    with pytest.raises(InputError, match="the net registers 2D images, got 3D"):
+        Pairs(find_pairs(folder, "intra"), Preprocessing(), ndim=2)[0]
+
+
+# What a net is given
+
+
+def test_intensities():
+    array = np.linspace(-500, 1500, 4096).reshape(16, 16, 16)
+    scaled = Preprocessing("minmax").scaled(array)
+    np.testing.assert_allclose(scaled, np.linspace(0, 1, 4096).reshape(scaled.shape), atol=1e-6)
+    scaled = Preprocessing().scaled(array)
+    low, high = np.percentile(array, [0.5, 99.5])
+    np.testing.assert_allclose(scaled, np.clip((array - low) / (high - low), 0, 1), atol=1e-6)
+    scaled = Preprocessing((-1000, 0)).scaled(array)
+    assert scaled.max() == 1
+    assert scaled.min() == pytest.approx(0.5)
+    scaled = Preprocessing("zscore").scaled(array)
+    assert abs(scaled.mean()) < 1e-3
+    assert np.abs(Preprocessing("zscore").scaled(np.r_[array.ravel(), 1e6].reshape(1, -1))).max() == 2
+    with pytest.raises(InputError, match="must not be constant between the intensities 2000 and 3000"):
+        Preprocessing((2000, 3000)).scaled(array)
+    # almost nothing but background: percentiles would see none of it
+    spot = np.zeros((16, 16, 16))
+    spot[0, 0, 0] = 5
+    assert Preprocessing().scaled(spot).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"intensity": "mean"}, "intensity must be one of"),
+        ({"intensity": (3, 1)}, "intensity must be one of"),
+        ({"size": (4, 4, 4), "spacing": (1, 1, 1)}, "exclude each other"),
+        ({"size": (4, 1, 4)}, "size must be at least 2"),
+        ({"spacing": (1, 0, 4)}, "spacing must be positive"),
+    ],
+)
+def test_bad_preprocessing(options, message):
+    with pytest.raises(InputError, match=message):
+        Preprocessing(**options)
+
+
+def test_grid():
+    assert Preprocessing().grid(GRID) == GRID
+    cropped = Preprocessing(crop=((2, 10), (None, -4), (1, None))).grid(GRID)
+    assert cropped.shape == (8, 10, 9)
+    np.testing.assert_allclose(cropped.origin, GRID.to_physical((2, 0, 1)))
+    sized = Preprocessing(size=(23, 14, 4)).grid(GRID)
+    assert sized.spacing_zyx == pytest.approx((1.0, 1.0, 4.5))
+    corner = np.array(GRID.shape) - 1
+    np.testing.assert_allclose(sized.to_physical(np.array(sized.shape) - 1), GRID.to_physical(corner))
+    assert Preprocessing(spacing=(1, 1, 1)).grid(GRID).shape == (23, 14, 15)
+    with pytest.raises(InputError, match="size must have 3 numbers"):
+        Preprocessing(size=(4, 4)).grid(GRID)
+    with pytest.raises(InputError, match="crop must leave at least 2 voxels"):
+        Preprocessing(crop=((5, 6), (0, 9), (0, 9))).grid(GRID)
+
+
+def test_displacement_comes_back_in_voxels_of_the_fixed_image():
+    """A linear field in mm is the same field on any grid."""
+    preprocessing = Preprocessing(size=(7, 9, 8), crop=((2, 11), (0, 14), (1, 9)))
+    grid = preprocessing.grid(GRID)
+
+    def field(g):
+        p = np.stack(np.meshgrid(*[np.arange(n) for n in g.shape], indexing="ij"), -1)
+        mm = g.to_physical(p) @ np.array([[0.1, 0.02, 0], [0, 0.05, 0.1], [0.03, 0, -0.1]]).T + [1, 2, 3]
+        voxels = mm @ np.linalg.inv(g.matrix).T
+        return torch.from_numpy(np.moveaxis(voxels, -1, 0)[None]).float()
+
+    back = preprocessing.displacement(field(grid), grid, GRID)
+    inside = (slice(None), slice(None), slice(2, 11), slice(0, 14), slice(1, 9))
+    torch.testing.assert_close(back[inside], field(GRID)[inside], rtol=1e-4, atol=1e-4)
+    # and beyond the crop its border
+    torch.testing.assert_close(back[:, :, 0], back[:, :, 2])
+    u = torch.randn(1, 3, *GRID.shape)
+    assert preprocessing.displacement(u, GRID, GRID) is u
+
+
+def test_smaller_grids_are_smoothed():
+    """A checkerboard becomes grey, not whatever voxels are hit."""
+    array = np.indices((32, 32)).sum(0) % 2
+    grid = Geometry.of((32, 32), (1.0, 1.0))
+    image, inside = Preprocessing("minmax").image(array, grid, Preprocessing(size=(8, 8)).grid(grid))
+    assert inside.all()
+    assert (image - 0.5)[..., 1:-1, 1:-1].abs().max() < 1e-3
+
+
+def test_other_grids_and_masks(tmp_path):
+    write(tmp_path / "fixed.nii.gz")
+    write(tmp_path / "moving.nii.gz", 1, Geometry.of((8, 9, 7), (2.0, 1.0, 1.5)))
+    mask = np.zeros(GRID.shape, np.uint8)
+    mask[:4] = 200
+    io.write_image(tmp_path / "mask.nii.gz", mask, GRID)
+    table = tmp_path / "pairs.csv"
+    table.write_text("fixed,moving,mask\nfixed.nii.gz,moving.nii.gz,mask.nii.gz\n", encoding="utf-8")
+    sample = Pairs(find_pairs(table), Preprocessing())[0]
+    assert sample.moving.shape == sample.fixed.shape
+    assert sample.mask[:, :, :4, :9, :7].min() == 1
+    assert sample.mask[:, :, 4:].max() == 0
+    assert sample.mask[:, :, :, 10:].max() == 0
+    case = read_case(find_pairs(table)[0])
+    case.mask[:] = 0
+    case.mask[-1] = 1
+    with pytest.raises(InputError, match="the mask is 0 wherever the moving image reaches"):
+        sample_of(case, Preprocessing())
+    case.moving_grid = Geometry.of((8, 9, 7), (2.0, 1.0, 1.5))
+    case.moving_grid = Geometry(
+        case.moving_grid.size, case.moving_grid.spacing, (900.0, 0.0, 0.0), case.moving_grid.direction
+    )
+    with pytest.raises(InputError, match="do not overlap"):
+        sample_of(case, Preprocessing())

@@ -1,0 +1,498 @@
+"""`fastreg train`, `apply` and `register --method`, as users call them: files, continuing, bad input."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastreg import checkpoint, cli, io
+from fastreg.commands import train as command
+from fastreg.commands.apply import FIELD_OUTPUTS
+from fastreg.commands.case import OUTPUTS
+from fastreg.data.preprocessing import Preprocessing
+from fastreg.io import Geometry
+
+pytest.importorskip("SimpleITK")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parent.parent
+GRID = Geometry.of((20, 24), (1.0, 1.5))
+# A net of a few hundred weights.
+TINY = ["--method", "voxelmorph"]
+for setting in ("encoder=(2,2,2,2)", "decoder=(2,2,2,2,2,2)", "similarity=mse"):
+    TINY += ["--set", setting]
+SHORT = ["--steps", "4", "--validate-every", "2", "--save-every", "1", "--threads", "1"]
+
+
+def blob(centre, grid=GRID):
+    p = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij"), -1)
+    return np.exp(-((p - centre) ** 2).sum(-1) / 30).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images with labels and landmarks."""
+    data = tmp_path / "data"
+    for sub in ("images", "labels", "landmarks"):
+        (data / sub).mkdir(parents=True)
+    for k, centre in enumerate(((9, 10), (11, 12), (10, 14))):
+        image = blob(centre)
+        io.write_image(data / "images" / f"s{k}.nii.gz", image, GRID)
+        io.write_image(data / "labels" / f"s{k}.nii.gz", (image > 0.5).astype(np.uint8), GRID)
+        io.write_landmarks(data / "landmarks" / f"s{k}.csv", [GRID.to_physical(centre)])
+    return data
+
+
+def train(folder, out, *more):
+    return cli.main(["train", *TINY, "--pairs", str(folder), "-o", str(out), *SHORT, *more])
+
+
+def one_line(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def images(folder, *which):
+    return [str(folder / "images" / f"s{k}.nii.gz") for k in which]
+
+
+def test_trains_and_applies(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out) == 0
+    assert sorted(os.listdir(out)) == sorted(set(command.FILES) - {command.BROKEN})
+    log = rows(out / "log.csv")
+    assert [int(r["step"]) for r in log] == [1, 2, 3, 4]
+    for r in log:
+        assert float(r["loss"]) == pytest.approx(float(r["similarity"]) + float(r["regularity"]), rel=1e-5)
+        assert float(r["memory_mb"]) > 10
+        assert json.loads(r["names"])[0].count("→") == 1
+    validated = rows(out / "validation.csv")
+    assert [int(r["step"]) for r in validated] == [2, 4]
+    assert all(np.isfinite([float(r[k]) for k in r]).all() for r in validated)
+    assert {"loss", "tre", "dice", "assd", "folding", "sdlogj"} <= set(validated[0])
+    told = capsys.readouterr().out
+    assert "6 pairs" in told
+    assert "step 4: loss" in told
+
+    content = checkpoint.load(out / "last.pt")
+    assert (content["method"], content["preset"], content["counted"]["step"]) == ("voxelmorph", "paper", 4)
+    assert content["preprocessing"]["intensity"] == "percentiles"
+    assert content["arguments"]["ndim"] == 2
+
+    applied = tmp_path / "applied"
+    labels = [str(folder / "labels" / f"s{k}.nii.gz") for k in (0, 1)]
+    arguments = ["--fixed-labels", labels[0], "--moving-labels", labels[1]]
+    assert (
+        cli.main(
+            [
+                "apply",
+                "--weights",
+                str(out / "best.pt"),
+                *images(folder, 0, 1),
+                "-o",
+                str(applied),
+                *arguments,
+            ]
+        )
+        == 0
+    )
+    assert sorted(os.listdir(applied)) == sorted(OUTPUTS)
+    summary = json.loads((applied / "report.json").read_text(encoding="utf-8"))
+    assert summary["method"] == "voxelmorph"
+    assert 0 < summary["dice"]["after"]["mean"] <= 1
+    # The field says what the net said.
+    u, grid = io.read_displacement(applied / "displacement.nii.gz")
+    model = checkpoint.build(checkpoint.load(out / "best.pt"), "best.pt")
+    pair = [Preprocessing().image(*io.read_image(path), grid)[0] for path in images(folder, 0, 1)]
+    with torch.no_grad():
+        torch.testing.assert_close(u, model(*pair).displacement, rtol=1e-4, atol=1e-5)
+
+
+def test_another_validation_set_and_size(folder, tmp_path):
+    out, table = tmp_path / "run", tmp_path / "validation.csv"
+    table.write_text(f"fixed,moving\n{','.join(images(folder, 2, 0))}\n", encoding="utf-8")
+    options = [
+        "--validation",
+        str(table),
+        "--size",
+        "16,18",
+        "--crop",
+        "2:,:",
+        "--intensity",
+        "0,1",
+        "--quiet",
+    ]
+    assert train(folder, out, *options) == 0
+    assert {"tre", "dice"}.isdisjoint(rows(out / "validation.csv")[0])
+    assert checkpoint.load(out / "last.pt")["preprocessing"] == {
+        "intensity": (0.0, 1.0), "crop": ((2, None), (None, None)), "size": (16, 18), "spacing": None,
+    }  # fmt: skip
+    applied = tmp_path / "applied"
+    assert (
+        cli.main(
+            ["apply", "--weights", str(out / "last.pt"), *images(folder, 0, 1), "-o", str(applied), "--quiet"]
+        )
+        == 0
+    )
+    assert io.read_displacement(applied / "displacement.nii.gz")[1].matches(GRID)
+
+
+def test_one_shot_and_register(folder, tmp_path):
+    table = tmp_path / "pair.csv"
+    table.write_text(f"fixed,moving\n{','.join(images(folder, 0, 1))}\n", encoding="utf-8")
+    assert train(table, tmp_path / "run", "--task", "one-shot", "--quiet") == 0
+    out = tmp_path / "registered"
+    options = ["--steps", "60", "--learning-rate", "0.01", "--quiet", "--threads", "1"]
+    assert cli.main(["register", *images(folder, 0, 1), "-o", str(out), *TINY, *options]) == 0
+    summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert summary["loss_last"] < 0.8 * summary["loss_first"]
+    assert (summary["method"], summary["steps"], summary["learning_rate"]) == ("voxelmorph", 60, 0.01)
+
+
+def test_field_moves_images_labels_and_points(folder, tmp_path):
+    """By a shift of two voxels down and one to the right."""
+    u = torch.zeros(1, 2, *GRID.shape)
+    u[:, 0], u[:, 1] = 2, 1
+    io.write_displacement(tmp_path / "field.nii.gz", u, GRID)
+    io.write_landmarks(tmp_path / "points.csv", [GRID.to_physical((5, 6))])
+    out = tmp_path / "out"
+    arguments = ["apply", "--field", str(tmp_path / "field.nii.gz"), *images(folder, 1), "-o", str(out)]
+    arguments += [
+        "--labels",
+        str(folder / "labels" / "s1.nii.gz"),
+        "--points",
+        str(tmp_path / "points.csv"),
+        "--quiet",
+    ]
+    assert cli.main(arguments) == 0
+    assert sorted(os.listdir(out)) == sorted(FIELD_OUTPUTS)
+    moved, grid = io.read_image(out / "moved.nii.gz")
+    assert grid.matches(GRID)
+    np.testing.assert_allclose(moved[:-2, :-1], blob((11, 12))[2:, 1:], atol=1e-6)
+    labels, _ = io.read_image(out / "moved_labels.nii.gz")
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels[:-2, :-1], (blob((11, 12)) > 0.5)[2:, 1:])
+    points = io.read_landmarks(out / "points.csv", 2)
+    np.testing.assert_allclose(GRID.to_index(points), [[7, 7]], atol=1e-5)
+
+
+# Continuing
+
+
+def same(a, b):
+    """Two checkpoints: weights, optimiser and counts, bit for bit."""
+    a, b = checkpoint.load(a), checkpoint.load(b)
+    assert a["counted"] == b["counted"]
+    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    states = [c["optimizer"]["state"] for c in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for k, values in states[0].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(states[1][k][name])) for name, v in values.items()
+        )
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(folder, tmp_path):
+    """SIGKILL in the middle of a step; what had been done since the last checkpoint is done again."""
+    arguments = [
+        *TINY,
+        "--pairs",
+        str(folder),
+        "--threads",
+        "1",
+        "--quiet",
+        "--save-every",
+        "7",
+        "--steps",
+        "150",
+    ]
+    arguments += ["--validate-every", "60"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastreg", "train", *arguments, "-o", str(tmp_path / "killed")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    last = tmp_path / "killed" / "last.pt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert 0 < checkpoint.load(last)["counted"]["step"] < 150
+    assert cli.main(["train", "--resume", "-o", str(tmp_path / "killed"), "--threads", "1", "--quiet"]) == 0
+    assert cli.main(["train", *arguments, "-o", str(tmp_path / "whole")]) == 0
+    same(last, tmp_path / "whole" / "last.pt")
+    same(tmp_path / "killed" / "best.pt", tmp_path / "whole" / "best.pt")
+    for table in ("log.csv", "validation.csv"):
+        tables = [rows(tmp_path / run / table) for run in ("killed", "whole")]
+        measured = ("seconds", "memory_mb")
+        first, second = ([{k: v for k, v in r.items() if k not in measured} for r in t] for t in tables)
+        assert first == second
+
+
+def test_interrupted_saves_and_ends_with_130(folder, tmp_path, capsys, monkeypatch):
+    advance = command.Training.advance
+
+    def interrupted(self):
+        told = advance(self)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return told
+
+    monkeypatch.setattr(command.Training, "advance", interrupted)
+    out = tmp_path / "run"
+    assert train(folder, out, "--save-every", "100", "--validate-every", "100", "--quiet") == 130
+    assert checkpoint.load(out / "last.pt")["counted"]["step"] == 2
+    assert "interrupted" in one_line(capsys)
+    monkeypatch.undo()
+    assert cli.main(["train", "--resume", "-o", str(out), "--quiet", "--steps", "5"]) == 0
+    assert checkpoint.load(out / "last.pt")["counted"]["step"] == 5
+    assert [int(r["step"]) for r in rows(out / "log.csv")] == [1, 2, 3, 4, 5]
+
+
+def test_minutes_end_a_run(folder, tmp_path):
+    out = tmp_path / "run"
+    assert train(folder, out, "--steps", "1000000", "--minutes", "0.02", "--quiet") == 0
+    assert 0 < checkpoint.load(out / "last.pt")["counted"]["step"] < 1_000_000
+
+
+def test_two_processes(folder, tmp_path):
+    """torchrun of the README: one log, one set of checkpoints, and what one process with that batch gives."""
+    arguments = ["train", *TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "fastreg.train",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, *arguments[1:], "-o", str(tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert cli.main([*arguments, "-o", str(tmp_path / "one")]) == 0
+    one, two = ([float(r["loss"]) for r in rows(tmp_path / run / "log.csv")] for run in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+# Bad input
+
+
+def not_finite(folder, monkeypatch):
+    terms = command.models.VoxelMorph.terms
+
+    def broken(self, *arguments):
+        found = terms(self, *arguments)
+        return {**found, "similarity": found["similarity"] * (float("nan") if torch.is_grad_enabled() else 1)}
+
+    monkeypatch.setattr(command.models.VoxelMorph, "terms", broken)
+
+
+def test_not_finite_says_which_pair(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert train(folder, out, "--steps", "2", "--quiet") == 0
+    not_finite(folder, monkeypatch)
+    assert cli.main(["train", "--resume", "-o", str(out), "--steps", "9", "--quiet"]) == 2
+    line = one_line(capsys)
+    assert "step 2: the loss or its gradient is not finite" in line
+    told = json.loads((out / "not_finite.json").read_text(encoding="utf-8"))
+    assert told["step"] == 2
+    assert told["pairs"][0] in line
+    assert checkpoint.load(out / "last.pt")["counted"]["step"] == 2
+
+
+def test_existing_runs_are_not_replaced(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, "--quiet") == 0
+    assert train(folder, out, "--quiet") == 2
+    assert "already holds last.pt; --resume goes on with it, --force replaces it" in one_line(capsys)
+    assert train(folder, out, "--quiet", "--force", "--steps", "1") == 0
+    assert checkpoint.load(out / "last.pt")["counted"]["step"] == 1
+    assert [int(r["step"]) for r in rows(out / "validation.csv")] == [1]
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from fastreg import checkpoint, cli
+real = checkpoint.save
+def save(path, content):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    real(path, content)
+checkpoint.save = save
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(folder, tmp_path):
+    """Files cannot grow past 2000 bytes, as if there were no room."""
+    out = tmp_path / "run"
+    assert train(folder, out, "--quiet", "--steps", "2") == 0
+    before = (out / "last.pt").read_bytes()
+    assert len(before) > 2000
+    script = tmp_path / "full.py"
+    script.write_text(FULL, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), "train", "--resume", "-o", str(out), "--steps", "4", "--quiet"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "last.pt: cannot be saved" in line
+    assert "the previous one is kept" in line
+    assert (out / "last.pt").read_bytes() == before
+    assert sorted(os.listdir(out)) == sorted(set(command.FILES) - {command.BROKEN})
+
+
+def other_size(folder):
+    for k in range(3):
+        (folder / "labels" / f"s{k}.nii.gz").unlink()
+    grid = Geometry.of((17, 19), (1.0, 1.5))
+    io.write_image(folder / "images" / "s1.nii.gz", blob((9, 9), grid), grid)
+    io.write_image(
+        folder / "images" / "s2.nii.gz",
+        blob((9, 9), Geometry.of((15, 19), (1.0, 1.5))),
+        Geometry.of((15, 19), (1.0, 1.5)),
+    )
+
+
+def damaged(folder):
+    (folder / "images" / "s1.nii.gz").write_bytes(b"nothing of the kind")
+
+
+def three_axes(folder):
+    grid = Geometry.of((4, 20, 24), (1.0, 1.0, 1.5))
+    io.write_image(
+        folder / "images" / "s1.nii.gz", np.random.default_rng(0).random(grid.shape, dtype=np.float32), grid
+    )
+
+
+def other_labels(folder):
+    io.write_image(
+        folder / "labels" / "s0.nii.gz", np.ones((5, 5), np.uint8), Geometry.of((5, 5), (1.0, 1.0))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (damaged, [], "not an image SimpleITK can read"),
+        (other_size, ["--batch-size", "6"], "the images of a batch must have one size"),
+        (three_axes, [], "is 3D|is 2D"),
+        (other_labels, [], "must lie on the grid of"),
+        (None, ["--pairs", "nowhere"], "no such file or folder"),
+        (None, ["--set", "widths=3"], "--set takes NAME=VALUE with a name of"),
+        (None, ["--set", "weight"], "--set takes NAME=VALUE"),
+        (None, ["--set", "similarity=ssd"], "similarity must be one of"),
+        (None, ["--set", "encoder=5"], "VoxelMorph|voxelmorph"),
+        (None, ["--preset", "best"], "preset must be one of"),
+        (None, ["--method", "rrn", "--set", "radius=2"], "rrn registers 3D images, got 2D|--set takes"),
+        (None, ["--intensity", "5,1"], "the intensity must be"),
+        (None, ["--intensity", "a,b"], "--intensity must be comma-separated numbers"),
+        (None, ["--size", "3"], "size must have 2 numbers"),
+        (None, ["--crop", "1,2"], "--crop must be ranges"),
+        (None, ["--steps", "0"], "--steps must be at least 1"),
+        (None, ["--minutes", "-1"], "--minutes must be positive"),
+        (None, ["--learning-rate", "nan"], "--learning-rate must be positive"),
+        (None, ["--task", "intra"], "agree up to the last"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(folder, tmp_path, capsys, change, options, message):
+    if change is not None:
+        change(folder)
+    assert train(folder, tmp_path / "run", "--quiet", *options) == 2
+    line = one_line(capsys)
+    assert re.search(message, line), line
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_missing_arguments(tmp_path, capsys):
+    assert cli.main(["train", "-o", str(tmp_path / "run"), "--pairs", "x"]) == 2
+    assert "--method is missing" in one_line(capsys)
+    assert cli.main(["train", "-o", str(tmp_path / "run"), "--method", "rrn"]) == 2
+    assert "--pairs is missing" in one_line(capsys)
+    assert cli.main(["train", "-o", str(tmp_path / "run"), "--resume"]) == 2
+    assert "holds no last.pt to resume" in one_line(capsys)
+
+
+def test_resume_with_other_arguments(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, "--quiet") == 0
+    for options, message in (
+        (["--method", "prdfe"], "was started with --method voxelmorph, and cannot be resumed with prdfe"),
+        (["--learning-rate", "1"], "was started with --learning-rate None"),
+        (["--pairs", "elsewhere"], "was started with --pairs"),
+    ):
+        assert cli.main(["train", "--resume", "-o", str(out), *options]) == 2
+        assert message in one_line(capsys)
+
+
+def test_bad_checkpoints(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, "--quiet") == 0
+    content = torch.load(out / "last.pt", weights_only=True)
+
+    def apply(path):
+        status = cli.main(
+            ["apply", "--weights", str(path), *images(folder, 0, 1), "-o", str(tmp_path / "out")]
+        )
+        assert not (tmp_path / "out").exists()
+        assert status == 2
+        return one_line(capsys)
+
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes((out / "last.pt").read_bytes()[:-2000])
+    assert "not a checkpoint, or damaged" in apply(bad)
+    torch.save({"weights": {}}, bad)
+    assert "not a checkpoint of fastreg train" in apply(bad)
+    torch.save({**content, "method": "unet"}, bad)
+    assert "a checkpoint of 'unet', which this version does not have" in apply(bad)
+    torch.save({**content, "method": "prdfe"}, bad)
+    assert "its weights do not fit prdfe of this version" in apply(bad)
+    assert "no such file" in apply(tmp_path / "none.pt")
+    # A class of somebody's: not loaded, let alone run.
+    torch.save({**content, "preset": Path("x")}, bad)
+    assert "not a checkpoint, or damaged" in apply(bad)
+    bad.rename(out / "last.pt")
+    assert cli.main(["train", "--resume", "-o", str(out)]) == 2
+    assert "not a checkpoint, or damaged" in one_line(capsys)
+
+
+def test_apply_takes_what_goes_together(folder, tmp_path, capsys):
+    one, two = images(folder, 0, 1)
+    for arguments, message in (
+        (["--weights", "x.pt", one], "--weights takes FIXED and MOVING, got 1 image"),
+        (["--field", "x.nii.gz", one, two], "--field takes MOVING alone, got 2 images"),
+        (["--weights", "x.pt", one, two, "--points", "p.csv"], "--points goes with --field"),
+        (["--field", "x.nii.gz", one, "--mask", one], "--mask goes with --weights"),
+        (["--field", one, two], "must be a displacement field"),
+        ([one], "one of the arguments --weights --field is required"),
+    ):
+        assert cli.main(["apply", *arguments, "-o", str(tmp_path / "out")]) == 2
+        assert message in one_line(capsys)
+    assert cli.main(["register", one, two, "-o", str(tmp_path / "out"), "--steps", "3"]) == 2
+    assert "--steps goes with --method" in one_line(capsys)
+    assert cli.main(["register", one, two, "-o", str(tmp_path / "out"), *TINY, "--levels", "3"]) == 2
+    assert "--levels is a parameter of fastreg.register, not of --method voxelmorph" in one_line(capsys)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,219 @@
+"""The trainer: what seed and step decide, continuing, stopping, several processes."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastreg.models import R2N2, VoxelMorph
+from fastreg.training import RECIPES, NotFinite, Recipe, Sample, Training
+
+ROOT = Path(__file__).parent.parent
+
+
+def net(**options):
+    torch.manual_seed(0)
+    model = VoxelMorph(
+        encoder=(2, 2, 3, 3), decoder=(3, 3, 3, 2, 2, 2, 2), ndim=2, similarity="mse", **options
+    )
+    torch.nn.init.normal_(model.head.conv.weight, std=0.1)
+    return model
+
+
+def samples(count=5, shape=(16, 18), **options):
+    generator = torch.Generator().manual_seed(3)
+    images = [torch.rand(2, 1, 1, *shape, generator=generator) for _ in range(count)]
+    return [Sample(f"pair {k}", *pair, **options) for k, pair in enumerate(images)]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(steps, **options):
+    training = Training(net(), samples(), **options)
+    told = [training.advance() for _ in range(steps)]
+    return training, told
+
+
+def test_trains():
+    training, told = trained(60, recipe=Recipe(learning_rate=1e-2))
+    assert sum(t["loss"] for t in told[-10:]) < 0.95 * sum(t["loss"] for t in told[:10])
+    assert told[0]["loss"] == pytest.approx(told[0]["similarity"] + told[0]["regularity"])
+    assert 0 <= told[0]["folding"] <= 1
+    assert told[0]["gradient"] > 0
+    assert training.step == 60
+
+
+def test_a_step_is_adams():
+    """The first step by hand, with the gradient of the batch."""
+    recipe = Recipe(learning_rate=1e-2, batch_size=2)
+    training = Training(net(), samples(), recipe)
+    first = training.drawn(0)
+    training.advance()
+    model, chosen = net(), [samples()[k] for k in first]
+    fixed, moving = (torch.cat([getattr(s, side) for s in chosen]) for side in ("fixed", "moving"))
+    model.loss(fixed, moving, model(fixed, moving)).backward()
+    torch.optim.Adam(model.parameters(), lr=1e-2).step()
+    torch.testing.assert_close(weights(training.model), weights(model), rtol=1e-5, atol=1e-7)
+
+
+def test_each_epoch_takes_every_pair_once_in_its_own_order():
+    training = Training(net(), samples(6), Recipe(batch_size=2))
+    epochs = [[k for step in range(3 * e, 3 * e + 3) for k in training.drawn(step)] for e in range(3)]
+    assert all(sorted(e) == list(range(6)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) > 1
+    assert Training(net(), samples(6), Recipe(batch_size=2), seed=1).drawn(0) != epochs[0][:2]
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_continues_bit_for_bit(noisy):
+    """Also where the model draws noise."""
+
+    def build():
+        torch.manual_seed(0)
+        return R2N2(steps=2, widths=(2, 2, 4, 4), noise="weights") if noisy else net()
+
+    recipe = Recipe(learning_rate=1e-3, amsgrad=True, clip_gradient=0.05, plateau=1)
+    whole = Training(build(), samples(3), recipe)
+    for _ in range(4):
+        whole.advance()
+    kept = torch.load(_saved(whole.state()), weights_only=True)
+    rest = [whole.advance()["loss"] for _ in range(5)]
+    torch.manual_seed(99)
+    again = Training(build(), samples(3), recipe)
+    again.restore(kept)
+    assert [again.advance()["loss"] for _ in range(5)] == rest
+    assert torch.equal(weights(again.model), weights(whole.model))
+    assert again.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+
+
+def _saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def test_gradient_is_clipped():
+    loose, _ = trained(1, recipe=Recipe(learning_rate=1e-2))
+    norm = trained(1)[1][0]["gradient"]
+    model = net()
+    training = Training(model, samples(), Recipe(clip_gradient=norm / 10))
+    assert training.advance()["gradient"] == pytest.approx(norm)
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert float(total) == pytest.approx(norm / 10, rel=1e-4)
+    assert loose.step == 1
+
+
+def test_plateau_and_patience():
+    training = Training(net(), samples(2), Recipe(learning_rate=1.0, plateau=2, patience=5))
+    for loss in (3.0, 1.0, 2.0, 2.0):  # an epoch of mean 2, then one no better
+        training._count(loss)
+    assert training.optimizer.param_groups[0]["lr"] == 1.0
+    assert training.waited == 1
+    for _ in range(2):
+        training._count(2.5)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert not training.done
+    for _ in range(6):
+        training._count(2.5)
+    assert training.done
+    training._count(0.0), training._count(0.0)
+    assert not training.done
+
+
+def test_recipes_are_those_of_the_papers():
+    assert RECIPES["lindef"] == Recipe(1e-3, batch_size=2, plateau=50, patience=100, steps=30_000)
+    assert RECIPES["r2n2"].amsgrad
+    assert RECIPES["r2n2"].clip_gradient == 1.0
+    assert {m: r.learning_rate for m, r in RECIPES.items() if m not in ("lindef", "r2n2")} == {
+        "rrn": 1e-4, "f3rnet": 1e-5, "prdfe": 1e-4, "voxelmorph": 1e-4,
+    }  # fmt: skip
+    assert RECIPES["prdfe"].batch_size == 4
+
+
+def test_not_finite_stops_before_the_weights_change():
+    bad = samples()
+    bad[2].fixed[0, 0, 3, 3] = math.nan
+    training = Training(net(), bad)
+    while training.drawn(training.step) != [2]:
+        training.advance()
+    with pytest.raises(NotFinite, match=r"step \d: the loss .* not finite .* pair 2") as caught:
+        training.advance()
+    assert caught.value.names == ["pair 2"]
+    assert caught.value.step == training.step
+    assert weights(training.model).isfinite().all()
+
+
+def test_mask_takes_part():
+    half = torch.zeros(1, 1, 16, 18)
+    half[..., :9] = 1
+    whole = Training(net(), samples(1)).advance()["similarity"]
+    masked = Training(net(), samples(1, mask=half)).advance()["similarity"]
+    assert whole != masked
+    pairs = [*samples(1, mask=half), *samples(2)[1:]]
+    assert math.isfinite(Training(net(), pairs, Recipe(batch_size=2)).advance()["loss"])
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="at least one pair"):
+        Training(net(), [])
+    with pytest.raises(ValueError, match="batch_size must be"):
+        Training(net(), samples(), Recipe(batch_size=0))
+    mixed = [*samples(1), *samples(1, (17, 18))]
+    with pytest.raises(ValueError, match="must have one size, got 16x18, 17x18"):
+        Training(net(), mixed, Recipe(batch_size=2)).advance()
+
+
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from tests.test_training import net, samples, weights
+from fastreg.training import Recipe, Training
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+training = Training(net(), samples(), Recipe(learning_rate=1e-2, batch_size=2))
+told = [training.advance() for _ in range(3)]
+if dist.get_rank() == 0:
+    gradients = torch.cat([p.grad.flatten() for p in training.model.parameters()])
+    torch.save({"gradients": gradients, "weights": weights(training.model), "losses": [t["loss"] for t in told]}, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT), str(tmp_path / "out.pt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    one = Training(net(), samples(), Recipe(learning_rate=1e-2, batch_size=2))
+    losses = [one.advance()["loss"] for _ in range(3)]
+    gradients = torch.cat([p.grad.flatten() for p in one.model.parameters()])
+    assert two["losses"] == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(two["gradients"], gradients, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(two["weights"], weights(one.model), rtol=1e-3, atol=1e-5)
