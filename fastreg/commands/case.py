@@ -110,7 +110,6 @@ class Run:
             "folding": metrics.folding(u),
             "sdlogj": metrics.sdlogj(u),
         }
-        self.moved_labels = None
         scores = evaluation.scores(case, u)
         self.moved_labels = scores.pop("moved_labels", None)
         self.summary |= scores
