@@ -79,6 +79,25 @@ def plain(ax):
         ax.spines[side].set_visible(False)
 
 
+def spread(ax, values, ylabel):
+    """Each value, and the mean, by name."""
+    for k, (name, some) in enumerate(values.items()):
+        around = k + 0.28 * np.linspace(-1, 1, len(some)) if len(some) > 1 else [k]
+        ax.scatter(around, some, s=9, color=COLOURS[name], alpha=0.75, linewidths=0)
+        ax.hlines(np.mean(some), k - 0.36, k + 0.36, color=COLOURS[name], linewidth=2)
+        ax.annotate(
+            f"{np.mean(some):.3f}",
+            (k, np.max(some)),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
+    ax.set_xticks(range(len(values)), [name.replace(" without", "\nwithout") for name in values], rotation=20)
+    ax.set_ylabel(ylabel, fontsize=8)
+    plain(ax)
+
+
 def figure(width, height):
     """A figure that needs no display."""
     from matplotlib.figure import Figure

@@ -1,0 +1,77 @@
+"""The experiments on real scans run, and store a table and a picture: a few steps each, on small images where they can be."""
+
+import os
+
+import pytest
+
+from bench import common as bench
+from bench.experiments import common, f3rnet, inter_subject, lindef, rrn
+
+QUICK = ["--steps", "2", "--minutes", "5", "--threads", "2", "--device", "cpu"]
+needs_scans = pytest.mark.skipif(
+    not os.environ.get("FASTREG_DATA"), reason="FASTREG_DATA, the folder with the scans, is not set"
+)
+
+
+def ran(experiment, folder, *arguments, name=None):
+    name = name or experiment.__name__.split(".")[-1]
+    assert experiment.main([*QUICK, "--results", str(folder), *arguments]) == 0
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    rows = {r["method"]: r for r in bench.read_rows(folder / f"{name}.csv")}
+    for r in rows.values():
+        assert 0 <= float(r["folding"]) < 0.5
+    return rows
+
+
+@needs_scans
+def test_rrn(tmp_path):
+    methods = ["RRN", "VoxelMorph-2"]
+    rows = ran(rrn, tmp_path, "--size", "16", "32", "32", "--methods", *methods)
+    assert list(rows) == ["identity", *methods]
+    assert float(rows["identity"]["tre_mm"]) == pytest.approx(3.89, abs=0.01)
+    assert all(2 < float(r["tre_mm"]) < 10 for r in rows.values())
+    assert rows["RRN"]["steps"] == "2"
+    assert rows["RRN"]["ended"] == "steps"
+
+
+@needs_scans
+def test_lindef(tmp_path):
+    methods = ["LinDef", "LinDef without affine"]
+    rows = ran(lindef, tmp_path, "--offsets", "1", "--methods", *methods)
+    assert list(rows) == ["identity", *methods]
+    # After two steps from the identity nothing has changed much.
+    assert all(0.3 < float(r["dice"]) < 0.9 for r in rows.values())
+
+
+@needs_scans
+def test_f3rnet(tmp_path):
+    rows = ran(f3rnet, tmp_path, "--methods", "F3RNet mrb", "fastreg.register")
+    assert list(rows) == ["identity", "F3RNet mrb", "fastreg.register"]
+    assert float(rows["identity"]["dice"]) == pytest.approx(0.852, abs=0.001)
+    assert float(rows["fastreg.register"]["dice"]) > 0.9
+    table = {r["net"]: r for r in bench.read_rows(tmp_path / "f3rnet_parameters.csv")}
+    assert len(table) == 9
+    assert table["F3RNet mrb"]["fit"] == "288083"
+
+
+@needs_scans
+def test_inter_subject(tmp_path):
+    rows = ran(inter_subject, tmp_path, "--methods", "VoxelMorph-1", "PRDFE")
+    assert list(rows) == ["identity", "VoxelMorph-1", "PRDFE"]
+    assert float(rows["identity"]["dice"]) == pytest.approx(0.590, abs=0.001)
+
+
+@needs_scans
+def test_training_pairs_follow_from_their_number():
+    scans = inter_subject.images(common.scans("hippocampusmr_msd04"))
+    people = inter_subject.People(scans[:3], 2)
+    again, other = people[5], people[6]
+    assert (people[5].fixed == again.fixed).all()
+    assert not (other.fixed == again.fixed).all()
+
+
+def test_without_the_scans_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("FASTREG_DATA", raising=False)
+    for experiment in (rrn, lindef, f3rnet, inter_subject):
+        assert experiment.main(["--no-store"]) == 2
+        assert "FASTREG_DATA" in capsys.readouterr().err
