@@ -45,9 +45,9 @@ def descriptors(case):
     """Slices of the padded image, separable means: the best form without a kernel of one's own."""
     o = {"neighbourhood": "ssc", "patch": "box", **case.params}
     radius, dilation, ssc = o["radius"], o["dilation"], o["neighbourhood"] == "ssc"
-    k = torch.arange(-radius, radius + 1).double()
-    weights = torch.exp(-(k**2) / (2 * 0.5**2)) if o["patch"] == "gaussian" else torch.ones_like(k)
-    weights = (weights / weights.sum()).tolist()
+    gaussian = o["patch"] == "gaussian"
+    weights = [math.exp(-(k**2) / (2 * 0.5**2)) if gaussian else 1.0 for k in range(-radius, radius + 1)]
+    weights = [w / sum(weights) for w in weights]
 
     def at(padded, offset):
         steps = [dilation * (1 if s == "+" else -1) * (a == "zyx"[i]) for i in range(3) for s, a in [offset]]

@@ -210,10 +210,10 @@ def report(args):
     }
 
 
-def fresh(arguments):
-    """Runs memory.py in a process of its own and returns its report."""
+def fresh(arguments, script=__file__):
+    """Runs a script in a process of its own, as --child, and returns its report."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, str(Path(__file__).resolve()), *map(str, arguments), "--child"]
+    command = [sys.executable, str(Path(script).resolve()), *map(str, arguments), "--child"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]

@@ -342,8 +342,15 @@ def real_table(results):
 
 
 def tables(results):
+    from bench import models
+
     rows = [r for device in ("cpu", "cuda") for r in common.read_rows(results / f"{device}.csv")]
-    return {"ops": ops_table(results), "bench": speed_tables(rows), "real": real_table(results)}
+    return {
+        "ops": ops_table(results),
+        "bench": speed_tables(rows),
+        "models": models.tables(results),
+        "real": real_table(results),
+    }
 
 
 def write_readme(path, results):

@@ -1,5 +1,6 @@
 """The benchmarks: providers pass the gate, red ones are refused, rows and tables are whole."""
 
+import contextlib
 import csv
 import math
 import os
@@ -7,16 +8,19 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import fastreg  # noqa: E402
-from bench import common, memory, run  # noqa: E402
+from bench import clock, common, memory, models, run  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
 
 N16 = (16, 16, 16)
@@ -337,7 +341,9 @@ def test_real_table(tmp_path):
 
 def test_readme(tmp_path):
     readme = tmp_path / "README.md"
-    markers = "\n".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in ("ops", "bench", "real"))
+    markers = "\n".join(
+        f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in ("ops", "bench", "models", "real")
+    )
     readme.write_text(f"# head\n{markers}\ntail\n", encoding="utf-8")
     common.append_rows(tmp_path / "cpu.csv", [row()])
     args = ["--write-readme", "--results", str(tmp_path), "--readme", str(readme)]
@@ -377,6 +383,107 @@ def test_memory_of_ours_and_bad_requests():
     }.items():
         with pytest.raises(SystemExit, match=text):
             memory.report(memory.parser().parse_args(arguments))
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", models.SUBJECTS)
+def test_saved_bytes_of_models(name):
+    """What is counted without computing is what a step really keeps, in each form."""
+    if fastreg.backends()["warp"]["cpu"].startswith("PyTorch"):
+        pytest.skip("the reference of lcc_loss has no saved-tensor hooks")
+    subject = models.SUBJECTS[name]
+    counts = {form: models.saved_bytes(subject, form, subject.gate) for form in models.FORMS}
+    real = {form: models.saved_bytes(subject, form, subject.gate, fake=False) for form in models.FORMS}
+    assert counts == real
+    assert counts["fastreg"] < counts["stock ops"] <= counts["plain"]
+    assert counts["fastreg, blocks"] < counts["plain, blocks"]
+
+
+@pytest.mark.parametrize("name", [n for n, s in models.SUBJECTS.items() if s.goal])
+def test_models_keep_what_they_may(name):
+    """The goals, at the papers' sizes."""
+    subject = models.SUBJECTS[name]
+    form, limit = subject.goal
+    plain = models.saved_bytes(subject, "plain", subject.paper)
+    assert models.saved_bytes(subject, form, subject.paper) <= limit * plain
+
+
+@pytest.mark.parametrize("name", models.SUBJECTS)
+def test_gate_of_models(name):
+    verdict = models.gate(models.SUBJECTS[name])
+    assert verdict.ok, verdict.text
+
+
+@pytest.mark.parametrize("form", ["fastreg", "stock ops"])
+@pytest.mark.parametrize("name", ["voxelmorph", "r2n2"])
+def test_clock_of_ops(name, form, monkeypatch):
+    """It changes no number, and counts each op forward and backward, one after the other."""
+    subject = models.SUBJECTS[name]
+    if name == "r2n2":
+        subject = replace(subject, options={"steps": 2, "widths": (4, 6, 8, 10)})
+    images = models.pair(subject.gate)
+    results, events = [], []
+    for method in ("start", "stop"):
+        monkeypatch.setattr(clock.Clock, method, lambda self, m=method: events.append(m))
+    for context in (contextlib.nullcontext, lambda: clock.running(clock.Clock("cpu"))):
+        with models.of_form(form), context():
+            model = subject.build(form).eval()
+            loss = models.train(model, *images)
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    # VoxelMorph: warp, LCC, diffusion. R2N2: twice Gaussian, two warps, MSE, one of the warps without effect; and TV.
+    calls, dead = {"voxelmorph": (3, 0), "r2n2": (2 * 4 + 1, 1)}[name]
+    assert events == ["start", "stop"] * (2 * calls - dead)
+
+
+def small_models(monkeypatch, tmp_path, *extra):
+    monkeypatch.setattr(models, "fresh_peak", lambda *args: 10**6)
+    args = ["voxelmorph", "--shape", "16", "16", "16", "--budget", "0", "--results", str(tmp_path)]
+    return models.main([*args, *extra])
+
+
+def test_rows_of_models(monkeypatch, tmp_path):
+    assert small_models(monkeypatch, tmp_path, "--check") == 0
+    assert not list(tmp_path.iterdir())
+    assert small_models(monkeypatch, tmp_path) == 0
+    rows = common.read_rows(tmp_path / models.RESULTS)
+    subject = models.SUBJECTS["voxelmorph"]
+    shapes = ["x".join(map(str, s)) for s in (subject.paper, (16, 16, 16), *subject.sizes)]
+    assert [(r["shape"], r["form"]) for r in rows] == [(s, f) for s in shapes for f in models.FORMS]
+    timed = {r["form"]: r for r in rows if r["step_p50_ms"]}
+    assert tuple(timed) == models.TIMED
+    ours, stock = timed["fastreg"], timed["stock ops"]
+    assert float(ours["step_ratio"]) == 1
+    assert 0 < float(stock["ops_share"]) < 1
+    assert float(ours["bound"]) == pytest.approx(1 / (1 - float(stock["ops_share"])), rel=1e-3)
+    reached = float(stock["step_ratio"]) / float(ours["bound"])
+    assert float(ours["reached"]) == pytest.approx(reached, rel=1e-3)
+    text = run.tables(tmp_path)["models"]
+    assert "| VoxelMorph-2, LCC | 256x256x256 | fastreg, of plain net |" in text
+    assert text.count("| 0.6 | yes |") == len(shapes)
+    assert "| VoxelMorph-2, LCC | 16x16x16 | stock ops |" in text
+    monkeypatch.setattr(models, "run_model", lambda *args: [{"model": "voxelmorph"}])
+    assert small_models(monkeypatch, tmp_path, "--no-store") == 0
+    assert common.read_rows(tmp_path / models.RESULTS) == rows
+
+
+def test_red_models_are_refused(monkeypatch, tmp_path, capsys):
+    loss = fastreg.models.VoxelMorph.loss
+    # Of fastreg's form alone: the plain net is in fp64.
+    wrong = lambda self, f, *a: loss(self, f, *a) * (1.001 if f.dtype == torch.float32 else 1)  # noqa: E731
+    monkeypatch.setattr(fastreg.models.VoxelMorph, "loss", wrong)
+    assert small_models(monkeypatch, tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+    assert "refused, because the gate is red: voxelmorph" in capsys.readouterr().out
+
+
+def test_peak_of_models():
+    """In a fresh process: no less than what is kept."""
+    shape, args = (32, 32, 32), SimpleNamespace(device="cpu", threads=2)
+    saved = models.saved_bytes(models.SUBJECTS["voxelmorph"], "fastreg", shape)
+    assert saved < models.fresh_peak("voxelmorph", "fastreg", shape, args) < 20 * saved
 
 
 def test_pytest_benchmark():

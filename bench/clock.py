@@ -1,0 +1,95 @@
+"""Time that a model's step spends in the ops, forward and backward.
+
+Autograd runs the nodes of a device in the reverse order of their making. The backward of an op is therefore what runs
+between the backward of an identity behind it and that of one before it.
+"""
+
+import contextlib
+import time
+from unittest import mock
+
+import torch
+
+from bench import common, stock_ops
+from fastreg import models
+
+
+class Clock:
+    """Seconds spent in ops."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.since = device, 0.0, None
+
+    def start(self):
+        common.synchronize(self.device)
+        self.since = time.perf_counter()
+
+    def stop(self):
+        common.synchronize(self.device)
+        self.seconds += time.perf_counter() - self.since
+        self.since = None
+
+
+class _Before(torch.autograd.Function):
+    """Identity before an op: its backward runs when that of the op has ended."""
+
+    @staticmethod
+    def forward(ctx, clock, *tensors):
+        ctx.clock = clock
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.clock.stop()
+        return None, *grads
+
+
+class _Behind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, clock, tensor):
+        ctx.clock = clock
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.clock.start()
+        return None, grad
+
+
+def clocked(function, clock):
+    def call(*args, **options):
+        values = [*args, *options.values()]
+        at = [k for k, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad]
+        if at and torch.is_grad_enabled():
+            for k, v in zip(at, _Before.apply(clock, *(values[k] for k in at)), strict=True):
+                values[k] = v
+        clock.start()
+        n = len(args)
+        result = function(*values[:n], **dict(zip(options, values[n:], strict=True)))
+        clock.stop()
+        return _Behind.apply(clock, result) if result.requires_grad else result
+
+    return call
+
+
+class _Clocked:
+    """The ops a model calls, on a clock."""
+
+    def __init__(self, ops, clock):
+        self._ops, self._clock = ops, clock
+
+    def __getattr__(self, name):
+        return clocked(getattr(self._ops, name), self._clock)
+
+
+@contextlib.contextmanager
+def running(clock):
+    """Inside, the ops that models call count on the clock: fastreg's, or those installed."""
+    with contextlib.ExitStack() as stack:
+        for module in stock_ops.MODULES:
+            stack.enter_context(mock.patch.object(module, "ops", _Clocked(module.ops, clock)))
+        similarities = models.voxelmorph.SIMILARITIES
+        timed = {name: clocked(f, clock) for name, f in similarities.items()}
+        stack.enter_context(mock.patch.dict(similarities, timed))
+        yield
