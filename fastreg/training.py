@@ -137,7 +137,7 @@ class Training:
         chosen, at = [], step * size
         while len(chosen) < size:
             order = torch.randperm(
-                n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + at // n)
+                n, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + at // n) % 2**63)
             )
             chosen.append(int(order[at % n]))
             at += 1
@@ -159,8 +159,10 @@ class Training:
             )
         masks = [s.mask for s in samples]
         if any(m is not None for m in masks):
+            # Of mean 1, so that pairs count alike and a batch can be split between processes.
             masks = [
-                torch.ones_like(s.fixed) if m is None else m for m, s in zip(masks, samples, strict=True)
+                torch.ones_like(s.fixed) if m is None else m / m.mean().clamp_min(1e-30)
+                for m, s in zip(masks, samples, strict=True)
             ]
             mask = torch.cat(masks).to(self.device)
         else:
@@ -178,7 +180,7 @@ class Training:
         """
         names, fixed, moving, mask = self._batch()
         # What a model draws at random hangs on nothing but seed, step and process.
-        torch.manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.rank)
+        torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1009 + self.rank) % 2**63)
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             terms, displacement = self.loss(fixed, moving, mask)
@@ -247,8 +249,12 @@ class Training:
         }
 
     def restore(self, state):
-        """Continues where `state` was taken."""
+        """Continues where `state` was taken. KeyError, TypeError, ValueError, RuntimeError where it is another training's."""
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # The fused step writes to them unchecked.
+        for parameter, kept in self.optimizer.state.items():
+            if any(v.shape not in (parameter.shape, ()) for v in kept.values()):
+                raise ValueError("fastreg::train: the optimiser's state must fit the weights")
         for name in self.COUNTED:
             setattr(self, name, state["counted"][name])

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def samples(count=5, shape=(16, 18), **options):
     generator = torch.Generator().manual_seed(3)
     images = [torch.rand(2, 1, 1, *shape, generator=generator) for _ in range(count)]
     return [Sample(f"pair {k}", *pair, **options) for k, pair in enumerate(images)]
+
+
+def masked():
+    """Each with another mask, the last one with none."""
+    found = samples()
+    for k in range(4):
+        mask = torch.zeros(1, 1, 16, 18)
+        mask[..., : 2 + 4 * k] = 1 + k
+        found[k] = replace(found[k], mask=mask)
+    return found
 
 
 def weights(model):
@@ -176,12 +187,12 @@ import sys
 import torch
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from tests.test_training import net, samples, weights
+from tests.test_training import masked, net, weights
 from fastreg.training import Recipe, Training
 
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
-training = Training(net(), samples(), Recipe(learning_rate=1e-2, batch_size=2))
+training = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
 told = [training.advance() for _ in range(3)]
 if dist.get_rank() == 0:
     gradients = torch.cat([p.grad.flatten() for p in training.model.parameters()])
@@ -211,7 +222,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     two = torch.load(tmp_path / "out.pt", weights_only=True)
-    one = Training(net(), samples(), Recipe(learning_rate=1e-2, batch_size=2))
+    one = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
     losses = [one.advance()["loss"] for _ in range(3)]
     gradients = torch.cat([p.grad.flatten() for p in one.model.parameters()])
     assert two["losses"] == pytest.approx(losses, rel=1e-5)
