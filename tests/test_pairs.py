@@ -217,6 +217,11 @@ def test_other_grids_and_masks(tmp_path):
     assert sample.mask[:, :, :4, :9, :7].min() == 1
     assert sample.mask[:, :, 4:].max() == 0
     assert sample.mask[:, :, :, 10:].max() == 0
+    for value in (-1, 0):
+        io.write_image(tmp_path / "mask.nii.gz", np.full(GRID.shape, value, np.int16), GRID)
+        with pytest.raises(InputError, match="a mask must be 0 or more everywhere"):
+            Pairs(find_pairs(table), Preprocessing())[0]
+    io.write_image(tmp_path / "mask.nii.gz", mask, GRID)
     case = read_case(find_pairs(table)[0])
     case.mask[:] = 0
     case.mask[-1] = 1

@@ -92,6 +92,14 @@ def read_labels(path, grid, image):
     return array
 
 
+def read_mask(path, grid, image):
+    """Weights on the grid of an image."""
+    array = read_beside(path, grid, image)
+    if array.min() < 0 or not array.any():
+        raise InputError(f"{path}: a mask must be 0 or more everywhere, and more somewhere")
+    return array
+
+
 def _read_points(paths, grids, warn):
     points = [io.read_landmarks(path, grids[0].nd) for path in paths]
     if len(points[0]) != len(points[1]):
@@ -121,9 +129,7 @@ def read_case(pair, warn=lambda message: None):
         if not (case.fixed_labels.any() or case.moving_labels.any()):
             raise InputError(f"{pair.fixed_labels} and {pair.moving_labels} hold background only")
     if pair.mask:
-        case.mask = read_beside(pair.mask, fixed_grid, pair.fixed)
-        if case.mask.min() < 0 or not case.mask.any():
-            raise InputError(f"{pair.mask}: a mask must be 0 or more everywhere, and more somewhere")
+        case.mask = read_mask(pair.mask, fixed_grid, pair.fixed)
     return case
 
 
@@ -270,7 +276,7 @@ class Pairs:
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
         if fixed_grid.nd != moving_grid.nd:
             raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
-        mask = read_beside(pair.mask, fixed_grid, pair.fixed) if pair.mask else None
+        mask = read_mask(pair.mask, fixed_grid, pair.fixed) if pair.mask else None
         case = Case(pair.name, fixed, fixed_grid, moving, moving_grid, mask=mask)
         return sample_of(case, self.preprocessing, self.ndim)[0]
 

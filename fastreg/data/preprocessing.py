@@ -1,5 +1,6 @@
 """From a scan on its own grid to what a net takes, and from the net's displacement back."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from fastreg import io, ops
 from fastreg.io import InputError
 
 INTENSITIES = ("percentiles", "minmax", "zscore")
+MOST = 2**40  # voxels of a grid
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Preprocessing:
 
     def __post_init__(self):
         i = self.intensity
-        if i not in INTENSITIES and not (isinstance(i, (tuple, list)) and len(i) == 2 and i[0] < i[1]):
+        window = isinstance(i, (tuple, list)) and len(i) == 2 and -math.inf < i[0] < i[1] < math.inf
+        if not window and i not in INTENSITIES:
             raise InputError(f"the intensity must be one of {', '.join(INTENSITIES)} or LOW,HIGH, got {i}")
         if self.size is not None and self.spacing is not None:
             raise InputError("size and spacing exclude each other")
         for name in ("size", "spacing"):
             value = getattr(self, name)
-            if value is not None and min(value) <= (1 if name == "size" else 0):
+            least = 1 if name == "size" else 0
+            if value is not None and not all(least < v < math.inf for v in value):
                 raise InputError(
                     f"{name} must be {'at least 2' if name == 'size' else 'positive'}, got {value}"
                 )
@@ -58,11 +62,13 @@ class Preprocessing:
             size = self.size
         elif self.spacing is not None:
             size = tuple(
-                max(2, round((n - 1) * s / new) + 1)
+                max(2, round(min((n - 1) * s / new, MOST)) + 1)
                 for n, s, new in zip(cut, step, self.spacing, strict=True)
             )
         else:
             size = cut
+        if math.prod(size) > MOST:
+            raise InputError(f"size or spacing ask for too many voxels, {'x'.join(map(str, size))}")
         step = tuple(s * (n - 1) / (m - 1) for s, n, m in zip(step, cut, size, strict=True))
         origin = fixed.to_physical(start)
         return io.Geometry(tuple(size)[::-1], step[::-1], tuple(float(v) for v in origin), fixed.direction)
