@@ -2,11 +2,13 @@
 
 import io as _io
 import os
+import warnings
 
 import torch
 
 from fastreg import models
 from fastreg._version import __version__
+from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import InputError, replacing
 
 FORMAT = "fastreg checkpoint 1"
@@ -37,7 +39,9 @@ def load(path):
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     try:
-        content = torch.load(stored, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other programs' files
+            content = torch.load(stored, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what it likes for bytes that are none of its
         raise InputError(f"{path}: not a checkpoint, or damaged") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not set(KEYS) <= set(content):
@@ -48,7 +52,7 @@ def load(path):
 def build(content, path):
     """The model of what `load` returned, with its weights."""
     method = content["method"]
-    if method not in models.MODELS:
+    if not isinstance(method, str) or method not in models.MODELS:
         raise InputError(f"{path}: a checkpoint of {method!r}, which this version does not have")
     try:
         model = models.MODELS[method](**content["arguments"])
@@ -56,3 +60,11 @@ def build(content, path):
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: its weights do not fit {method} of this version") from error
     return model.eval()
+
+
+def preprocessing(content, path):
+    """The Preprocessing of what `load` returned."""
+    try:
+        return Preprocessing(**content["preprocessing"])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its preprocessing is none of this version's") from error

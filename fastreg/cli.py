@@ -69,9 +69,11 @@ def main(argv=None):
         message = _line(error)
     except (ValueError, TypeError) as error:
         # Ours name the op; others are bugs and keep their traceback.
-        if not str(error).startswith("fastreg::"):
+        if not str(error).startswith(("fastreg::", "fastreg.models.")):
             raise
-        message = _line(error).replace("fastreg::register: ", "", 1).replace("fastreg::train: ", "", 1)
+        message = _line(error)
+        for prefix in ("fastreg::register: ", "fastreg::train: ", "fastreg.models."):
+            message = message.removeprefix(prefix)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise

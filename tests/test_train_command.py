@@ -1,7 +1,9 @@
 """`fastreg train`, `apply` and `register --method`, as users call them: files, continuing, bad input."""
 
+import copy
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -405,7 +407,7 @@ def other_labels(folder):
         (None, ["--set", "widths=3"], "--set takes NAME=VALUE with a name of"),
         (None, ["--set", "weight"], "--set takes NAME=VALUE"),
         (None, ["--set", "similarity=ssd"], "similarity must be one of"),
-        (None, ["--set", "encoder=5"], "VoxelMorph|voxelmorph"),
+        (None, ["--set", "encoder=(2,2)"], "encoder must have 4 widths"),
         (None, ["--preset", "best"], "preset must be one of"),
         (None, ["--method", "rrn", "--set", "radius=2"], "rrn registers 3D images, got 2D|--set takes"),
         (None, ["--intensity", "5,1"], "the intensity must be"),
@@ -415,16 +417,109 @@ def other_labels(folder):
         (None, ["--steps", "0"], "--steps must be at least 1"),
         (None, ["--minutes", "-1"], "--minutes must be positive"),
         (None, ["--learning-rate", "nan"], "--learning-rate must be positive"),
+        (None, ["--set", "weight=abc"], "--set weight must be of the kind of its default, 1.0, got 'abc'"),
+        (None, ["--set", "encoder=(0,2,2,2)"], "--set encoder must be of the kind of its default"),
+        (None, ["--set", "ndim=3"], r"VoxelMorph: fixed must have shape \(N, 1, D, H, W\)"),
+        (None, ["--spacing", "nan,1"], "spacing must be positive"),
+        (None, ["--spacing", "1e-300,1"], "too many voxels"),
+        (None, ["--size", f"{10**22},3"], "too many voxels"),
+        (None, ["--intensity=-inf,inf"], "the intensity must be"),
+        (None, ["--intensity", "-2,-1"], "must not be constant between the intensities -2 and -1"),
+        (None, ["--threads", "100000"], "--threads must be at least 1 and at most 1024"),
+        (three_axes, ["--validation", "{csv}"], "the net registers 2D images, got 3D"),
         (None, ["--task", "intra"], "agree up to the last"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(folder, tmp_path, capsys, change, options, message):
     if change is not None:
         change(folder)
-    assert train(folder, tmp_path / "run", "--quiet", *options) == 2
+    pairs, table = folder, tmp_path / "solid.csv"
+    if "{csv}" in options:
+        table.write_text(f"fixed,moving\n{','.join(images(folder, 1, 1))}\n", encoding="utf-8")
+        pairs = tmp_path / "flat.csv"
+        pairs.write_text(f"fixed,moving\n{','.join(images(folder, 0, 2))}\n", encoding="utf-8")
+    options = [option.format(csv=table) for option in options]
+    assert train(pairs, tmp_path / "deep" / "run", "--quiet", *options) == 2
     line = one_line(capsys)
     assert re.search(message, line), line
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("options", [["--pairs", "nowhere"], ["--set", "ndim=3"], ["--batch-size", "6"]])
+def test_force_replaces_a_run_only_by_one_that_does_a_step(folder, tmp_path, capsys, options):
+    out = tmp_path / "run"
+    assert train(folder, out, "--quiet") == 0
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    if "--batch-size" in options:
+        other_size(folder)
+    assert train(folder, out, "--quiet", "--force", *options) == 2
+    one_line(capsys)
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
+def test_inputs_are_not_replaced(folder, tmp_path, capsys):
+    table = tmp_path / "validation.csv"
+    table.write_text(f"fixed,moving\n{','.join(images(folder, 0, 1))}\n", encoding="utf-8")
+    before = table.read_bytes()
+    assert train(table, tmp_path, "--quiet", "--force") == 2
+    assert "validation.csv: is an input, and an output would replace it" in one_line(capsys)
+    assert table.read_bytes() == before
+    assert train(folder / "images", folder / "images", "--quiet") == 2
+    assert "holds the images, and validation.png would be one of them" in one_line(capsys)
+    assert train(folder, "", "--quiet") == 2
+    assert "the output folder must have a name" in one_line(capsys)
+    assert train(folder, folder, "--quiet") == 0
+
+
+def test_one_run_at_a_time_in_a_folder(folder, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("fcntl")
+    out, advance, told = tmp_path / "run", command.Training.advance, []
+
+    def another(self):
+        if not told:
+            told.append(None)
+            told.append(train(folder, out, "--quiet", "--force"))
+        return advance(self)
+
+    monkeypatch.setattr(command.Training, "advance", another)
+    assert train(folder, out, "--quiet") == 0
+    assert told[1] == 2
+    assert "another run is writing to it" in one_line(capsys)
+
+
+def test_half_a_line_of_a_killed_run(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out, "--quiet") == 0
+    for name, rest in (("log.csv", "1"), ("validation.csv", "2,\0")):
+        with open(out / name, "a", encoding="utf-8") as stream:
+            stream.write(rest)
+    assert cli.main(["train", "--resume", "-o", str(out), "--quiet", "--steps", "6"]) == 0
+    assert [int(r["step"]) for r in rows(out / "log.csv")] == [1, 2, 3, 4, 5, 6]
+    assert [int(r["step"]) for r in rows(out / "validation.csv")] == [2, 4, 6]
+    (out / "log.csv").write_bytes(b"\xff\xfe")
+    assert cli.main(["train", "--resume", "-o", str(out), "--quiet", "--steps", "7"]) == 2
+    assert "log.csv: not a table of fastreg train" in one_line(capsys)
+
+
+def test_ignored_interrupts_stay_ignored(folder, tmp_path, monkeypatch):
+    """As of a run that a shell started with & or nohup."""
+    advance = command.Training.advance
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    monkeypatch.setattr(command.Training, "advance", interrupted)
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert train(folder, tmp_path / "run", "--quiet") == 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_any_seed(folder, tmp_path):
+    for k, seed in enumerate(("-5", "1764353202000", "99999999999999999999")):
+        assert train(folder, tmp_path / str(k), "--quiet", "--steps", "1", "--seed", seed) == 0
 
 
 def test_missing_arguments(tmp_path, capsys):
@@ -470,7 +565,29 @@ def test_bad_checkpoints(folder, tmp_path, capsys):
     assert "a checkpoint of 'unet', which this version does not have" in apply(bad)
     torch.save({**content, "method": "prdfe"}, bad)
     assert "its weights do not fit prdfe of this version" in apply(bad)
+    torch.save({**content, "method": ["rrn"]}, bad)
+    assert "which this version does not have" in apply(bad)
+    torch.save({**content, "preprocessing": {"sharpness": 1}}, bad)
+    assert "its preprocessing is none of this version's" in apply(bad)
+    weights = {name: w * math.nan for name, w in content["weights"].items()}
+    torch.save({**content, "weights": weights}, bad)
+    assert "s1.nii.gz → s0.nii.gz: the net's displacement is not finite" in apply(bad)
     assert "no such file" in apply(tmp_path / "none.pt")
+    # States of a training that cannot be gone on with.
+    optimizer = copy.deepcopy(content["optimizer"])
+    optimizer["state"][0]["exp_avg"] = torch.zeros(3)
+    for changed in (
+        {"counted": {}},
+        {"weights": {}},
+        {"optimizer": optimizer},
+        {"best": None},
+        {"settings": 0},
+    ):
+        torch.save({**content, **changed}, out / "last.pt")
+        assert cli.main(["train", "--resume", "-o", str(out), "--steps", "9"]) == 2
+        assert re.search(
+            "does not fit a training of voxelmorph|holds no state of a training", one_line(capsys)
+        )
     # A class of somebody's: not loaded, let alone run.
     torch.save({**content, "preset": Path("x")}, bad)
     assert "not a checkpoint, or damaged" in apply(bad)
@@ -495,4 +612,8 @@ def test_apply_takes_what_goes_together(folder, tmp_path, capsys):
     assert "--steps goes with --method" in one_line(capsys)
     assert cli.main(["register", one, two, "-o", str(tmp_path / "out"), *TINY, "--levels", "3"]) == 2
     assert "--levels is a parameter of fastreg.register, not of --method voxelmorph" in one_line(capsys)
+    for rate in ("-1", "nan", "0.1,0.2"):
+        options = ["-o", str(tmp_path / "out"), *TINY, "--learning-rate", rate]
+        assert cli.main(["register", one, two, *options]) == 2
+        assert "--learning-rate must be one positive number" in one_line(capsys)
     assert not (tmp_path / "out").exists()

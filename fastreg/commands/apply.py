@@ -7,7 +7,6 @@ import torch
 
 from fastreg import checkpoint, io, report
 from fastreg.data.pairs import read_labels, sample_of
-from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import InputError
 from fastreg.metrics import move_points
 
@@ -68,7 +67,7 @@ def _apply_net(args):
     device = device_of(args)
     content = checkpoint.load(args.weights)
     model = checkpoint.build(content, args.weights).to(device)
-    preprocessing = Preprocessing(**content["preprocessing"])
+    preprocessing = checkpoint.preprocessing(content, args.weights)
     with io.output_folder(args.out, OUTPUTS, replace=args.force) as folder:
         case = read_case(args)
         sample, grid = sample_of(case, preprocessing, model.ndim, warn)

@@ -77,8 +77,8 @@ def preprocessing_of(args, method):
 
 
 def _settings(cls, given):
-    known = [name for name in inspect.signature(cls).parameters if name != "self"]
-    options = {}
+    parameters = inspect.signature(cls).parameters
+    known, options = list(parameters), {}
     for text in given or ():
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
@@ -86,9 +86,24 @@ def _settings(cls, given):
             raise InputError(f"--set takes NAME=VALUE with a name of {', '.join(known)}, got {text}")
         try:
             options[name] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             options[name] = value.strip()
+        default = parameters[name].default
+        if not _like(options[name], default):
+            raise InputError(f"--set {name} must be of the kind of its default, {default!r}, got {value!r}")
     return options
+
+
+def _like(value, default):
+    """Whether a value can stand for a default: a finite number for a number, positive whole ones for a tuple of widths, ..."""
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list)) and all(type(v) is int and v > 0 for v in value)
+    if default is None and isinstance(value, (bool, dict, type(None))):
+        return True
+    numbers = (int,) if type(default) is int else (int, float)
+    return type(value) in numbers and abs(value) < 1e30
 
 
 def model_of(args, method, ndim):
@@ -101,7 +116,9 @@ def model_of(args, method, ndim):
         options.setdefault("ndim", ndim)
     try:
         return cls.from_preset(args.preset or "paper", **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
         if not str(error).startswith("fastreg.models."):
             raise InputError(f"{method} cannot be built with {options}: {error}") from error
         raise InputError(str(error).removeprefix("fastreg.models.")) from error
@@ -109,8 +126,10 @@ def model_of(args, method, ndim):
 
 @torch.no_grad()
 def predict(model, sample, grid, case, preprocessing):
-    """What the net makes of a Sample on its grid: the displacement on the case's fixed grid, on the CPU."""
+    """What the net makes of a Sample on its grid: the displacement on the case's fixed grid, on the CPU. InputError: no number."""
     model.eval()
     device = next(model.parameters()).device
     u = model(sample.fixed.to(device), sample.moving.to(device)).displacement
+    if not u.isfinite().all():
+        raise InputError(f"{case.title}: the net's displacement is not finite")
     return preprocessing.displacement(u.float().cpu(), grid, case.fixed_grid)

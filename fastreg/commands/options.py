@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 
 import torch
@@ -11,7 +12,11 @@ from fastreg.io import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are InputError, one line."""
+    """Whose errors are InputError, one line; `-1000,-100` is a value, not an option."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-[\d.]")
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -55,8 +60,8 @@ numbers.__name__ = "number"  # argparse names it in its message
 def device_of(args):
     """The torch.device that the arguments ask for; sets the number of threads."""
     if args.threads is not None:
-        if args.threads < 1:
-            raise InputError(f"--threads must be at least 1, got {args.threads}")
+        if not 1 <= args.threads <= 1024:  # OpenMP crashes where the system refuses it a thread
+            raise InputError(f"--threads must be at least 1 and at most 1024, got {args.threads}")
         torch.set_num_threads(args.threads)
     name = args.device
     if name is None:

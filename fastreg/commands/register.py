@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import math
 import time
 from dataclasses import replace
 
@@ -140,6 +141,8 @@ def _optimise(case, args):
     sample, grid = sample_of(case, preprocessing, warn=warn)
     recipe = replace(RECIPES[args.method], batch_size=1, steps=STEPS if args.steps is None else args.steps)
     if hasattr(args, "learning_rate"):
+        if isinstance(args.learning_rate, tuple) or not 0 < args.learning_rate < math.inf:
+            raise InputError(f"--learning-rate must be one positive number, got {args.learning_rate}")
         recipe = replace(recipe, learning_rate=args.learning_rate)
     if recipe.steps < 1:
         raise InputError(f"--steps must be at least 1, got {recipe.steps}")

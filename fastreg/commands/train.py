@@ -21,7 +21,7 @@ from fastreg.io import InputError
 from fastreg.training import RECIPES, NotFinite, Training, ranks
 
 from . import nets
-from .case import about, peak_memory, write_json
+from .case import about, peak_memory, refuse_own_inputs, write_json
 from .options import add_common, bar, device_of, telling, warn
 
 LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
@@ -142,31 +142,65 @@ def _run(args):
         if not (out / LAST).exists():
             raise InputError(f"{out}: holds no {LAST} to resume")
         saved = checkpoint.load(out / LAST)
-        if "optimizer" not in saved:
+        if "optimizer" not in saved or not isinstance(saved.get("settings"), dict):
             raise InputError(f"{out / LAST}: holds no state of a training")
     settings = _settings(args, saved)
+    _refuse_own_inputs(args, settings)
     report.require_matplotlib()
-    with _processes(args) as device:
-        if ranks()[0] == 0 and saved is None:
-            _take(out, args.force)
+    with _processes(args) as device, _folder(out, args) if ranks()[0] == 0 else contextlib.nullcontext():
         run = _Run(out, settings, device, args, saved)
         run.train()
     return 0
 
 
-def _take(out, force):
-    """Makes OUT, empty of what another run left."""
+def _refuse_own_inputs(args, settings):
+    paths = [settings.get(name) for name in ("pairs", "validation")]
+    refuse_own_inputs(args, paths, FILES)
+    for path in paths:
+        with contextlib.suppress(OSError, TypeError):  # not there, not given
+            if os.path.samefile(path, args.out) and not Path(path, "images").is_dir():
+                raise InputError(f"{args.out}: holds the images, and {PICTURE} would be one of them")
+
+
+@contextlib.contextmanager
+def _folder(out, args):
+    """OUT, made where it is missing, for this run alone; gone again where nothing was written."""
+    if not args.out:
+        raise InputError("the output folder must have a name, got an empty one")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: exists and is not a folder")
-    taken = [name for name in FILES if (out / name).exists()]
-    if taken and not force:
+    taken = [name for name in FILES if os.path.lexists(out / name)]
+    if taken and not (args.force or args.resume):
         raise InputError(f"{out}: already holds {taken[0]}; --resume goes on with it, --force replaces it")
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {(error.strerror or str(error)).lower()}") from error
-    for name in taken:
-        (out / name).unlink()
+    try:
+        with _lock(out):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(folder):
+    """Holds it until the end, or until the process ends however it does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another run is writing to it") from error
+        except (ImportError, OSError):  # a system or file system without locks
+            pass
+        yield
 
 
 class _Run:
@@ -183,7 +217,7 @@ class _Run:
         self.first = ranks()[0] == 0
         # The first pair tells how many axes images have.
         ndim = read_case(pairs[0], warn if self.first else lambda message: None).fixed_grid.nd
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(settings["seed"] % 2**63)
         model = nets.model_of(_Namespace(settings), method, ndim).to(device)
         recipe = RECIPES[method]
         recipe = replace(recipe, **{k: settings[k] for k in RECIPE if settings.get(k) is not None})
@@ -198,11 +232,16 @@ class _Run:
             amp=settings["amp"],
             compile=settings["compile"],
         )
-        self.validation = _Validation(validated[: settings["validate_most"]], self.preprocessing)
-        self.best, self.seconds = math.inf, 0.0
+        self.validation = _Validation(validated[: settings["validate_most"]], self.preprocessing, ndim)
+        self.best, self.seconds, self.begun = math.inf, 0.0, saved is not None
         if saved is not None:
-            self.training.restore(saved)
-            self.best, self.seconds = saved["best"], saved["seconds"]
+            try:
+                self.training.restore(saved)
+                self.best, self.seconds = float(saved["best"]), float(saved["seconds"])
+            except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{out / LAST}: does not fit a training of {method} by this version"
+                ) from error
         self.validate_every = settings.get("validate_every") or max(1, recipe.steps // 20)
         self.stop = False
 
@@ -223,18 +262,15 @@ class _Run:
         begin, before = time.perf_counter(), self.seconds
         if self.first:
             self.validation.read()
-            write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
             if not args.quiet:
                 parameters = sum(p.numel() for p in training.model.parameters())
                 with telling():
                     print(
                         f"{self.settings['method']}: {parameters:,} parameters, {len(training.pairs)} pairs, {self.device}"
                     )
-        log = _Log(self.out / LOG, training.step) if self.first else None
+        log = None
         shown = bar(args, total=recipe.steps, initial=training.step) if self.first else None
         with self._interruptible(), contextlib.ExitStack() as stack:
-            if log is not None:
-                stack.callback(log.close)
             if shown is not None:
                 stack.callback(shown.close)
             while not (training.done or self._over(begin)):
@@ -250,6 +286,9 @@ class _Run:
                 self.seconds = before + time.perf_counter() - begin
                 if not self.first:
                     continue
+                if log is None:
+                    log = self._begin(training.step - 1)
+                    stack.callback(log.close)
                 memory = peak_memory(self.device)
                 told["memory_mb"] = memory.get("device", memory["process"])
                 rate = training.optimizer.param_groups[0]["lr"]
@@ -272,6 +311,8 @@ class _Run:
                 if validated or training.step % self.settings["save_every"] == 0:
                     checkpoint.save(self.out / LAST, self.content())
             if self.first:
+                if log is None:
+                    self._begin(training.step).close()
                 if training.step % self.validate_every or not training.step:
                     self._validate()
                 checkpoint.save(self.out / LAST, self.content())
@@ -280,6 +321,15 @@ class _Run:
                 print(f"{training.step} steps, {self.seconds:.0f} s; written to {self.out}")
         if self.stop:
             raise KeyboardInterrupt
+
+    def _begin(self, step):
+        """Once a step has shown that all is well: what another run left goes, and what this one logged after `step`."""
+        if not self.begun:
+            for name in FILES:
+                (self.out / name).unlink(missing_ok=True)
+            self.begun = True
+        write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
+        return _Log(self.out / LOG, step)
 
     def _over(self, begin):
         minutes = self.args.minutes
@@ -301,7 +351,11 @@ class _Run:
             self.stop = True
 
         try:
-            previous = [(n, signal.signal(n, ask)) for n in (signal.SIGINT, signal.SIGTERM)]
+            previous = [
+                (n, signal.signal(n, ask))
+                for n in (signal.SIGINT, signal.SIGTERM)
+                if signal.getsignal(n) != signal.SIG_IGN  # as by nohup and &
+            ]
         except ValueError:  # not the main thread
             previous = []
         try:
@@ -338,13 +392,13 @@ class _Namespace:
 class _Validation:
     """Means over pairs of the loss and of what landmarks and labels say."""
 
-    def __init__(self, pairs, preprocessing):
-        self.pairs, self.preprocessing = pairs, preprocessing
+    def __init__(self, pairs, preprocessing, ndim):
+        self.pairs, self.preprocessing, self.ndim = pairs, preprocessing, ndim
         self._read = functools.lru_cache(maxsize=8)(self._of_pair)
 
     def _of_pair(self, k):
         case = read_case(self.pairs[k])
-        return case, *sample_of(case, self.preprocessing)
+        return case, *sample_of(case, self.preprocessing, self.ndim)
 
     def read(self):
         """Reads the pairs: what is wrong with one is better known before the first step than hours later."""
@@ -403,8 +457,13 @@ def _draw(case, u, path):
 
 
 def _rows(path):
-    with open(path, newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    """Of a table, but those that a killed run left half-written."""
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a table of fastreg train") from error
+    return [r for r in rows if (r.get("step") or "").isdigit() and None not in (*r, *r.values())]
 
 
 def _append(path, row):
@@ -441,7 +500,7 @@ class _Log:
         row = {**row, "names": json.dumps(row["names"], ensure_ascii=False)}
         if self.writer is None:
             self._open(list(row), "w")
-        self.writer.writerow({k: row[k] for k in self.writer.fieldnames})
+        self.writer.writerow({k: row.get(k, "") for k in self.writer.fieldnames})
         self.stream.flush()
 
     def close(self):
