@@ -221,6 +221,15 @@ def test_blocks_keep_no_concatenation():
     )
 
 
+def test_concat_conv_holds_no_output_in_its_backward():
+    """The output is freed with the activation's node, before the convolution's gradients are made."""
+    (layer,) = layers(3, [(5, 2)])
+    y = blocks.concat_conv(layer, (volume(2, 2, 2, 2), volume(3, 4, 4, 4)), 0.1)
+    ((convolution, _),) = y.grad_fn.next_functions
+    assert "LeakyRelu" in y.grad_fn.name()
+    assert not any(t is not None and t.shape == y.shape for t in convolution.saved_tensors)
+
+
 # Interface
 
 

@@ -97,29 +97,25 @@ def _upsample_backward(grad, like):
 
 class _ConcatConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layer, slope, size, weight, bias, *sources):
+    def forward(ctx, layer, size, weight, bias, *sources):
         x = torch.cat([_upsample(s, size) for s in sources], 1)
-        y = _convolve(x, layer, weight, bias)
-        if slope is not None:
-            F.leaky_relu_(y, slope)
-        ctx.layer, ctx.slope, ctx.size = layer, slope, size
-        ctx.save_for_backward(y if slope is not None else None, weight, bias, *sources)
-        return y
+        ctx.layer, ctx.size = layer, size
+        ctx.save_for_backward(weight, bias, *sources)
+        return _convolve(x, layer, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        y, weight, bias, *sources = ctx.saved_tensors
-        grad = grad if y is None else _leaky_backward(grad, y, ctx.slope)
+        weight, bias, *sources = ctx.saved_tensors
         x = torch.cat([_upsample(s, ctx.size) for s in sources], 1)
-        need_x = any(ctx.needs_input_grad[5:])
+        need_x = any(ctx.needs_input_grad[4:])
         grad_x, *grads = _convolve_backward(grad, x, ctx.layer, weight, bias, need_x)
         parts = grad_x.split([s.shape[1] for s in sources], 1) if need_x else [None] * len(sources)
         parts = [
             _upsample_backward(part, s) if need else None
-            for part, s, need in zip(parts, sources, ctx.needs_input_grad[5:], strict=True)
+            for part, s, need in zip(parts, sources, ctx.needs_input_grad[4:], strict=True)
         ]
-        return None, None, None, *grads, *parts
+        return None, None, *grads, *parts
 
 
 def concat_conv(layer, sources, slope):
@@ -132,7 +128,9 @@ def concat_conv(layer, sources, slope):
     size = sources[-1].shape[2:]
     weight, bias, *sources = _cast([layer.weight, layer.bias, *sources])
     with torch.autocast(sources[0].device.type, enabled=False):
-        return _ConcatConv.apply(layer, slope, size, weight, bias, *sources)
+        y = _ConcatConv.apply(layer, size, weight, bias, *sources)
+        # A node of its own: autograd frees output and gradient before the convolution's backward, a Function after it.
+        return y if slope is None else F.leaky_relu_(y, slope)
 
 
 class _DenseBlock(torch.autograd.Function):
