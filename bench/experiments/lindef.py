@@ -146,7 +146,7 @@ def row(name, dice, folding, paper="", **more):
 
 
 def experiment(argv=None):
-    parser = common.parser(__doc__, minutes=1.5)
+    parser = common.parser(__doc__, minutes=0.75)
     parser.add_argument("--offsets", type=int, default=OFFSETS, help="of each test pair")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
