@@ -186,6 +186,20 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def columns(model, recipe, done, sample):
+    """What a row says of a net beside its scores. done: of `train`, whose best held-out loss is "loss"; sample: what it is timed on."""
+    return {
+        "seconds_per_pair": f"{seconds_per_pair(model, sample):.3f}",
+        "parameters": parameters(model),
+        "learning_rate": recipe.learning_rate,
+        "steps": done.steps,
+        "seconds": f"{done.seconds:.0f}",
+        "ended": done.ended,
+        "best_step": done.best_step,
+        "loss": f"{done.best:.5f}",
+    }
+
+
 def store(args, name, rows):
     """Rows, each a dict, into RESULTS/<name>.csv, in place of what an earlier run left."""
     if args.no_store:

@@ -106,15 +106,6 @@ class Pair:
             "assd_mm": f"{metrics.assd(self.cords[0], self.cord(u), self.spacing).mean:.3f}",
             "folding": f"{metrics.folding(u):.3g}",
             "sdlogj": f"{metrics.sdlogj(u):.3f}",
-            "seconds_per_pair": "",
-            "parameters": "",
-            "learning_rate": "",
-            "steps": "",
-            "seconds": "",
-            "ended": "",
-            "best_step": "",
-            "loss": "",
-            "note": "",
             **more,
         }
 
@@ -157,14 +148,7 @@ def experiment(argv=None):
         told(
             name,
             pair.field(model),
-            seconds_per_pair=f"{common.seconds_per_pair(model, pair.sample):.3f}",
-            parameters=common.parameters(model),
-            learning_rate=recipe.learning_rate,
-            steps=done.steps,
-            seconds=f"{done.seconds:.0f}",
-            ended=done.ended,
-            best_step=done.best_step,
-            loss=f"{done.best:.5f}",
+            **common.columns(model, recipe, done, pair.sample),
         )
     if not args.methods or "fastreg.register" in args.methods:
         images = (i.to(args.device) for i in (pair.fixed, pair.moving))

@@ -145,15 +145,6 @@ def row(name, dice, folding, **more):
         "anterior": f"{dice[:, 0].mean():.4f}",
         "posterior": f"{dice[:, 1].mean():.4f}",
         "folding": f"{folding:.3g}",
-        "seconds_per_pair": "",
-        "parameters": "",
-        "learning_rate": "",
-        "steps": "",
-        "seconds": "",
-        "ended": "",
-        "best_step": "",
-        "held_out_loss": "",
-        "note": "",
         **more,
     }
 
@@ -219,14 +210,7 @@ def experiment(argv=None):
             name,
             dice,
             folding,
-            seconds_per_pair=f"{common.seconds_per_pair(model, looked[0]):.3f}",
-            parameters=common.parameters(model),
-            learning_rate=how.learning_rate,
-            steps=done.steps,
-            seconds=f"{done.seconds:.0f}",
-            ended=done.ended,
-            best_step=done.best_step,
-            held_out_loss=f"{done.best:.5f}",
+            **common.columns(model, how, done, looked[0]),
             note=method.note if small else "",
         )
         fields[name] = found(scans[pairs[0][0]], scans[pairs[0][1]])

@@ -132,15 +132,6 @@ def row(name, dice, folding, paper="", **more):
         "dice_least": f"{dice.min():.4f}",
         "paper_dice": paper,
         "folding": f"{folding:.3g}",
-        "seconds_per_pair": "",
-        "parameters": "",
-        "learning_rate": "",
-        "steps": "",
-        "seconds": "",
-        "ended": "",
-        "best_step": "",
-        "held_out_loss": "",
-        "note": "",
         **more,
     }
 
@@ -193,14 +184,7 @@ def experiment(argv=None):
             name,
             found,
             paper,
-            seconds_per_pair=f"{common.seconds_per_pair(model, held_out[0]):.3f}",
-            parameters=common.parameters(model),
-            learning_rate=recipe.learning_rate,
-            steps=done.steps,
-            seconds=f"{done.seconds:.0f}",
-            ended=done.ended,
-            best_step=done.best_step,
-            held_out_loss=f"{done.best:.5f}",
+            **common.columns(model, recipe, done, held_out[0]),
             note="an eighth of the widths" if small and narrow else "",
         )
     common.store(args, "lindef", rows)

@@ -78,15 +78,6 @@ class Pair:
             "tre_refined_mm": f"{refined.mean():.3f}",
             "paper_mm": paper,
             "folding": f"{metrics.folding(u):.3g}",
-            "seconds_per_pair": "",
-            "parameters": "",
-            "learning_rate": "",
-            "steps": "",
-            "seconds": "",
-            "ended": "",
-            "best_step": "",
-            "loss": "",
-            "note": "",
             **more,
         }
 
@@ -130,14 +121,7 @@ def experiment(argv=None):
             name,
             pair.field(model),
             paper,
-            seconds_per_pair=f"{common.seconds_per_pair(model, pair.sample):.3f}",
-            parameters=common.parameters(model),
-            learning_rate=recipe.learning_rate,
-            steps=done.steps,
-            seconds=f"{done.seconds:.0f}",
-            ended=done.ended,
-            best_step=done.best_step,
-            loss=f"{done.best:.5f}",
+            **common.columns(model, recipe, done, pair.sample),
             note=f"{shape}{', half of the channels' if small and narrow else ''}",
         )
     if not args.methods or "fastreg.register" in args.methods:
