@@ -517,6 +517,13 @@ def test_ignored_interrupts_stay_ignored(folder, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, previous)
 
 
+def test_closed_streams(folder, tmp_path, monkeypatch):
+    """As of `fastreg train ... >&- 2>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train(folder, tmp_path / "run", "--progress") == 0
+
+
 def test_any_seed(folder, tmp_path):
     for k, seed in enumerate(("-5", "1764353202000", "99999999999999999999")):
         assert train(folder, tmp_path / str(k), "--quiet", "--steps", "1", "--seed", seed) == 0

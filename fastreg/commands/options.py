@@ -32,7 +32,8 @@ def telling():
     """For prints: a reader that has gone away must not fail a run."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()
     except (OSError, UnicodeError):
         # or the interpreter would fail to flush what is left when it exits
         with contextlib.suppress(OSError, ValueError):
@@ -87,7 +88,8 @@ def add_common(parser):
 
 def bar(args, **options):
     """A tqdm bar on stderr; None where nobody looks, or tqdm is not installed."""
-    if not args.progress and (args.quiet or not sys.stderr.isatty()):
+    seen = sys.stderr is not None and (args.progress or (not args.quiet and sys.stderr.isatty()))
+    if not seen:
         return None
     try:
         from tqdm import tqdm
