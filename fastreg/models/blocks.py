@@ -76,7 +76,7 @@ def _convolve(x, layer, weight, bias):
 
 
 def _leaky_backward(grad, output, slope):
-    return torch.where(output > 0, grad, grad * slope)
+    return torch.ops.aten.leaky_relu_backward.default(grad, output, slope, True)
 
 
 def _upsample(x, size):
@@ -211,9 +211,8 @@ def _normalize_(y, slope, eps):
 def _normalize_backward(grad, y, rstd, slope):
     """The normalised value is read off the output, which a positive slope keeps one to one."""
     axes = tuple(range(2, y.ndim))
-    negative = y <= 0
-    g = torch.where(negative, grad * slope, grad)
-    x = torch.where(negative, y / slope, y)
+    g = _leaky_backward(grad, y, slope)
+    x = F.leaky_relu(y, 1 / slope)
     g = g.sub_(g.mean(axes, keepdim=True))
     return g.sub_(x.mul_((g * x).mean(axes, keepdim=True))).mul_(rstd)
 
