@@ -45,6 +45,7 @@ AMPLITUDE = (4.0, 20.0)  # mm
 SMALL = {"steps": 6, "widths": (8, 16, 32, 64), "blocks": 1, "noise": "none"}
 SETTINGS = {
     "small": {
+        "minutes": 5,
         "motions": 8,
         "tests": 30,
         "r2n2": SMALL,
@@ -53,7 +54,7 @@ SETTINGS = {
             "voxelmorph": {"learning_rate": 1e-3, "batch_size": 4},
         },
     },
-    "full": {"motions": 40, "tests": 100, "r2n2": {}, "recipes": {}},
+    "full": {"minutes": 600, "motions": 40, "tests": 100, "r2n2": {}, "recipes": {}},
 }
 VOXELMORPH = {"ndim": 2, "similarity": "mse", "weight": 0.1}
 STRIDES, ITERATIONS, RATE, WEIGHT = (3, 8, 19), 250, 1e-3, 0.01
@@ -272,6 +273,7 @@ def draw(tests, fields, steps_of, spacing):
 
 def experiment(argv):
     p = common.parser(__doc__, minutes=5.0)
+    p.set_defaults(minutes=None)
     p.add_argument("--tests", type=int, help="pairs to test on")
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -300,7 +302,14 @@ def experiment(argv):
         else:
             model = build(method, setting).to(args.device)
             recipe = replace(RECIPES[method], **setting["recipes"].get(method, {}))
-            done = common.train(model, *as_samples, recipe, minutes=args.minutes, steps=args.steps, looks=12)
+            done = common.train(
+                model,
+                *as_samples,
+                recipe,
+                minutes=args.minutes or setting["minutes"],
+                steps=args.steps,
+                looks=12,
+            )
             predict = torch.no_grad()(lambda f, m, model=model: model(f, m).displacement)
             predict(tests[0].fixed.to(args.device), tests[0].moving.to(args.device))
             found, fields[label] = scores(tests, predict, spacing, args.device)
