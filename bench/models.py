@@ -115,13 +115,13 @@ SUBJECTS = {
         goal=("fastreg", 0.6),
     ),
     "f3rnet": Subject(
-        "F3RNet, MIND", models.F3RNet, (144, 144, 128), (80, 80, 64), goal=("fastreg, blocks", 0.5)
+        "F3RNet, MIND", models.F3RNet, (144, 144, 128), (64, 64, 64), goal=("fastreg, blocks", 0.5)
     ),
-    "prdfe": Subject("PRDFE", models.PRDFE, (120, 144, 160), (80, 96, 96)),
+    "prdfe": Subject("PRDFE", models.PRDFE, (120, 144, 160), (48, 64, 64)),
     "lindef": Subject("LinDef", models.LinDef, (64, 192, 192), (16, 48, 48), quick=(8, 24, 24)),
     # Its loss counts pixels sampled inside; at the border, where the motion all but vanishes, rounding decides which.
     "r2n2": Subject(
-        "R2N2", models.R2N2, *[(256, 256)] * 2, quick=(64, 64), gate=(37, 26), dtype=torch.float64
+        "R2N2", models.R2N2, (256, 256), (128, 128), quick=(64, 64), gate=(37, 26), dtype=torch.float64
     ),
 }
 
