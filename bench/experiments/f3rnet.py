@@ -28,6 +28,7 @@ PAPER = {"none": 359, "full": 204, "decoder": 335, "encoder": 321, "fr": 348, "m
 VOXELMORPH = {"vm1": 260, "vm2": 300}
 # The paper's weight of the regulariser, for its variants.
 WEIGHTS = {"encoder": 2.0, "ms": 2.0}
+MINUTES = {"small": 0.6, "full": 120}
 BOX = (slice(4, 52), slice(16, 48), slice(12, 44))
 METHODS = {
     "F3RNet mrb": lambda: F3RNet(),
@@ -111,7 +112,9 @@ class Pair:
 
 
 def experiment(argv=None):
-    args = common.parser(__doc__, minutes=0.75).parse_args(argv)
+    parser = common.parser(__doc__, MINUTES["small"])
+    parser.set_defaults(minutes=None)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     small = args.setting == "small"
     table = parameters()
@@ -140,7 +143,7 @@ def experiment(argv=None):
             [pair.sample],
             [pair.sample],
             recipe,
-            minutes=args.minutes,
+            minutes=args.minutes or MINUTES[args.setting],
             steps=args.steps,
             watch=lambda model: pair.dice(pair.field(model)),
         )

@@ -26,6 +26,7 @@ from fastreg.training import RECIPES, Sample
 
 TRAIN, HELD_OUT, TEST = range(8), (8, 9), range(10, 15)
 BOX = (slice(4, 36), slice(4, 52), slice(4, 36))
+MINUTES = {"small": 1.25, "full": 600}
 LABELS = (1, 2)
 VIRTUAL = 100_000  # length of the endless sequence of training pairs
 PATIENCE = 12  # looks: nets that start from the identity need some before they move
@@ -166,7 +167,9 @@ def recipe(method, args):
 
 
 def experiment(argv=None):
-    args = common.parser(__doc__, minutes=1.25).parse_args(argv)
+    parser = common.parser(__doc__, MINUTES["small"])
+    parser.set_defaults(minutes=None)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     small = args.setting == "small"
     data = common.scans("hippocampusmr_msd04")
@@ -199,7 +202,7 @@ def experiment(argv=None):
             people,
             looked,
             how,
-            minutes=args.minutes,
+            minutes=args.minutes or MINUTES[args.setting],
             steps=args.steps,
             patience=PATIENCE,
             watch=lambda _, found=found: score(held_out, scans, labels, found)[0].mean(),

@@ -24,6 +24,7 @@ from fastreg import metrics, ops
 from fastreg.models import RRN, VoxelMorph
 from fastreg.training import RECIPES, Sample
 
+MINUTES = {"small": 1, "full": 600}
 SIZES = {"small": (48, 48, 64), "full": (256, 256, 256)}
 HALF = {
     "pyramid": (8, 16, 32, 48),
@@ -83,7 +84,8 @@ class Pair:
 
 
 def experiment(argv=None):
-    parser = common.parser(__doc__, minutes=1.0)
+    parser = common.parser(__doc__, MINUTES["small"])
+    parser.set_defaults(minutes=None)
     parser.add_argument("--size", type=int, nargs=3, help="what the scans are resampled to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -112,7 +114,7 @@ def experiment(argv=None):
             [pair.sample],
             [pair.sample],
             recipe,
-            minutes=args.minutes,
+            minutes=args.minutes or MINUTES[args.setting],
             steps=args.steps,
             watch=lambda model: pair.errors(pair.field(model)).mean(),
         )
