@@ -343,12 +343,14 @@ def real_table(results):
 
 def tables(results):
     from bench import models
+    from bench.experiments import tables as experiments
 
     rows = [r for device in ("cpu", "cuda") for r in common.read_rows(results / f"{device}.csv")]
     return {
         "ops": ops_table(results),
         "bench": speed_tables(rows),
         "models": models.tables(results),
+        "experiments": experiments.markdown(results),
         "real": real_table(results),
     }
 
