@@ -321,13 +321,17 @@ def write_landmarks(path, points):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a name beside path, which takes its place at the end; left behind in no case."""
+    """Yields a name beside path, which takes its place at the end; left behind in no case. An OSError names the path."""
     path = Path(path)
     # The extension decides the format, so it stays at the end of the name.
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

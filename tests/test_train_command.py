@@ -338,12 +338,16 @@ FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from fastreg import checkpoint, cli
+def fill(*_):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 real = checkpoint.save
 def save(path, content):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    fill()
     real(path, content)
+if sys.argv[2] == "at once":
+    fill()
 checkpoint.save = save
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
@@ -356,7 +360,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, tmp_path):
     script = tmp_path / "full.py"
     script.write_text(FULL, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(script), "train", "--resume", "-o", str(out), "--steps", "4", "--quiet"],
+        [sys.executable, str(script), "2000", "later", "train", "--resume", "-o", str(out), "--steps", "4", "--quiet"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -365,6 +369,23 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, tmp_path):
     assert "the previous one is kept" in line
     assert (out / "last.pt").read_bytes() == before
     assert sorted(os.listdir(out)) == sorted(set(command.FILES) - {command.BROKEN})
+
+
+@pytest.mark.parametrize(
+    ("most", "file"), [(20, "settings.json"), (700, "log.csv"), (3000, "validation.png")]
+)
+def test_a_full_disk_is_named(folder, tmp_path, most, file):
+    script, out = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(most), "at once", "train", *TINY, "--pairs", str(folder), "-o", str(out),
+         *SHORT, "--steps", "40", "--save-every", "40", "--validate-every", "40" if most < 1000 else "2", "--quiet"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert f"{out / file}: file too large" in line
+    assert not out.exists() or not [name for name in os.listdir(out) if name.startswith(".")]
 
 
 def other_size(folder):

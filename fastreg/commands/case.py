@@ -169,7 +169,8 @@ def about(device):
 def write_json(path, value):
     """NaN and infinity, which JSON has not, become null."""
     text = json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    with io.replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(value):

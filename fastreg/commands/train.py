@@ -501,8 +501,13 @@ class _Log:
         if self.writer is None:
             self._open(list(row), "w")
         self.writer.writerow({k: row.get(k, "") for k in self.writer.fieldnames})
-        self.stream.flush()
+        try:
+            self.stream.flush()
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def close(self):
         if self.stream is not None:
-            self.stream.close()
+            with contextlib.suppress(OSError):  # what could not be flushed is known
+                self.stream.close()
