@@ -212,19 +212,21 @@ def store(args, name, rows):
     common.append_rows(path, rows, list(rows[0]))
 
 
-def picture(args, name, figure):
-    """Writes a matplotlib figure to RESULTS/<name>.png, small enough to keep in the repository."""
+def picture(args, name, figure, *, dpi=110, colours=None):
+    """Writes a matplotlib figure to RESULTS/<name>.png, small enough to keep in the repository. colours: 256 halve the bytes, for
+    pictures of one or two colour maps: several come out in bands.
+    """
     if args.no_store:
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    from PIL import Image
-
     path = args.results / f"{name}.png"
-    figure.savefig(path, dpi=110)
-    # 256 colours: half of the bytes, and nobody sees it.
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    figure.savefig(path, dpi=dpi)
+    if colours:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)
 
 
 def run(experiment, argv=None):

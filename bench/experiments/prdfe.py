@@ -239,7 +239,7 @@ def experiment(argv):
             f"field {row['field_mse_mean']:7.2f} +- {row['field_mse_sd']:.2f}  figures {row['figures_mse_mean']:7.2f}  "
             f"folding {100 * row['folding']:.2f} %"
         )
-    common.picture(args, "prdfe", draw(tests, fields))
+    common.picture(args, "prdfe", draw(tests, fields), colours=256)
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ B-spline, after the paper: quadratic, control points 3, 8 and 19 pixels apart at
 TV (0.01, where the image spans [-1, 1]), 250 iterations of AMSGrad at 1e-3 a level.
 R2N2 and VoxelMorph get the same CPU time. Small: 6 steps T of narrow nets with one residual block a unit; no noise on the weights (a
 regulariser for 180,000 iterations); learning rate 3e-4 and batches of 2, where the paper has 1e-4 and 1 (at 1e-3 its extents
-saturate and all motion ends). VoxelMorph: 1e-3, batches of 4; its weight of 0.1 is the first that was tried. Full: R2N2 as in the paper.
+saturate and all motion ends). VoxelMorph: 1e-3, batches of 4; its weight, 0.1, is the first that was tried. Full: R2N2 as in the paper.
 
 seconds: of a pair, CPU time over threads (GPU: wall clock).
 """
@@ -341,7 +341,7 @@ def experiment(argv):
             f"{row['label']:12} TRE {row['tre_mean']:.2f} +- {row['tre_sd']:.2f} mm (worst pair {row['tre_worst']:.2f}), "
             f"{row['seconds'] or 0:.3f} s, {row['numbers']} numbers, folding {100 * row['folding']:.2f} %"
         )
-    common.picture(args, "r2n2", draw(tests, fields, steps_of, spacing))
+    common.picture(args, "r2n2", draw(tests, fields, steps_of, spacing), dpi=80)
 
 
 def main(argv=None):
