@@ -28,15 +28,14 @@ def cut(volume, axis, at):
     return np.take(volume, at, axis)
 
 
-def show(ax, plane, spacing, title="", *, flip=False, cmap="gray", low=0.0, high=1.0):
-    """A plane in true proportions, without axes. spacing: of its rows and columns. flip: the first row at the bottom."""
+def show(ax, plane, spacing, title="", *, cmap="gray", low=0.0, high=1.0):
+    """A plane in true proportions, without axes. spacing: of its rows and columns."""
     ax.imshow(
         plane,
         cmap=cmap,
         vmin=low,
         vmax=high,
         aspect=spacing[0] / spacing[1],
-        origin="lower" if flip else "upper",
         interpolation="nearest",
     )
     ax.set_title(title, fontsize=9)

@@ -7,9 +7,8 @@ anew and has the same time for the same pair; RRN with and without its cost volu
 300 landmarks, at the scan's own size, and of their sub-voxel version. There is no held-out pair: training ends when the loss of the
 pair itself has stopped improving. The paper's figures are of other scans (DIR-Lab COPDGene, 23.5 mm before).
 
-small: 48x48x64 voxels, RRN with half of the paper's channels, at the identity at first (with the
-authors' initial weights it has to come back from 100 mm first), learning rate 1e-3. full: 256x256x256, the paper's widths and
-learning rate, 1e-4.
+small: 48x48x64 voxels, RRN with half of the paper's channels and at the identity at first (the authors' initial weights begin far from
+it), learning rate 1e-3. full: 256x256x256, the paper's widths and learning rate, 1e-4.
 """
 
 import dataclasses
@@ -138,21 +137,22 @@ def experiment(argv=None):
 
 def draw(args, pair, fields, trained):
     """A coronal plane before and after, its differences, landmark errors, and TRE over training."""
-    figure = panels.figure(2.9 * len(fields), 7.2)
+    figure = panels.figure(2.6 * (len(fields) + 1), 6.6)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.75, 1])
-    axes = top.subplots(2, len(fields), squeeze=False)
+    axes = top.subplots(2, len(fields) + 1)
     # The plane with the most landmarks near it.
     rows = pair.points[0][:, 1].round().long()
     at = int(np.bincount(rows.numpy(), minlength=pair.shape[1])[: pair.shape[1]].argmax())
     spacing = pair.spacing[0], pair.spacing[2]
     fixed = panels.cut(pair.fixed, 1, at)
-    for k, (name, u) in enumerate(fields.items()):
+    panels.show(axes[0, 0], fixed, spacing, "fixed")
+    axes[1, 0].axis("off")
+    for k, (name, u) in enumerate(fields.items(), 1):
         moved = panels.cut(ops.warp(pair.moving, u, padding="border"), 1, at)
         title = "moving" if name == "identity" else name
-        panels.show(axes[0, k], moved, spacing, title, flip=True)
-        panels.difference(axes[1, k], fixed, moved, spacing, f"TRE {pair.errors(u).mean():.2f} mm", flip=True)
-    axes[0, 0].set_ylabel("moved", fontsize=9)
-    axes[1, 0].set_ylabel("fixed - moved", fontsize=9)
+        panels.show(axes[0, k], moved, spacing, title)
+        panels.difference(axes[1, k], fixed, moved, spacing, f"TRE {pair.errors(u).mean():.2f} mm")
+    axes[1, 1].set_ylabel("fixed - moved", fontsize=9)
     errors, over = bottom.subplots(1, 2)
     for name, u in fields.items():
         e = np.sort(pair.errors(u))
@@ -163,7 +163,7 @@ def draw(args, pair, fields, trained):
     errors.legend(fontsize=7, frameon=False)
     panels.plain(errors)
     panels.curves(over, trained, "TRE, mm", start=pair.errors(fields["identity"]).mean())
-    over.set_ylim(bottom=0)
+    over.set_ylim(0, 6)
     common.picture(args, "rrn", figure)
 
 
