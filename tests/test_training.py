@@ -140,7 +140,7 @@ def test_plateau_and_patience():
 
 
 def test_recipes_are_those_of_the_papers():
-    assert RECIPES["lindef"] == Recipe(1e-3, batch_size=2, plateau=50, patience=100, steps=30_000)
+    assert RECIPES["lindef"] == Recipe(1e-3, batch_size=2, plateau=50, patience=100, epoch=100, steps=30_000)
     assert RECIPES["r2n2"].amsgrad
     assert RECIPES["r2n2"].clip_gradient == 1.0
     assert {m: r.learning_rate for m, r in RECIPES.items() if m not in ("lindef", "r2n2")} == {
@@ -170,6 +170,33 @@ def test_mask_takes_part():
     assert whole != masked
     pairs = [*samples(1, mask=half), *samples(2)[1:]]
     assert math.isfinite(Training(net(), pairs, Recipe(batch_size=2)).advance()["loss"])
+
+
+def test_masks_weigh_as_in_the_models_loss():
+    """LCC's mask is also a weight within windows: to scale it would change what is trained. A batch is its pairs."""
+
+    def lcc():
+        model = net()
+        model.similarity = "lcc"
+        return model
+
+    pairs = [replace(s, mask=torch.zeros(1, 1, 16, 18)) for s in samples(2)]
+    for k, s in enumerate(pairs):
+        s.mask[..., : 3 + 5 * k] = 1
+    losses = []
+    for s in pairs:
+        model = lcc()
+        losses.append(float(model.loss(s.fixed, s.moving, model(s.fixed, s.moving), s.mask).detach()))
+        assert Training(lcc(), [s]).advance()["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    both = Training(lcc(), pairs, Recipe(batch_size=2)).advance()["loss"]
+    assert both == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_lindefs_plateau_comes_before_its_end():
+    """Of all ordered pairs of 56 images an epoch would be 1540 steps, and patience longer than training."""
+    recipe = RECIPES["lindef"]
+    training = Training(net(), samples(2) * 1540, recipe)
+    assert training.per_epoch * recipe.patience < recipe.steps
 
 
 def test_bad_arguments():

@@ -37,6 +37,15 @@ class Prediction:
     affine: torch.Tensor | None = None
     parameters: torch.Tensor | None = None
 
+    def sample(self, k):
+        """That of the k-th pair of the batch alone."""
+
+        def one(t):
+            return None if t is None else t[k : k + 1]
+
+        fields = [one(f) for f in self.fields]
+        return Prediction(one(self.displacement), fields, one(self.affine), one(self.parameters))
+
 
 class Model(nn.Module):
     """A registration network.
