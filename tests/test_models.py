@@ -431,9 +431,22 @@ def test_lindef_orders():
     index = (0, slice(None), 3, 4, 5)
     expected = (matrix[0] @ (point + F.pad(u[index], (0, 1)))) - point[:3]
     torch.testing.assert_close(c[index], expected, rtol=1e-4, atol=1e-4)
+    # Also at the border, where p + u lies outside.
+    p = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in u.shape[2:]), indexing="ij"))
+    moved = torch.einsum("ij,j...->i...", matrix[0, :, :3], p + u[0]) + matrix[0, :, 3].view(3, 1, 1, 1)
+    torch.testing.assert_close(c[0], moved - p, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         similarities = {o: m.terms(fixed, moving, predictions[o])["similarity"] for o, m in models.items()}
     assert similarities["two_pass"] != similarities["single_pass"]
+
+
+def test_lindef_keeps_no_features_under_checkpointing():
+    """The 290 channels go; the pair, 128 channels and the last map stay."""
+    from bench.models import Subject, saved_bytes
+
+    lindef = Subject("", LinDef, (), ())
+    none, blocks = (saved_bytes(lindef, form, (8, 12, 12)) for form in ("fastreg", "fastreg, blocks"))
+    assert blocks < 0.2 * none
 
 
 def test_lindef_affine_is_about_the_centre():
@@ -479,6 +492,13 @@ def test_prdfe_sums_residuals():
     assert len(one.fields) == 5
     assert torch.equal(one.fields[-1], one.displacement)
     assert [tuple(f.shape[2:]) for f in one.fields] == [(3, 2), (5, 4), (10, 7), (19, 13), (37, 26)]
+
+
+def test_pdfe_warps_by_the_field_before_alone():
+    """Its fields are whole ones, which "direct" must not sum."""
+    fixed, moving = pair("prdfe2d")
+    a, b = (build("prdfe2d", variant="pdfe", direct=d)(fixed, moving).displacement for d in (False, True))
+    assert torch.equal(a, b)
 
 
 def test_prdfe_variants_differ():
@@ -532,6 +552,21 @@ def test_r2n2_counts_pixels_sampled_inside():
     assert torch.equal(_inside(u)[0, 0], torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None].expand(4, 5))
 
 
+def test_r2n2_averages_images_alike():
+    """However many of their pixels are sampled inside, and counted: a batch's loss is the mean of its images'."""
+    model = build("r2n2")
+    fixed, moving = pair("r2n2", 2)
+    mask = torch.ones_like(fixed)
+    mask[1, ..., 3:] = 0
+    with torch.no_grad():
+        whole = model.loss(fixed, moving, model(fixed, moving), mask)
+        alone = [
+            model.loss(f, m, model(f, m), weights)
+            for f, m, weights in zip(fixed.split(1), moving.split(1), mask.split(1), strict=True)
+        ]
+    torch.testing.assert_close(whole, torch.stack(alone).mean(), rtol=1e-6, atol=0)
+
+
 def test_rrn_fields_are_refined_level_by_level():
     model = build("rrn")
     fixed, moving = pair("rrn")
@@ -545,7 +580,15 @@ def test_rrn_can_be_narrower():
     narrow = RRN(pyramid=(2, 3, 4, 5), dense=(6, 5, 4), refine=(4, 4, 3, 3, 2, 2))
     prediction = narrow(*pair("rrn"))
     narrow.loss(*pair("rrn"), prediction).backward()
-    assert counted(narrow) < 200_000 and all(p.grad is not None for p in narrow.parameters())
+    assert counted(narrow) < 200_000
+    assert all(p.grad is not None for p in narrow.parameters())
+
+
+def test_f3rnets_paper_size_has_its_slices_first():
+    """Its 144x144x128 are x, y and z, as the 128x128x160 of its lung CT are."""
+    from fastreg.commands.nets import PAPER
+
+    assert PAPER["f3rnet"]["size"] == (128, 144, 144)
 
 
 def test_readme_says_how_large_they_are():

@@ -9,12 +9,12 @@ from fastreg import models
 from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import InputError
 
-# What the papers give their nets; "paper" on the command line.
+# What the papers give their nets, (z, y, x); "paper" on the command line.
 PAPER = {
     "rrn": {"intensity": (-1000, -100), "size": (256, 256, 256)},
     "r2n2": {"intensity": "zscore", "size": (256, 256)},
     "lindef": {"intensity": (0, 1300), "size": (64, 192, 192)},
-    "f3rnet": {"intensity": "percentiles", "size": (144, 144, 128)},
+    "f3rnet": {"intensity": "percentiles", "size": (128, 144, 144)},
     "prdfe": {"intensity": "percentiles", "size": (120, 144, 160)},
     "voxelmorph": {"intensity": "percentiles", "size": (160, 192, 224)},
 }

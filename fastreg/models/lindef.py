@@ -71,28 +71,41 @@ class LinDef(Model):
             nn.init.zeros_(self.linear.bias)
 
     def predict(self, fixed, moving):
-        pair = torch.cat([moving, fixed], 1)
-        features = self.block(lambda pair: chain(self.encoder, pair, SLOPE), pair)
-        mean = features.mean((2, 3, 4), dtype=torch.promote_types(features.dtype, torch.float32))
-        with torch.autocast(mean.device.type, enabled=False):
-            scale = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
-            step = self.linear(mean).view(-1, 3, 4) if self.affine else None
-        x = self.block(self._excited, features, scale)
-        for layer in self.decoder[1:]:
-            x = self.block(lambda x, layer=layer: norm_act_(layer(x), SLOPE), x)
-        phi = 2 * torch.sigmoid(self.head(x))
+        # Two blocks: each layer as one would keep what the next one keeps anyway.
+        x, step = self.block(self._encoded, torch.cat([moving, fixed], 1))
+        phi = 2 * torch.sigmoid(self.head(self.block(self._decoded, x)))
         u = ops.integrate_gradients(phi)
         if step is None:
             return Prediction(u, [phi, u])
         matrix = _to_voxels(step, u.shape[2:])
         linear = ops.affine_displacement(matrix, u.shape[2:])
-        first, then = (linear, u) if self.order == "legacy" else (u, linear)
-        return Prediction(ops.compose(first, then, padding="border"), [phi, u], matrix)
+        if self.order == "legacy":
+            # A (p + u) - p, also where p + u lies outside.
+            with torch.autocast(u.device.type, enabled=False):
+                whole = linear + (matrix[:, :, :3] @ u.flatten(2)).view_as(u)
+        else:
+            whole = ops.compose(u, linear, padding="border")
+        return Prediction(whole, [phi, u], matrix)
+
+    def _encoded(self, pair):
+        """The decoder's first map, and the affine step."""
+        features = chain(self.encoder, pair, SLOPE)
+        mean = features.mean((2, 3, 4), dtype=torch.promote_types(features.dtype, torch.float32))
+        with torch.autocast(mean.device.type, enabled=False):
+            scale = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
+            step = self.linear(mean).view(-1, 3, 4) if self.affine else None
+        return self._excited(features, scale), step
+
+    def _decoded(self, x):
+        for layer in self.decoder[1:]:
+            x = norm_act_(layer(x), SLOPE)
+        return x
 
     def _excited(self, features, scale):
         """The decoder's first layer on features times scale: the scale goes into its weights, sample by sample."""
         layer, out = self.decoder[0], []
-        for x, s in zip(features.split(1), scale, strict=True):
+        # split's backward would copy the gradient of the only one.
+        for x, s in zip(features.split(1) if len(features) > 1 else [features], scale, strict=True):
             out.append(F.conv3d(x, layer.weight * s.view(1, -1, 1, 1, 1), layer.bias, padding=layer.padding))
         return norm_act_(out[0] if len(out) == 1 else torch.cat(out), SLOPE)
 

@@ -114,7 +114,7 @@ class PRDFE(Model, simulation=SIMULATION):
                 size = f.shape[2:]
                 u = (
                     sum(self._resized(s, size) for s in steps)
-                    if self.direct
+                    if self.direct and self.variant != "pdfe"
                     else self._resized(fields[-1], size)
                 )
                 m = ops.warp(m, u, padding=self.padding)

@@ -219,9 +219,11 @@ class R2N2(Model, released=RELEASED):
         for u in prediction.fields:
             moved = ops.warp(moving, u, padding=self.padding)
             inside = _inside(u) if mask is None else _inside(u) * mask
+            # A mean over each image's pixels, then over images.
+            inside = inside / inside.mean((1, 2, 3), keepdim=True).clamp_min(1e-30)
             similarity = similarity + ops.mse_loss(fixed, moved, mask=inside)
         u = prediction.displacement
-        span = u.new_tensor([2 / (n - 1) for n in u.shape[2:]]).view(1, 2, 1, 1)
+        span = u.new_tensor([2 / max(n - 1, 1) for n in u.shape[2:]]).view(1, 2, 1, 1)
         return {
             "similarity": similarity / len(prediction.fields),
             "regularity": self.weight * ops.total_variation(u * span, isotropic=True),
