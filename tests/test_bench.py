@@ -341,9 +341,7 @@ def test_real_table(tmp_path):
 
 def test_readme(tmp_path):
     readme = tmp_path / "README.md"
-    markers = "\n".join(
-        f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in ("ops", "bench", "models", "real")
-    )
+    markers = "\n".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in run.tables(tmp_path))
     readme.write_text(f"# head\n{markers}\ntail\n", encoding="utf-8")
     common.append_rows(tmp_path / "cpu.csv", [row()])
     args = ["--write-readme", "--results", str(tmp_path), "--readme", str(readme)]
