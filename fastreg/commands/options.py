@@ -61,8 +61,10 @@ numbers.__name__ = "number"  # argparse names it in its message
 def device_of(args):
     """The torch.device that the arguments ask for; sets the number of threads."""
     if args.threads is not None:
-        if not 1 <= args.threads <= 1024:  # OpenMP crashes where the system refuses it a thread
-            raise InputError(f"--threads must be at least 1 and at most 1024, got {args.threads}")
+        if args.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {args.threads}")
+        if args.threads > 1024:  # OpenMP crashes where the system refuses it a thread
+            raise InputError(f"--threads must be at most 1024, got {args.threads}")
         torch.set_num_threads(args.threads)
     name = args.device
     if name is None:
