@@ -26,8 +26,6 @@ from fastreg.training import RECIPES, Sample
 # Parameters, thousands (table 1): of the variants, and of VoxelMorph-1 and -2.
 PAPER = {"none": 359, "full": 204, "decoder": 335, "encoder": 321, "fr": 348, "ms": 243, "mrb": 288}
 VOXELMORPH = {"vm1": 260, "vm2": 300}
-# The paper's weight of the regulariser, for its variants.
-WEIGHTS = {"encoder": 2.0, "ms": 2.0}
 MINUTES = {"small": 0.6, "full": 120}
 BOX = (slice(4, 52), slice(16, 48), slice(12, 44))
 METHODS = {
@@ -168,7 +166,7 @@ def experiment(argv=None):
 
 
 def draw(args, pair, fields, trained):
-    """A sagittal plane: T2, T1 moved, both cords; Dice over training."""
+    """A coronal plane: T2, T1 moved, both cords; Dice over training."""
     count = len(fields) + 1
     figure = panels.figure(2.3 * count, 5.6)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
