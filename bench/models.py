@@ -389,7 +389,7 @@ def tables(results):
 def by_form(rows):
     """(model, shape) -> form -> row."""
     groups = {}
-    for r in rows:
+    for r in sorted(rows, key=lambda r: list(SUBJECTS).index(r["model"])):
         groups.setdefault((r["model"], r["shape"]), {})[r["form"]] = r
     return groups
 
@@ -409,6 +409,8 @@ def saved_table(rows):
             if form not in forms or base not in forms:
                 continue
             ours, theirs = (float(forms[f]["saved_bytes"]) for f in (form, base))
+            if form == "fastreg, blocks" and ours == float(forms["fastreg"]["saved_bytes"]):
+                continue
             has_goal = form == wanted and base == "plain"
             text = {"plain": "plain net", "stock ops": "the same on stock ops (the ops alone)"}[base]
             lines.append(
