@@ -141,16 +141,15 @@ class Training:
         return self.recipe.epoch or max(1, len(self.pairs) // self.recipe.batch_size)
 
     def drawn(self, step):
-        """Which pairs a step takes, of all processes: each epoch in another order, nothing twice in one."""
+        """Which pairs a step takes, of all processes: each epoch in another order, nothing twice in one; what does not fill a
+        batch at its end is left out, and fewer pairs than a batch come again.
+        """
         n, size = len(self.pairs), self.recipe.batch_size
-        chosen, at = [], step * size
-        while len(chosen) < size:
-            order = torch.randperm(
-                n, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + at // n) % 2**63)
-            )
-            chosen.append(int(order[at % n]))
-            at += 1
-        return chosen
+        epoch, at = divmod(step, max(1, n // size))
+        order = torch.randperm(
+            n, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        )
+        return [int(order[(at * size + k) % n]) for k in range(size)]
 
     @property
     def done(self):

@@ -432,7 +432,7 @@ def test_missing_extras_name_the_command(case, capsys, monkeypatch, package):
 def test_every_parameter_of_register_has_its_flag():
     parameters = inspect.signature(register).parameters
     args = cli._parser().parse_args(["register", "a", "b", "-o", "c"])
-    for name, parameter in parameters.items():
+    for name in parameters:
         if name not in ("fixed", "moving", "spacing", "mask", "progress"):
             assert not hasattr(args, name)  # so that the default is register's
             assert name in command.HELP

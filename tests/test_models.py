@@ -171,6 +171,25 @@ def test_chain(needs):
     compare(lambda x: blocks.chain(net, x, 0.2), plain, [volume(2, 4, 3, 4, grad=needs)], net)
 
 
+def test_frozen_layers_get_no_gradient():
+    net = layers(2, [(2, 3), (5, 2)])
+    net[0].requires_grad_(False)
+    x = volume(2, 4, 5)
+    blocks.dense_block(net, [x], 0.1).sum().backward()
+    assert net[0].weight.grad is None
+    assert net[1].weight.grad is not None
+    assert x.grad is not None
+
+
+def test_autocast_leaves_fp64_alone():
+    net = layers(2, [(2, 3), (5, 2)])
+    x = volume(2, 4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(blocks.dense_block(net, [x], 0.1), blocks.dense_block(net, [x], 0.1))
+        assert blocks.concat_conv(net[0], (x,), 0.1).dtype == torch.float64
+        assert blocks.chain(net[:1], x, 0.1).dtype == torch.float64
+
+
 def test_blocks_compile():
     dense, line = layers(2, [(2, 3), (5, 2)]), layers(2, [(2, 3), (3, 2)])
 

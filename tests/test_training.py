@@ -82,6 +82,15 @@ def test_each_epoch_takes_every_pair_once_in_its_own_order():
     assert Training(net(), samples(6), Recipe(batch_size=2), seed=1).drawn(0) != epochs[0][:2]
 
 
+def test_batches_do_not_straddle_epochs():
+    training = Training(net(), samples(5), Recipe(batch_size=2))
+    assert training.per_epoch == 2
+    for epoch in range(4):
+        taken = training.drawn(2 * epoch) + training.drawn(2 * epoch + 1)
+        assert len(set(taken)) == 4
+    assert sorted(Training(net(), samples(2), Recipe(batch_size=4)).drawn(7)) == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("noisy", [False, True])
 def test_continues_bit_for_bit(noisy):
     """Also where the model draws noise."""

@@ -232,7 +232,9 @@ class _Run:
             amp=settings["amp"],
             compile=settings["compile"],
         )
-        self.validation = _Validation(validated[: settings["validate_most"]], self.preprocessing, ndim)
+        # Evenly over the list: the first pairs of a folder share one fixed image.
+        some = validated[:: max(1, len(validated) // settings["validate_most"])][: settings["validate_most"]]
+        self.validation = _Validation(some, self.preprocessing, ndim)
         self.best, self.seconds, self.begun = math.inf, 0.0, saved is not None
         if saved is not None:
             try:

@@ -48,7 +48,7 @@ def activated(layer, x, slope):
 def _cast(tensors):
     """As autocast would have a convolution's operands; a Function is called outside of it."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and tensors[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return [t if t is None else t.to(dtype) for t in tensors]
     return list(tensors)
@@ -66,7 +66,7 @@ def _convolve_backward(grad, x, layer, weight, bias, need_x):
         False,
         [0] * len(layer.stride),
         1,
-        [need_x, True, bias is not None],
+        [need_x, weight.requires_grad, bias is not None and bias.requires_grad],
     )
 
 

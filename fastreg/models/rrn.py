@@ -44,7 +44,7 @@ class RRN(Model, released={"regularizer": "diffusion"}):
         weight (float or None): of it; None: 0.01 for "tv", 1.25 for "diffusion".
         deviation (float or None): of the flow heads' initial weights; None: PyTorch's, as released.
         pyramid (4 widths), dense (of an estimator, the last of its context), refine (6 widths): the paper's by default.
-        padding, checkpoint (str): see Model.
+        padding (str): of the loss's warp; features are warped with zeros. checkpoint (str): see Model.
 
     Prediction.fields: displacements at 1/16, 1/8, 1/4 and the refined one at 1/4, in voxels of their (padded) grids.
     16,652,076 parameters; 16,760,940 without the cost volume.
