@@ -71,7 +71,9 @@ def main(argv=None):
             f"{r['op']:20} {r['arch']:7} {r['registers']:>3} registers {r['shared_bytes']:>6} B shared  {r['kernel']}{spills}"
         )
     if args.write:
-        with (ROOT / "bench" / "results" / "cuda_resources.csv").open("w", newline="", encoding="utf-8") as file:
+        with (ROOT / "bench" / "results" / "cuda_resources.csv").open(
+            "w", newline="", encoding="utf-8"
+        ) as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -222,9 +222,7 @@ def test_existing_output_needs_force(case, tmp_path, capsys):
     assert "already holds moved.nii.gz; give another folder, or --force to replace it" in one_line(capsys)
     assert run(folder, "--force") == 0
     # The labels of the earlier run would belong to another displacement.
-    assert sorted(os.listdir(tmp_path / "out")) == sorted(
-        {*OUTPUTS, "notes.txt"} - {"moved_labels.nii.gz"}
-    )
+    assert sorted(os.listdir(tmp_path / "out")) == sorted({*OUTPUTS, "notes.txt"} - {"moved_labels.nii.gz"})
 
 
 def change(path, function):
@@ -359,7 +357,10 @@ def test_small_range_on_a_large_offset(case, tmp_path):
         change(folder / f"{which}.nii.gz", lambda a, g: (1e9 + 0.001 * a.astype(np.float64), g))
     assert run(folder) == 0
     assert np.ptp(io.read_image(tmp_path / "out" / "moved.nii.gz")[0]) > 0.05
-    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["levels"][0]["loss_last"] < -0.1
+    assert (
+        json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["levels"][0]["loss_last"]
+        < -0.1
+    )
 
 
 def test_output_must_not_replace_an_input(case, tmp_path, capsys):
@@ -562,6 +563,8 @@ def test_demo_output_can_be_registered_again(small_phantom, tmp_path, capsys):
         options += [f"--{which}-labels", str(out / f"{which}_labels.nii.gz")]
     images = [str(out / "fixed.nii.gz"), str(out / "moving.nii.gz")]
     assert cli.main(["register", *images, "-o", str(tmp_path / "again"), *options, *FAST]) == 0
-    first, second = (json.loads((tmp_path / d / "report.json").read_text(encoding="utf-8")) for d in ("demo", "again"))
+    first, second = (
+        json.loads((tmp_path / d / "report.json").read_text(encoding="utf-8")) for d in ("demo", "again")
+    )
     assert second["tre"]["after"]["mean"] == pytest.approx(first["tre"]["after"]["mean"], rel=1e-3)
     assert second["dice"]["after"] == pytest.approx(first["dice"]["after"], rel=1e-3)

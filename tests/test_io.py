@@ -395,7 +395,11 @@ def test_output_folder_that_exists(tmp_path):
         fill(out)
     with pytest.raises(KeyboardInterrupt):
         fill(out, text="half", error=KeyboardInterrupt, replace=True)
-    assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {"mine": "kept", "x": "1", "y": "1"}
+    assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {
+        "mine": "kept",
+        "x": "1",
+        "y": "1",
+    }
     # A file that this run does not write must not stay from an earlier one.
     fill(out, text="2", replace=True)
     assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {"mine": "kept", "x": "2"}
