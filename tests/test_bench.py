@@ -456,7 +456,7 @@ def test_rows_of_models(monkeypatch, tmp_path):
     assert float(ours["step_ratio"]) == 1
     assert 0 < float(stock["ops_share"]) < 1
     assert float(ours["bound"]) == pytest.approx(1 / (1 - float(stock["ops_share"])), rel=1e-3)
-    reached = float(stock["step_ratio"]) / float(ours["bound"])
+    reached = float(stock["work_ratio"]) / float(ours["bound"])
     assert float(ours["reached"]) == pytest.approx(reached, rel=1e-3)
     text = run.tables(tmp_path)["models"]
     assert "| VoxelMorph-2, LCC | 256x256x256 | fastreg, of plain net |" in text
