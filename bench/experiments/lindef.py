@@ -181,6 +181,7 @@ def experiment(argv=None):
             minutes=args.minutes or MINUTES[args.setting],
             steps=args.steps,
             looks=12,
+            patience=12,
             watch=lambda _, found=found: score(scans, test[:4], found)[0].mean(),
         )
         trained[name] = done
@@ -203,19 +204,23 @@ def draw(args, scans, test, fields, scores, trained):
     top, bottom = figure.subfigures(2, 1, height_ratios=[2, 1])
     axes = top.subplots(2, count)
     lungs = scans.lungs[fixed_name]
-    axis = 0
-    at = int(np.bincount(np.nonzero(lungs.numpy())[axis]).argmax())
-    spacing = [s for k, s in enumerate(scans.spacing) if k != axis]
-    fixed = panels.cut(scans.images[fixed_name], axis, at)
+
+    # Rows run from the feet up.
+    def plane(volume):
+        return panels.cut(volume, 0, at)[::-1]
+
+    at = int(np.bincount(np.nonzero(lungs.numpy())[0]).argmax())
+    spacing = scans.spacing[1:]
+    fixed = plane(scans.images[fixed_name])
     panels.show(axes[0, 0], fixed, spacing, f"{fixed_name}, fixed")
-    panels.contour(axes[0, 0], panels.cut(lungs, axis, at), "yellow")
+    panels.contour(axes[0, 0], plane(lungs), "yellow")
     axes[1, 0].axis("off")
     for k, (name, u) in enumerate(fields.items(), 1):
-        moved = panels.cut(scans.moved(moving_name, offset, u), axis, at)
+        moved = plane(scans.moved(moving_name, offset, u))
         title = f"{moving_name}, moving" if name == "identity" else name
         panels.show(axes[0, k], moved, spacing, f"{title}\nDice {scores[name][0]:.3f}")
-        panels.contour(axes[0, k], panels.cut(lungs, axis, at), "yellow")
-        after = panels.cut(scans.moved(moving_name, offset, u, labels=True), axis, at)
+        panels.contour(axes[0, k], plane(lungs), "yellow")
+        after = plane(scans.moved(moving_name, offset, u, labels=True))
         panels.contour(axes[0, k], after, "red")
         panels.difference(axes[1, k], fixed, moved, spacing, "fixed - moved")
     spread, over = bottom.subplots(1, 2)

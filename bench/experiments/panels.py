@@ -92,6 +92,7 @@ def spread(ax, values, ylabel):
             ha="center",
             fontsize=7,
         )
+    ax.margins(y=0.12)
     ax.set_xticks(range(len(values)), [name.replace(" without", "\nwithout") for name in values], rotation=20)
     ax.set_ylabel(ylabel, fontsize=8)
     plain(ax)
