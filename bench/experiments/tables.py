@@ -23,7 +23,9 @@ TABLES = (
             "motion": "deformation",
             "image MSE": "{image_mse_mean} ± {image_mse_sd}",
             "field MSE, voxels²": "{field_mse_mean} ± {field_mse_sd}",
-            "inside the figures": "{figures_mse_mean}",
+            "sd over seeds": "field_mse_seeds_sd",
+            "inside the figures": "figures_mse_mean",
+            "folding": "folding",
             "paper: image": "paper_image_mse",
             "paper: field": "paper_field_mse",
         },
@@ -34,6 +36,7 @@ TABLES = (
         {
             "method": "method",
             "TRE, mm": "{tre_mm} ± {tre_sd}",
+            "TRE, refined landmarks": "tre_refined_mm",
             "paper, mm": "paper_mm",
             "folding": "folding",
             "steps": "steps",
@@ -48,6 +51,7 @@ TABLES = (
             "TRE, mm": "{tre_mean} ± {tre_sd}",
             "seconds a pair": "seconds",
             "numbers of a transform": "numbers",
+            "steps": "steps",
             "paper: TRE": "paper_tre",
             "paper: seconds": "paper_seconds",
             "paper: numbers": "paper_numbers",
@@ -63,6 +67,7 @@ TABLES = (
             "folding": "folding",
             "steps": "steps",
             "seconds": "seconds",
+            "ended": "ended",
         },
     ),
     Table(
@@ -105,6 +110,8 @@ def number(text):
         value = float(text)
     except ValueError:
         return text
+    if abs(value) < 1e-5:
+        return "0"
     if value == int(value):
         return str(int(value))
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
