@@ -387,6 +387,22 @@ def test_bad_input(name):
         type(model).from_preset("none such")
 
 
+def test_bad_options_of_mind():
+    for mind in ({"sigm": 1}, "ssc", {"mask": None}):
+        with pytest.raises(
+            TypeError, match="mind must be a dict of dilation, neighbourhood, norm, patch, radius, sigma"
+        ):
+            F3RNet(mind=mind)
+
+
+def test_normalised_r2n2_needs_more_than_a_pixel_at_the_end():
+    model = R2N2(norm=True, steps=1, widths=(2, 2, 4, 4)).eval()
+    image = torch.rand(1, 1, 16, 17)
+    assert model(image, image).displacement.shape == (1, 2, 16, 17)
+    with pytest.raises(ValueError, match="with norm, images must be larger than 16 pixels"):
+        model(image[..., :16], image[..., :16])
+
+
 def test_bad_arguments():
     for build_it, match in (
         (lambda: RRN(regularizer="l1"), "regularizer"),

@@ -2,6 +2,8 @@
 resolution exchanges features with a U-shaped one through multi-scale residual blocks (MRB).
 """
 
+import inspect
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -118,8 +120,9 @@ class F3RNet(Model):
         self.choice("f3d_policy", f3d_policy, POLICIES)
         self.choice("pool", pool, POOLS)
         self.choice("up", up, UPS)
-        if not (mind is None or isinstance(mind, dict)):
-            self.fail(TypeError, f"mind must be a dict of options of mind_loss, got {mind!r}")
+        known = inspect.signature(ops.mind_loss).parameters.keys() - {"fixed", "moved", "mask", "reduction"}
+        if not (mind is None or (isinstance(mind, dict) and mind.keys() <= known)):
+            self.fail(TypeError, f"mind must be a dict of {', '.join(sorted(known))}, got {mind!r}")
         self.mind, self.weight = MIND_2012 if mind is None else dict(mind), weight
         self.padding, self.checkpoint = padding, checkpoint
         parts = VARIANTS[variant]

@@ -159,7 +159,7 @@ class R2N2(Model, released=RELEASED):
         self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is
         self.noise, self.weight, self.padding, self.checkpoint = noise, weight, padding, checkpoint
         self.activation = ACTIVATIONS[activation]
-        self.norm = F.instance_norm if norm else lambda x: x
+        self.normalized, self.norm = norm, F.instance_norm if norm else lambda x: x
         self.stem = conv(2, 4 if coordinates else 2, widths[0], 7, stride=2)
         self.units = nn.ModuleList(
             _Unit(i, o, blocks, self.activation, self.norm) for i, o in itertools.pairwise(widths)
@@ -168,6 +168,10 @@ class R2N2(Model, released=RELEASED):
 
     def _encode(self, fixed):
         """The part of the first convolution that sees fixed image and coordinates: the same in each step."""
+        if self.normalized and max(fixed.shape[2:]) <= 16:
+            self.fail(
+                ValueError, f"with norm, images must be larger than 16 pixels, got {tuple(fixed.shape[2:])}"
+            )
         weight = self.stem.weight
         inputs, weights = [fixed], [weight[:, :1]]
         if self.coordinates:
