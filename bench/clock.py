@@ -1,7 +1,7 @@
 """What a model's step spends in the ops, forward and backward.
 
 Autograd runs the nodes of a device in the reverse order of their making. The backward of an op is therefore what runs
-between the backward of an identity behind it and that of one before it.
+between a hook on its result and the backward of an identity before it.
 """
 
 import contextlib
@@ -46,18 +46,6 @@ class _Before(torch.autograd.Function):
         return None, *grads
 
 
-class _Behind(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, clock, tensor):
-        ctx.clock = clock
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.clock.start()
-        return None, grad
-
-
 def clocked(function, clock):
     def call(*args, **options):
         values = [*args, *options.values()]
@@ -69,7 +57,10 @@ def clocked(function, clock):
         n = len(args)
         result = function(*values[:n], **dict(zip(options, values[n:], strict=True)))
         clock.stop()
-        return _Behind.apply(clock, result) if result.requires_grad else result
+        if result.requires_grad:
+            # Not a Function: its view could not be activated in place, as plain nets do.
+            result.register_hook(lambda grad: clock.start())
+        return result
 
     return call
 
