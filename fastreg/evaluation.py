@@ -51,4 +51,6 @@ def scores(case, u, *, surfaces=False):
 
 
 def _mean(values):
-    return sum(values.values()) / len(values) if values else math.nan
+    """Over labels; one that is lost, at an infinite distance, is in the scores by label alone."""
+    finite = [v for v in values.values() if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -86,10 +86,11 @@ def test_trains_and_applies(folder, tmp_path, capsys):
     validated = rows(out / "validation.csv")
     assert [int(r["step"]) for r in validated] == [2, 4]
     assert all(np.isfinite([float(r[k]) for k in r]).all() for r in validated)
-    assert {"loss", "tre", "dice", "assd", "folding", "sdlogj"} <= set(validated[0])
+    assert {"loss", "tre", "dice", "assd", "folding", "tre_before", "dice_before"} <= set(validated[0])
     told = capsys.readouterr().out
     assert "6 pairs" in told
     assert "step 4: loss" in told
+    assert f"dice {float(validated[1]['dice_before']):.4g} -> {float(validated[1]['dice']):.4g}" in told
 
     content = checkpoint.load(out / "last.pt")
     assert (content["method"], content["preset"], content["counted"]["step"]) == ("voxelmorph", "paper", 4)

@@ -376,7 +376,13 @@ class _Run:
             checkpoint.save(self.out / BEST, self.content())
         if not self.args.quiet:
             units = {"tre": " mm", "assd": " mm"}
-            told = [f"{k} {v:.4g}{units.get(k, '')}" for k, v in row.items() if k != "step" and v != ""]
+            # A net that moves nothing scores as before.
+            before = {k: f"{row[k + '_before']:.4g} -> " for k in row if k + "_before" in row}
+            told = [
+                f"{k} {before.get(k, '')}{v:.4g}{units.get(k, '')}"
+                for k, v in row.items()
+                if k != "step" and not k.endswith("_before")
+            ]
             with telling():
                 print(f"step {row['step']}: {', '.join(told)}")
 
@@ -425,8 +431,9 @@ class _Validation:
                     "loss": sum(terms.values()),
                     **terms,
                     **{
-                        name: found[name]["after"]["mean"]
+                        name + suffix: found[name][when]["mean"]
                         for name in ("tre", "dice", "assd")
+                        for suffix, when in (("", "after"), ("_before", "before"))
                         if name in found
                     },
                     "folding": metrics.folding(u),
