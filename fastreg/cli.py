@@ -4,11 +4,11 @@ Exit status: 0; 1 where the demo misses its goals; 2 for bad input, with one lin
 Outputs are complete or absent.
 """
 
-import contextlib
 import logging
 import signal
 import sys
 
+from fastreg import _signals
 from fastreg._version import __version__
 from fastreg.commands import apply, demo, info, register, train
 from fastreg.commands.options import Parser
@@ -36,31 +36,15 @@ def _line(error):
     return " ".join(str(error).split())
 
 
-@contextlib.contextmanager
-def _ended_by_signals():
-    """SIGTERM and SIGHUP (unless nohup) end the command as Ctrl-C does; afterwards they do what they did before."""
-    numbers = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    try:
-        previous = [(number, signal.signal(number, _terminate)) for number in numbers]
-    except ValueError:  # not the main thread
-        previous = []
-    try:
-        yield
-    finally:
-        for number, handler in previous:
-            if handler is not None:  # not one of Python's
-                signal.signal(number, handler)
-
-
 def main(argv=None):
     """Runs the command line; returns the exit status."""
     # It announces its font cache on the first run, and complains about unwritable homes.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         args = _parser().parse_args(argv)
-        with _ended_by_signals():
+        # SIGTERM and, but under nohup, SIGHUP end a command as Ctrl-C does.
+        ours = [n for n in _signals.named("SIGTERM", "SIGHUP") if signal.getsignal(n) != signal.SIG_IGN]
+        with _signals.handled(ours, _terminate):
             return args.run(args)
     except KeyboardInterrupt:
         print("fastreg: interrupted", file=sys.stderr)

@@ -12,13 +12,14 @@ import os
 import secrets
 import shutil
 import signal
-import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from fastreg import _signals
 
 __all__ = [
     "Geometry",
@@ -484,17 +485,6 @@ def output_folder(out, names, *, replace=False):
                     parent.rmdir()
 
 
-@contextlib.contextmanager
 def _no_interrupt():
     """Ctrl-C and its like do nothing inside: for steps of milliseconds that must not stop half-way."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    previous = [(number, signal.signal(number, signal.SIG_IGN)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in previous:
-            if handler is not None:  # not one of Python's
-                signal.signal(number, handler)
+    return _signals.handled(_signals.named("SIGINT", "SIGTERM", "SIGHUP"), signal.SIG_IGN)

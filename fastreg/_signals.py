@@ -1,0 +1,24 @@
+"""Signals for as long as something lasts."""
+
+import contextlib
+import signal
+
+
+def named(*names):
+    """Those of the signals that this system has."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def handled(numbers, handler):
+    """Inside, handler takes these signals; afterwards what took them before. Outside the main thread: nothing happens."""
+    previous = []
+    try:
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in numbers:
+                previous.append((number, signal.signal(number, handler)))
+        yield
+    finally:
+        for number, before in previous:
+            if before is not None:  # not one of Python's
+                signal.signal(number, before)
