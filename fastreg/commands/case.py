@@ -119,7 +119,6 @@ class Run:
         case, u, grid, summary = self.case, self.u, self.case.fixed_grid, self.summary
         for which in ("fixed", "moving") if args is not None else ():
             summary[which] = {"file": str(getattr(args, which)), **summary[which]}
-        start, covered = self.before
         outside = float(case.moving.min())
         moved, inside = io.resample(intensities(case.moving), case.moving_grid, grid, u, outside=outside)
         io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
@@ -127,18 +126,7 @@ class Run:
         if self.moved_labels is not None:
             labels = self.moved_labels.astype(case.moving_labels.dtype)
             io.write_image(folder / "moved_labels.nii.gz", labels, grid)
-        title = [case.title]
-        if "tre" in summary:
-            means = [summary["tre"][when]["mean"] for when in ("before", "after")]
-            title.append("landmarks {:.2f} → {:.2f} mm".format(*means))
-        if "dice" in summary:
-            means = [summary["dice"][when]["mean"] for when in ("before", "after")]
-            title.append("Dice {:.3f} → {:.3f}".format(*means))
-        determinant = jacobian_determinant(u)[0, 0].numpy()
-        reached = ((start, covered), (moved, inside))
-        seen = [v.masked_fill(~reach, math.nan)[0, 0].numpy() for v, reach in reached]
-        arrays = [case.fixed, *seen, u[0].numpy(), determinant]
-        report.write_picture(folder / "picture.png", *arrays, grid, title="      ".join(title))
+        write_picture(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
         summary |= {
             "outside_value": outside,
             "seconds_total": round(time.perf_counter() - began, 3),
@@ -154,6 +142,28 @@ class Run:
         with telling():
             print_summary(self.summary)
             print(f"written to  {args.out}")
+
+
+def write_picture(case, u, scores, path, *, title="", reached=None):
+    """A Case before and after u (1, nd, *fixed grid), voxels. scores: of evaluation.scores, for the title; title: what stands first.
+
+    reached: (image on the fixed grid, where it reaches) before and after, where the caller has them.
+    """
+    if reached is None:
+        grids = case.moving_grid, case.fixed_grid
+        reached = [io.resample(intensities(case.moving), *grids, field) for field in (None, u)]
+    parts = [title] if title else []
+    parts.append(case.title)
+    if "tre" in scores:
+        means = [scores["tre"][when]["mean"] for when in ("before", "after")]
+        parts.append("landmarks {:.2f} → {:.2f} mm".format(*means))
+    if "dice" in scores:
+        means = [scores["dice"][when]["mean"] for when in ("before", "after")]
+        parts.append("Dice {:.3f} → {:.3f}".format(*means))
+    seen = [image.masked_fill(~inside, math.nan)[0, 0].numpy() for image, inside in reached]
+    determinant = jacobian_determinant(u)[0, 0].numpy()
+    arrays = [case.fixed, *seen, u[0].numpy(), determinant]
+    report.write_picture(path, *arrays, case.fixed_grid, title="      ".join(parts))
 
 
 def about(device):

@@ -1,10 +1,7 @@
 """`fastreg train`: a net on many pairs, or on the one that it is to register."""
 
 import contextlib
-import csv
 import datetime
-import functools
-import json
 import math
 import os
 import signal
@@ -15,14 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fastreg import checkpoint, evaluation, io, metrics, models, ops, report
-from fastreg.data.pairs import TASKS, Pairs, find_pairs, read_case, sample_of
+from fastreg import _signals, checkpoint, models, report
+from fastreg.data.pairs import TASKS, Pairs, find_pairs, read_case
 from fastreg.io import InputError
 from fastreg.training import RECIPES, NotFinite, Training, ranks
 
 from . import nets
 from .case import about, peak_memory, refuse_own_inputs, write_json
 from .options import add_common, bar, device_of, telling, warn
+from .tables import Log, append
+from .validation import Validation
 
 LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
     "last.pt", "best.pt", "log.csv", "validation.csv", "validation.png", "settings.json", "not_finite.json",
@@ -234,7 +233,7 @@ class _Run:
         )
         # Evenly over the list: the first pairs of a folder share one fixed image.
         some = validated[:: max(1, len(validated) // settings["validate_most"])][: settings["validate_most"]]
-        self.validation = _Validation(some, self.preprocessing, ndim)
+        self.validation = Validation(some, self.preprocessing, ndim)
         self.best, self.seconds, self.begun = math.inf, 0.0, saved is not None
         if saved is not None:
             try:
@@ -331,7 +330,7 @@ class _Run:
                 (self.out / name).unlink(missing_ok=True)
             self.begun = True
         write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
-        return _Log(self.out / LOG, step)
+        return Log(self.out / LOG, step)
 
     def _over(self, begin):
         minutes = self.args.minutes
@@ -343,7 +342,6 @@ class _Run:
             over = bool(flag)
         return over
 
-    @contextlib.contextmanager
     def _interruptible(self):
         """The first Ctrl-C (or SIGTERM) ends the run after its step, with everything saved; the second at once."""
 
@@ -352,25 +350,15 @@ class _Run:
                 signal.default_int_handler(number, frame)
             self.stop = True
 
-        try:
-            previous = [
-                (n, signal.signal(n, ask))
-                for n in (signal.SIGINT, signal.SIGTERM)
-                if signal.getsignal(n) != signal.SIG_IGN  # as by nohup and &
-            ]
-        except ValueError:  # not the main thread
-            previous = []
-        try:
-            yield
-        finally:
-            for number, handler in previous:
-                signal.signal(number, handler)
+        numbers = _signals.named("SIGINT", "SIGTERM")
+        # Ignored, as by nohup and &: stays so.
+        return _signals.handled([n for n in numbers if signal.getsignal(n) != signal.SIG_IGN], ask)
 
     def _validate(self):
         row, draw = self.validation(self.training.model)
         row = {"step": self.training.step, **row}
-        _append(self.out / VALIDATION, row)
-        draw(self.out / PICTURE)
+        append(self.out / VALIDATION, row)
+        draw(self.out / PICTURE, title=f"step {row['step']}")
         if row["loss"] < self.best:
             self.best = row["loss"]
             checkpoint.save(self.out / BEST, self.content())
@@ -395,128 +383,3 @@ class _Namespace:
 
     def __getattr__(self, name):
         return None
-
-
-class _Validation:
-    """Means over pairs of the loss and of what landmarks and labels say."""
-
-    def __init__(self, pairs, preprocessing, ndim):
-        self.pairs, self.preprocessing, self.ndim = pairs, preprocessing, ndim
-        self._read = functools.lru_cache(maxsize=8)(self._of_pair)
-
-    def _of_pair(self, k):
-        case = read_case(self.pairs[k])
-        return case, *sample_of(case, self.preprocessing, self.ndim)
-
-    def read(self):
-        """Reads the pairs: what is wrong with one is better known before the first step than hours later."""
-        for k in range(len(self.pairs)):
-            self._read(k)
-
-    @torch.no_grad()
-    def __call__(self, model):
-        """(row of validation.csv, function that draws the first pair)."""
-        model.eval()
-        device, rows, drawn = next(model.parameters()).device, [], None
-        for k in range(len(self.pairs)):
-            case, sample, grid = self._read(k)
-            images = [t.to(device) for t in (sample.fixed, sample.moving)]
-            prediction = model(*images)
-            mask = None if sample.mask is None else sample.mask.to(device)
-            terms = {name: float(v) for name, v in model.terms(*images, prediction, mask).items()}
-            u = self.preprocessing.displacement(prediction.displacement.float().cpu(), grid, case.fixed_grid)
-            found = evaluation.scores(case, u, surfaces=True)
-            rows.append(
-                {
-                    "loss": sum(terms.values()),
-                    **terms,
-                    **{
-                        name + suffix: found[name][when]["mean"]
-                        for name in ("tre", "dice", "assd")
-                        for suffix, when in (("", "after"), ("_before", "before"))
-                        if name in found
-                    },
-                    "folding": metrics.folding(u),
-                    "sdlogj": metrics.sdlogj(u),
-                }
-            )
-            if drawn is None:
-                drawn = case, u
-        names = dict.fromkeys(name for row in rows for name in row)
-        means = {}
-        for name in names:
-            values = [row[name] for row in rows if name in row]
-            means[name] = sum(values) / len(values)
-        return means, functools.partial(_draw, *drawn)
-
-
-def _draw(case, u, path):
-    moving = torch.from_numpy(case.moving.astype("float32"))[None, None]
-    seen = []
-    for field in (None, u):
-        image, inside = io.resample(moving, case.moving_grid, case.fixed_grid, field)
-        seen.append(image.masked_fill(~inside, math.nan)[0, 0].numpy())
-    determinant = ops.jacobian_determinant(u)[0, 0].numpy()
-    report.write_picture(
-        path, case.fixed, *seen, u[0].numpy(), determinant, case.fixed_grid, title=case.title
-    )
-
-
-# Tables
-
-
-def _rows(path):
-    """Of a table, but those that a killed run left half-written."""
-    try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a table of fastreg train") from error
-    return [r for r in rows if (r.get("step") or "").isdigit() and None not in (*r, *r.values())]
-
-
-def _append(path, row):
-    """A row more, whose columns the table may not have yet."""
-    rows = _rows(path) if path.exists() else []
-    rows.append(row)
-    _write(path, [r for r in rows[:-1] if int(r["step"]) < int(row["step"])] + rows[-1:])
-
-
-def _write(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with io.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-class _Log:
-    """log.csv, a row a step; steps after `step`, which a run that was killed had not saved, are taken out."""
-
-    def __init__(self, path, step):
-        self.path, self.stream, self.writer = path, None, None
-        if path.exists() and (rows := [r for r in _rows(path) if int(r["step"]) <= step]):
-            _write(path, rows)
-            self._open(list(rows[0]), "a")
-
-    def _open(self, names, mode):
-        self.stream = open(self.path, mode, newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.stream, names, restval="")
-        if mode == "w":
-            self.writer.writeheader()
-
-    def write(self, row):
-        row = {**row, "names": json.dumps(row["names"], ensure_ascii=False)}
-        if self.writer is None:
-            self._open(list(row), "w")
-        self.writer.writerow({k: row.get(k, "") for k in self.writer.fieldnames})
-        try:
-            self.stream.flush()
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-
-    def close(self):
-        if self.stream is not None:
-            with contextlib.suppress(OSError):  # what could not be flushed is known
-                self.stream.close()
