@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import stock_ops
-from fastreg import warp
+from fastreg import mind_loss, warp
 from fastreg.models import MODELS, PRDFE, R2N2, RRN, F3RNet, LinDef, VoxelMorph, blocks
 from fastreg.models.f3rnet import POLICIES, VARIANTS
 
@@ -393,6 +393,20 @@ def test_bad_options_of_mind():
             TypeError, match="mind must be a dict of dilation, neighbourhood, norm, patch, radius, sigma"
         ):
             F3RNet(mind=mind)
+        with pytest.raises(TypeError, match="mind must be a dict of dilation"):
+            VoxelMorph(similarity="mind", mind=mind)
+    with pytest.raises(ValueError, match='mind is for similarity="mind"'):
+        VoxelMorph(mind={"radius": 1})
+
+
+def test_voxelmorph_takes_the_options_of_mind():
+    fixed, moving = torch.rand(2, 1, 1, 16, 16, 16)
+    options = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
+    models = [VoxelMorph(similarity="mind", **o) for o in ({}, {"mind": options})]
+    with torch.no_grad():
+        seen = [float(m.terms(fixed, moving, m(fixed, moving))["similarity"]) for m in models]
+    assert seen[1] == pytest.approx(float(mind_loss(fixed, moving, **options)), rel=1e-2)
+    assert abs(seen[0] - seen[1]) > 0.1 * seen[1]
 
 
 def test_normalised_r2n2_needs_more_than_a_pixel_at_the_end():

@@ -103,6 +103,14 @@ class Model(nn.Module):
         if value not in allowed:
             cls.fail(ValueError, f"{name} must be one of {tuple(allowed)}, got {value!r}")
 
+    @classmethod
+    def mind_options(cls, mind, default):
+        """A dict of options of fastreg.mind_loss, or `default` for None."""
+        known = inspect.signature(ops.mind_loss).parameters.keys() - {"fixed", "moved", "mask", "reduction"}
+        if not (mind is None or (isinstance(mind, dict) and mind.keys() <= known)):
+            cls.fail(TypeError, f"mind must be a dict of {', '.join(sorted(known))}, got {mind!r}")
+        return dict(default if mind is None else mind)
+
     def forward(self, fixed, moving, *, fixed_features=None):
         """Prediction of the motion from fixed to moving.
 

@@ -2,8 +2,6 @@
 resolution exchanges features with a U-shaped one through multi-scale residual blocks (MRB).
 """
 
-import inspect
-
 import torch.nn.functional as F
 from torch import nn
 
@@ -120,10 +118,7 @@ class F3RNet(Model):
         self.choice("f3d_policy", f3d_policy, POLICIES)
         self.choice("pool", pool, POOLS)
         self.choice("up", up, UPS)
-        known = inspect.signature(ops.mind_loss).parameters.keys() - {"fixed", "moved", "mask", "reduction"}
-        if not (mind is None or (isinstance(mind, dict) and mind.keys() <= known)):
-            self.fail(TypeError, f"mind must be a dict of {', '.join(sorted(known))}, got {mind!r}")
-        self.mind, self.weight = MIND_2012 if mind is None else dict(mind), weight
+        self.mind, self.weight = self.mind_options(mind, MIND_2012), weight
         self.padding, self.checkpoint = padding, checkpoint
         parts = VARIANTS[variant]
 

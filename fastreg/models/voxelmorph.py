@@ -18,6 +18,7 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         encoder, decoder (sequence): channels; VM-2 by default, VM-1: decoder (32, 32, 32, 32, 8, 8).
         ndim (int): 3 or 2.
         similarity (str): "lcc" (window 9), "mse" or "mind" (MIND-SSC).
+        mind (dict or None): options of fastreg.mind_loss, for similarity "mind".
         weight (float): of the diffusion of the displacement in voxels.
         padding, checkpoint (str): see Model.
 
@@ -33,6 +34,7 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         decoder=(32, 32, 32, 32, 32, 16, 16),
         ndim=3,
         similarity="lcc",
+        mind=None,
         weight=1.0,
         padding="zeros",
         checkpoint="none",
@@ -41,7 +43,10 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         if len(encoder) != 4 or len(decoder) not in (6, 7):
             self.fail(ValueError, f"encoder must have 4 widths, decoder 6 or 7, got {encoder} and {decoder}")
         self.choice("similarity", similarity, SIMILARITIES)
+        if mind is not None and similarity != "mind":
+            self.fail(ValueError, f'mind is for similarity="mind", got similarity={similarity!r}')
         self.ndim, self.similarity, self.weight = ndim, similarity, weight
+        self.options = self.mind_options(mind, {}) if similarity == "mind" else {}
         self.padding, self.checkpoint = padding, checkpoint
         e, d = encoder, decoder
         inputs = (2, *e[:3])
@@ -70,6 +75,6 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         return {
-            "similarity": SIMILARITIES[self.similarity](fixed, moved, mask=mask),
+            "similarity": SIMILARITIES[self.similarity](fixed, moved, mask=mask, **self.options),
             "regularity": self.weight * ops.diffusion(u),
         }
