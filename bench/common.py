@@ -491,20 +491,25 @@ def read_rows(path):
 
 
 def append_rows(path, rows, fields=None):
-    """Adds rows to a CSV file; readers see it before or after, never in between, and no writer is lost."""
+    """Adds rows to a CSV file; see rewrite_rows."""
+    rewrite_rows(path, lambda old: [*old, *rows], fields or FIELDS)
+
+
+def rewrite_rows(path, change, fields=()):
+    """The rows of a CSV file become change(rows); readers see it before or after, never in between, and no writer is lost."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        old = read_rows(path)
-        names = list(dict.fromkeys([*(fields or FIELDS), *(k for r in [*old, *rows] for k in r)]))
+        rows = change(read_rows(path))
+        names = list(dict.fromkeys([*fields, *(k for r in rows for k in r)]))
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
                 writer.writeheader()
-                writer.writerows([*old, *rows])
+                writer.writerows(rows)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -574,6 +579,10 @@ def compiled(function, fullgraph=True):
     # Each case is a fresh graph; without this, dynamo's limit on recompilations ends in an error.
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=fullgraph)
+
+
+def say(text):
+    print(text, flush=True)
 
 
 def quiet():

@@ -50,7 +50,8 @@ from torch._subclasses import FakeTensorMode
 
 import fastreg
 from bench import clock, common, memory, stock_ops
-from bench.run import markdown, number, say
+from bench.common import say
+from bench.markdown import grouped, measured, number, table
 from fastreg import models
 
 RESULTS = "models.csv"
@@ -383,16 +384,8 @@ def tables(results):
     if not rows:
         return "No rows stored yet."
     sections = []
-    groups = {}
-    for r in rows:
-        groups.setdefault((r["device_name"], r["threads"], r["isa"]), []).append(r)
-    for (device, threads, isa), mine in groups.items():
-        dates = sorted({r["date"][:10] for r in mine})
-        about = [f"torch {' / '.join(sorted({r['torch'] for r in mine}))}"]
-        about.append("fastreg at " + ", ".join(dict.fromkeys(r["commit"] for r in mine)))
-        about.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
-        where = f"**{device}**{f', {threads} threads' if threads else ''}, {isa}; "
-        sections += [where + "; ".join(about) + ".", saved_table(mine), time_table(mine)]
+    for mine in grouped(rows, "device_name", "threads", "isa").values():
+        sections += [measured(mine), saved_table(mine), time_table(mine)]
     return "\n\n".join(sections)
 
 
@@ -435,7 +428,7 @@ def saved_table(rows):
                     ("yes" if ours <= limit * theirs else "no") if has_goal else "",
                 ]
             )
-    return markdown(header, lines)
+    return table(header, lines)
 
 
 def time_table(rows):
@@ -470,7 +463,7 @@ def time_table(rows):
                     number(r["reached"], 2),
                 ]
             )
-    return markdown(header, lines)
+    return table(header, lines)
 
 
 def parser():

@@ -28,14 +28,13 @@ if not __package__:
 
 import torch
 
-from bench import common, memory
+from bench import common, memory, models
+from bench.common import say
+from bench.experiments import tables as experiments
+from bench.markdown import grouped, measured, number, table
 
 QUICK = (48, 48, 48)
 REAL = "real.csv"
-
-
-def say(text):
-    print(text, flush=True)
 
 
 def chosen_providers(module, case, args):
@@ -153,34 +152,12 @@ def headline(module, device):
 # Tables
 
 
-def number(text, digits=3):
-    if text in ("", None):
-        return ""
-    value = float(text)
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(decimals, 3)}f}"
-
-
-def markdown(header, rows):
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
-
-
 def label(row):
     package, _, version = row["version"].partition(" ")
     version = version.split("+")[0]
     names = {"torch": "PyTorch, best stock form", "compile": "the same under torch.compile"}
     name = names.get(row["provider"], row["provider"])
     return f"{name} {version}" if name == package and name != "fastreg" else name
-
-
-def grouped(rows, *keys):
-    groups = {}
-    for r in rows:
-        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
-    return groups
 
 
 def is_scaling(row, rows):
@@ -194,22 +171,13 @@ def speed_tables(rows):
     sections = []
     # On a GPU one section per implementation: CUDA C++ and Triton are separate runs.
     rows = [r | {"kernels": r["isa"] if r["device"] == "cuda" else ""} for r in common.newest(rows)]
-    for (device, name, threads, _), mine in grouped(
-        rows, "device", "device_name", "threads", "kernels"
-    ).items():
-        dates = sorted({r["date"][:10] for r in mine})
+    for mine in grouped(rows, "device", "device_name", "threads", "kernels").values():
         copy = statistics.median(float(r["copy_gbs"]) for r in mine)
-        about = [f"torch {' / '.join(sorted({r['torch'] for r in mine}))}"]
-        about.append(f"copy bandwidth {copy:.3g} GB/s")
-        about.append("fastreg at " + ", ".join(dict.fromkeys(r["commit"] for r in mine)))
-        about.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
-        threads = f", {threads} threads" if device == "cpu" else ""
-        isas = ", ".join(dict.fromkeys(r["isa"] for r in mine if r["isa"]))
-        sections.append(f"**{name}**{threads}{f', {isas}' if isas else ''}; " + "; ".join(about) + ".")
+        sections.append(measured(mine, f"copy bandwidth {copy:.3g} GB/s"))
         sections.append(op_table([r for r in mine if not is_scaling(r, mine)]))
-        if table := scaling_table([r for r in mine if is_scaling(r, mine)]):
+        if scaling := scaling_table([r for r in mine if is_scaling(r, mine)]):
             text = "Nanoseconds per voxel of fastreg (forward and backward), by size; r: radius, c: channels (16), d: dilation:"
-            sections += [text, table]
+            sections += [text, scaling]
         marked = [r for r in mine if r["gate"].startswith("deviates")]
         if marked:
             notes = dict.fromkeys(f"{r['op']} {r['case']} {label(r)} ({r['gate']})" for r in marked)
@@ -237,7 +205,7 @@ def op_table(rows):
             cells.append(number(shown["floor"], 2))
             cells += [number(shown.get(k), 3) for k in ("peak_volumes", "saved_volumes")]
             lines.append(cells)
-    return markdown(header, lines)
+    return table(header, lines)
 
 
 def scaling_table(rows):
@@ -252,7 +220,7 @@ def scaling_table(rows):
         return ""
     sizes = sorted({s for values in series.values() for s in values}, key=lambda s: (s[-1], int(s[:-1])))
     lines = [[name, *(number(v.get(s, "")) for s in sizes)] for name, v in series.items()]
-    return markdown(["op, case", *sizes], lines)
+    return table(["op, case", *sizes], lines)
 
 
 def gpu_kernels():
@@ -296,7 +264,7 @@ def ops_table(results):
         return executed.get((op, kind), f"{PROOF[kind]}; never run on a GPU")
 
     lines = [[f"`{op}`", cpu(op), *(gpu(op, kind) for kind in PROOF)] for op in sorted(fastreg.ops.__all__)]
-    return markdown(["op", "cpu", *PROOF], lines).replace("---:", "---")
+    return table(["op", "cpu", *PROOF], lines).replace("---:", "---")
 
 
 def real_table(results):
@@ -338,13 +306,10 @@ def real_table(results):
         "goals met",
         "measured on",
     ]
-    return markdown(header, lines)
+    return table(header, lines)
 
 
 def tables(results):
-    from bench import models
-    from bench.experiments import tables as experiments
-
     rows = [r for device in ("cpu", "cuda") for r in common.read_rows(results / f"{device}.csv")]
     return {
         "ops": ops_table(results),
@@ -358,13 +323,13 @@ def tables(results):
 def write_readme(path, results):
     """Replaces what stands between <!-- NAME:start --> and <!-- NAME:end -->; both must be there."""
     old = text = path.read_text(encoding="utf-8")
-    for name, table in tables(results).items():
+    for name, content in tables(results).items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             say(f"{path.name} must hold {start} and {end} once, in this order")
             return 1
         head, rest = text.split(start)
-        text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
+        text = f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}"
     if text != old:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import fastreg  # noqa: E402
-from bench import clock, common, memory, models, run  # noqa: E402
+from bench import clock, common, markdown, memory, models, run  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
 
 N16 = (16, 16, 16)
@@ -266,7 +266,7 @@ def row(**values):
         isa="avx2", torch="2.13.0", op="warp", case="u", mode="fwd+bwd", provider="fastreg", dtype="float32"
     )
     base.update(
-        version="fastreg 0.1", shape="1x1x160x160x160", rounds="9", p20_ms="9", p50_ms="10", p80_ms="11"
+        version="fastreg 0.1", shape="1x1x160x160x160", rounds="9", p20_ms="9.0", p50_ms="10.0", p80_ms="11.0"
     )
     base.update(ratio="1", floor="0.5", copy_gbs="20", gate="value 1e-7, gradient 1e-7")
     return {**base, **values}
@@ -276,7 +276,9 @@ def test_tables(tmp_path):
     peer = {"provider": "voxelmorph", "version": "voxelmorph 0.3.4", "p50_ms": "456.7", "ratio": "45.67"}
     series = [row(case=f"u-{n}", shape=f"1x1x{n}x{n}x{n}", p50_ms=f"{n**3 * 3e-6:.6g}") for n in (64, 256)]
     old = row(p50_ms="99")
-    common.append_rows(tmp_path / "cpu.csv", [old, row(), row(mode="fwd", p50_ms="4"), row(**peer), *series])
+    common.append_rows(
+        tmp_path / "cpu.csv", [old, row(), row(mode="fwd", p50_ms="4.0"), row(**peer), *series]
+    )
     text = run.tables(tmp_path)["bench"]
     assert "| warp, u | 1x1x160x160x160 | fastreg | 4.00 | 10.0 | 9.00 to 11.0 | 1 | 0.50 |" in text
     assert "| voxelmorph 0.3.4 |  | 457 |" in text
@@ -502,3 +504,9 @@ def test_pytest_benchmark():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+def test_numbers_keep_their_digits():
+    texts = ["", "RRN", "0.0", "98", "0.72734", "132.2309", "0.0042", "4e-05", "1234.5", "-0.5", "nan"]
+    wanted = ["", "RRN", "0", "98", "0.727", "132", "0.00420", "4e-05", "1234", "-0.500", "nan"]
+    assert [markdown.number(t) for t in texts] == wanted

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bench import common
+from bench.markdown import grouped, measured, number, table
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ TABLES = (
             "sd over seeds": "field_mse_seeds_sd",
             "inside the figures": "figures_mse_mean",
             "folding": "folding",
+            "steps": "steps",
+            "seconds of training": "train_seconds",
             "paper: image": "paper_image_mse",
             "paper: field": "paper_field_mse",
         },
@@ -40,7 +43,7 @@ TABLES = (
             "paper, mm": "paper_mm",
             "folding": "folding",
             "steps": "steps",
-            "seconds": "seconds",
+            "seconds of training": "seconds",
         },
     ),
     Table(
@@ -52,6 +55,7 @@ TABLES = (
             "seconds a pair": "seconds",
             "numbers of a transform": "numbers",
             "steps": "steps",
+            "seconds of training": "train_seconds",
             "paper: TRE": "paper_tre",
             "paper: seconds": "paper_seconds",
             "paper: numbers": "paper_numbers",
@@ -66,7 +70,7 @@ TABLES = (
             "paper": "paper_dice",
             "folding": "folding",
             "steps": "steps",
-            "seconds": "seconds",
+            "seconds of training": "seconds",
             "ended": "ended",
         },
     ),
@@ -84,7 +88,7 @@ TABLES = (
             "ASSD, mm": "assd_mm",
             "folding": "folding",
             "steps": "steps",
-            "seconds": "seconds",
+            "seconds of training": "seconds",
         },
     ),
     Table(
@@ -104,19 +108,6 @@ TABLES = (
 )
 
 
-def number(text):
-    """Three digits; what is no number as it is."""
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    if abs(value) < 1e-5:
-        return "0"
-    if value == int(value):
-        return str(int(value))
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
 def _cell(row, column):
     if "{" not in column:
         return number(row[column])
@@ -128,19 +119,14 @@ def _cell(row, column):
 def markdown(results):
     """Every stored table, with where and when it was measured."""
     sections = []
-    for table in TABLES:
-        rows = common.read_rows(results / "experiments" / f"{table.name}.csv")
-        if not rows:
-            continue
-        about = rows[0]
-        where = f"{about['device_name']}, {about['setting']} setting, {about['commit']}, {about['date'][:10]}"
-        lines = [
-            "| " + " | ".join(table.columns) + " |",
-            "|" + "|".join(["---"] + ["---:"] * (len(table.columns) - 1)) + "|",
-            *("| " + " | ".join(_cell(row, c) for c in table.columns.values()) + " |" for row in rows),
-        ]
-        sections.append(
-            f"**{table.title}** ({where}; `python -m bench.experiments.{table.name.split('_parameters')[0]}`)\n\n"
-            + "\n".join(lines)
-        )
+    for t in TABLES:
+        rows = common.read_rows(results / "experiments" / f"{t.name}.csv")
+        for (setting, _), mine in grouped(rows, "setting", "device_name").items():
+            command = f"python -m bench.experiments.{t.name.split('_parameters')[0]}"
+            if setting != "small":
+                command += f" --setting {setting}"
+            cells = [[_cell(row, c) for c in t.columns.values()] for row in mine]
+            sections.append(
+                f"**{t.title}** (`{command}`). {measured(mine)}\n\n{table(list(t.columns), cells)}"
+            )
     return "\n\n".join(sections) if sections else "No rows stored yet."

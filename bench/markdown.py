@@ -1,0 +1,52 @@
+"""Stored rows as Markdown tables, for the README."""
+
+import math
+
+
+def number(text, digits=3):
+    """So many digits; what is a whole number already, or no number, as it is."""
+    if text in ("", None):
+        return ""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if value == 0 or not math.isfinite(value) or str(text).lstrip("-").isdigit():
+        return f"{value:.0f}"
+    if abs(value) < 1e-4:
+        return f"{value:.2g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
+
+
+def table(header, rows):
+    """header and rows: cells, text. All columns but the first are aligned to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def grouped(rows, *keys):
+    """(value of each key) -> rows, in their order."""
+    groups = {}
+    for r in rows:
+        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
+    return groups
+
+
+def measured(rows, *more):
+    """Where and when: device, threads, instruction sets, torch, what else there is to say, commits, dates."""
+    first = rows[0]
+    where = f"**{first['device_name']}**"
+    if first["device"] == "cpu":
+        where += f", {first['threads']} threads"
+    if isas := ", ".join(_each(rows, "isa")):
+        where += f", {isas}"
+    dates = sorted({r["date"][:10] for r in rows})
+    about = [f"torch {' / '.join(sorted(_each(rows, 'torch')))}", *more]
+    about.append("fastreg at " + ", ".join(_each(rows, "commit")))
+    about.append(dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}")
+    return f"{where}; {'; '.join(about)}."
+
+
+def _each(rows, key):
+    return [v for v in dict.fromkeys(r[key] for r in rows) if v]
