@@ -62,6 +62,37 @@ def test_inter_subject(tmp_path):
 
 
 @needs_scans
+def test_a_run_of_some_methods_leaves_the_rows_of_the_others(tmp_path):
+    size = ["--size", "16", "32", "32"]
+    ran(rrn, tmp_path, *size, "--methods", "VoxelMorph-2")
+    drawn = (tmp_path / "rrn.png").read_bytes()
+    rows = ran(rrn, tmp_path, *size, "--methods", "RRN", "--steps", "3")
+    assert [(m, r["steps"]) for m, r in rows.items()] == [
+        ("identity", ""),
+        ("RRN", "3"),
+        ("VoxelMorph-2", "2"),
+    ]
+    assert (tmp_path / "rrn.png").read_bytes() == drawn
+    for experiment in (rrn, lindef, f3rnet, inter_subject):
+        assert experiment.main(["--methods", "nonsense", "--results", str(tmp_path)]) == 2
+
+
+def test_rows_of_another_setting_stay(tmp_path):
+    doc, minutes, methods = "", {"small": 1, "full": 2}, ("a", "b")
+    for arguments, value in (([], 1), (["--setting", "full"], 2), (["--methods", "b"], 3)):
+        args = common.Parser(doc, minutes, methods).parse_args(
+            [*arguments, "--results", str(tmp_path), "--device", "cpu"]
+        )
+        assert args.minutes == minutes[args.setting]
+        common.store(args, "made", [{"method": m, "value": value} for m in ("identity", *args.methods)])
+    rows = [(r["setting"], r["method"], r["value"]) for r in bench.read_rows(tmp_path / "made.csv")]
+    assert sorted(rows) == [
+        ("full", "a", "2"), ("full", "b", "2"), ("full", "identity", "2"),
+        ("small", "a", "1"), ("small", "b", "3"), ("small", "identity", "3"),
+    ]  # fmt: skip
+
+
+@needs_scans
 def test_training_pairs_follow_from_their_number():
     scans = inter_subject.images(common.scans("hippocampusmr_msd04"))
     people = inter_subject.People(scans[:3], 2)

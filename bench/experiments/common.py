@@ -29,30 +29,44 @@ class Unusable(Exception):
     """One line for the user."""
 
 
-def parser(doc, minutes, steps=None):
-    """Arguments of every experiment; `minutes`: of a method in the small setting."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--setting", choices=["small", "full"], default="small", help="default: small")
-    p.add_argument(
-        "--minutes", type=float, default=minutes, help=f"of training a method (default: {minutes:g})"
-    )
-    p.add_argument(
-        "--steps", type=int, default=steps, help=f"of training at most (default: {steps or 'none'})"
-    )
-    p.add_argument("--methods", nargs="+", help="only these")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--results", type=Path, default=RESULTS, help="folder for the table and the picture")
-    p.add_argument("--no-store", action="store_true", help="leave the results alone")
-    return p
+class Parser(argparse.ArgumentParser):
+    """Arguments of every experiment. minutes: of training a method, by setting; methods: their names, in the order of the table.
 
+    What it parses has `minutes` resolved, `methods`, those asked for, in their order, `every`, all of them, and the threads are set.
+    """
 
-def chosen(args, methods):
-    """Those of methods that the arguments name, all by default, in their own order."""
-    unknown = [m for m in args.methods or () if m not in methods]
-    if unknown:
-        raise Unusable(f"--methods must be of {', '.join(methods)}, got {', '.join(unknown)}")
-    return [m for m in methods if not args.methods or m in args.methods]
+    def __init__(self, doc, minutes, methods):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.minutes, self.every = minutes, tuple(methods)
+        default = ", ".join(f"{setting}: {m:g}" for setting, m in minutes.items())
+        names = ", ".join(self.every)
+        self.add_argument("--setting", choices=list(minutes), default="small", help="default: small")
+        self.add_argument("--minutes", type=float, help=f"of training a method (default: {default})")
+        self.add_argument("--steps", type=int, help="of training a method at most")
+        self.add_argument(
+            "--methods", nargs="+", help=f"only these of {names}; stored rows of the others stay"
+        )
+        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        self.add_argument("--threads", type=int, default=2)
+        self.add_argument(
+            "--results", type=Path, default=RESULTS, help="folder for the table and the picture"
+        )
+        self.add_argument("--no-store", action="store_true", help="leave the results alone")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name in ("minutes", "steps", "threads"):
+            value = getattr(args, name)
+            if value is not None and not value > 0:
+                self.error(f"--{name} must be above 0, got {value}")
+        if args.minutes is None:
+            args.minutes = self.minutes[args.setting]
+        if unknown := [m for m in args.methods or () if m not in self.every]:
+            raise Unusable(f"--methods must be of {', '.join(self.every)}, got {', '.join(unknown)}")
+        args.methods = [m for m in self.every if not args.methods or m in args.methods]
+        args.every = self.every
+        torch.set_num_threads(args.threads)
+        return args
 
 
 def scans(name):
@@ -121,13 +135,14 @@ def train(
     steps=None,
     looks=25,
     seed=0,
-    tell=print,
+    tell=common.say,
     patience=PATIENCE,
     watch=None,
+    watched="score",
 ):
     """Trains until minutes or steps are over, or the held-out loss has not improved for `patience` looks of some `looks` in the
     whole time; leaves the model with the weights of the best look (held_out None: the last).
-    watch: model -> a number for the picture, at each look; it decides on nothing. Returns Trained.
+    watch: model -> a number for the picture, at each look, called `watched`; it decides on nothing. Returns Trained.
     """
     device = next(model.parameters()).device
     training, done = Training(model, pairs, recipe, seed=seed), Trained()
@@ -143,19 +158,21 @@ def train(
         if not (over or by_steps or spent >= next_look):
             continue
         next_look = spent + budget / looks
-        if watch is not None:
-            model.eval()
-            done.watched.append((training.step, spent, float(watch(model))))
-            tell(f"    step {training.step}, {spent:.0f} s: {done.watched[-1][2]:.4f}")
+        line = f"    step {training.step}, {spent:.0f} s"
         if held_out is not None:
             loss = held_out_loss(model, held_out)
             done.looks.append((training.step, spent, loss))
-            tell(f"    step {training.step}, {spent:.0f} s: held-out loss {loss:.5f}")
+            line += f": held-out loss {loss:.5f}" if held_out is not pairs else f": loss {loss:.5f}"
             if loss < done.best:
                 done.best, done.best_step, since = loss, training.step, 0
                 kept = copy.deepcopy(model.state_dict())
             else:
                 since += 1
+        if watch is not None:
+            model.eval()
+            done.watched.append((training.step, spent, float(watch(model))))
+            line += f", {watched} {done.watched[-1][2]:.4f}"
+        tell(line)
         if over or since >= patience:
             done.ended = "time" if spent >= budget else "steps" if over else "no improvement"
             break
@@ -200,33 +217,50 @@ def columns(model, recipe, done, sample):
     }
 
 
-def store(args, name, rows):
-    """Rows, each a dict, into RESULTS/<name>.csv, in place of what an earlier run left."""
+def store(args, name, rows, key="method"):
+    """Rows, each a dict, into RESULTS/<name>.csv in place of those of the same setting and device; a run of some methods leaves the
+    rows of the others. key: the column with the methods' names.
+    """
     if args.no_store:
         return
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{name}.csv"
     about = {**common.environment(args.device), "setting": args.setting}
     rows = [{**about, **row} for row in rows]
-    path.unlink(missing_ok=True)
-    common.append_rows(path, rows, list(rows[0]))
+    path = args.results / f"{name}.csv"
+    anew = {r[key] for r in rows}
+
+    def merged(old):
+        def mine(r):
+            return all(r[k] == about[k] for k in ("setting", "device_name"))
+
+        others = [r for r in old if not mine(r)]
+        left = [r for r in old if mine(r) and r[key] not in anew and r[key] in args.every]
+        place = {method: k for k, method in enumerate(args.every)}
+        return others + sorted([*rows, *left], key=lambda r: place.get(r[key], -1))
+
+    common.rewrite_rows(path, merged)
 
 
 def picture(args, name, figure, *, dpi=110, colours=None):
-    """Writes a matplotlib figure to RESULTS/<name>.png, small enough to keep in the repository. colours: 256 halve the bytes, for
-    pictures of one or two colour maps: several come out in bands.
+    """Writes a matplotlib figure to RESULTS/<name>.png (full setting: <name>_full.png), small enough to keep in the repository.
+    A run of some methods leaves a picture of all alone. colours: 256 halve the bytes, for pictures of one or two colour maps: several
+    come out in bands.
     """
     if args.no_store:
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{name}.png"
-    figure.savefig(path, dpi=dpi)
+    path = args.results / f"{name}{'' if args.setting == 'small' else '_' + args.setting}.png"
+    if len(args.methods) < len(args.every) and path.exists():
+        print(f"{path.name} stays: it shows all methods, this run had {', '.join(args.methods)}")
+        return
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=dpi)
     if colours:
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(temporary) as image:
             small = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        small.save(path, optimize=True)
+        small.save(temporary, format="png", optimize=True)
+    temporary.replace(path)
 
 
 def run(experiment, argv=None):

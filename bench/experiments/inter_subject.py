@@ -20,22 +20,17 @@ import torch.nn.functional as F
 
 import fastreg
 from bench.experiments import common, panels
+from bench.experiments.rrn import HALF
 from fastreg import metrics, ops
 from fastreg.models import PRDFE, RRN, F3RNet, LinDef, VoxelMorph
 from fastreg.training import RECIPES, Sample
 
 TRAIN, HELD_OUT, TEST = range(8), (8, 9), range(10, 15)
 BOX = (slice(4, 36), slice(4, 52), slice(4, 36))
-MINUTES = {"small": 1.25, "full": 600}
+MINUTES = {"small": 3, "full": 600}
 LABELS = (1, 2)
 VIRTUAL = 100_000  # length of the endless sequence of training pairs
 PATIENCE = 12  # looks: nets that start from the identity need some before they move
-HALF = {
-    "pyramid": (8, 16, 32, 48),
-    "dense": (64, 64, 48, 32, 16),
-    "refine": (64, 64, 64, 48, 32, 16),
-    "deviation": 1e-5,
-}
 QUARTER = {"encoder": (8, 16, 32, 8, 8), "decoder": (32, 16, 8, 8, 8)}
 
 
@@ -167,10 +162,7 @@ def recipe(method, args):
 
 
 def experiment(argv=None):
-    parser = common.parser(__doc__, MINUTES["small"])
-    parser.set_defaults(minutes=None)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register")).parse_args(argv)
     small = args.setting == "small"
     data = common.scans("hippocampusmr_msd04")
     scans, labels = images(data), [torch.from_numpy(s.astype(np.int64)) for s in data["segs"]]
@@ -186,7 +178,7 @@ def experiment(argv=None):
     told("identity", *score(pairs, scans, labels, lambda f, m: still))
     fields = {"identity": still}
     for name, method in METHODS.items():
-        if args.methods and name not in args.methods:
+        if name not in args.methods:
             continue
         model, size = build(method, args), method.size if small else 1
         looked = [Sample(f"{i}-{j}", seen(scans[i], size), seen(scans[j], size)) for i, j in held_out]
@@ -202,10 +194,11 @@ def experiment(argv=None):
             people,
             looked,
             how,
-            minutes=args.minutes or MINUTES[args.setting],
+            minutes=args.minutes,
             steps=args.steps,
             patience=PATIENCE,
             watch=lambda _, found=found: score(held_out, scans, labels, found)[0].mean(),
+            watched="Dice",
         )
         curves[name] = done
         dice, folding = score(pairs, scans, labels, found)
@@ -217,7 +210,7 @@ def experiment(argv=None):
             note=method.note if small else "",
         )
         fields[name] = found(scans[pairs[0][0]], scans[pairs[0][1]])
-    if not args.methods or "fastreg.register" in args.methods:
+    if "fastreg.register" in args.methods:
         spent = []
 
         def pairwise(f, m):
@@ -230,10 +223,11 @@ def experiment(argv=None):
         told("fastreg.register", dice, folding, seconds_per_pair=f"{np.median(spent):.3f}", note=note)
         fields["fastreg.register"] = pairwise(scans[pairs[0][0]], scans[pairs[0][1]])
     common.store(args, "inter_subject", rows)
-    draw(args, scans, labels, pairs[0], fields, shown, curves)
+    begin = score(held_out, scans, labels, lambda f, m: still)[0].mean()
+    draw(args, scans, labels, pairs[0], fields, shown, curves, begin)
 
 
-def draw(args, scans, labels, pair, fields, dice, curves):
+def draw(args, scans, labels, pair, fields, dice, curves, begin):
     """A plane of a test pair with both hippocampi, its differences, Dice of every pair and over training."""
     i, j = pair
     count = len(fields) + 1
@@ -242,7 +236,7 @@ def draw(args, scans, labels, pair, fields, dice, curves):
     axes = top.subplots(2, count)
     at = int(np.bincount(np.nonzero(labels[i].numpy())[2]).argmax())
     fixed, truth = panels.cut(scans[i], 2, at), panels.cut(labels[i], 2, at)
-    panels.show(axes[0, 0], fixed, (1, 1), "fixed\n")
+    panels.show(axes[0, 0], fixed, (1, 1), "fixed: yellow\nmoved: red")
     panels.contour(axes[0, 0], truth, "yellow")
     axes[1, 0].axis("off")
     for k, (name, u) in enumerate(fields.items(), 1):
@@ -251,10 +245,10 @@ def draw(args, scans, labels, pair, fields, dice, curves):
         panels.show(axes[0, k], moved, (1, 1), f"{title}\nDice {dice[name][0]:.3f}")
         panels.contour(axes[0, k], truth, "yellow")
         panels.contour(axes[0, k], panels.cut(moved_labels(labels[j], u), 2, at), "red")
-        panels.difference(axes[1, k], fixed, moved, (1, 1), "fixed - moved")
+        panels.difference(axes[1, k], fixed, moved, (1, 1), "moved − fixed")
     spread, over = bottom.subplots(1, 2, width_ratios=[1.4, 1])
     panels.spread(spread, dice, "Dice, 20 test pairs")
-    panels.curves(over, curves, "Dice, 2 held-out pairs")
+    panels.curves(over, curves, "Dice, 2 held-out pairs", start=begin)
     over.legend(fontsize=7, frameon=False)
     common.picture(args, "inter_subject", figure)
 

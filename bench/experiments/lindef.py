@@ -34,7 +34,7 @@ METHODS = {
     "VoxelMorph-2": (VoxelMorph, {}, {}, ""),
 }
 BEFORE = "0.572"
-MINUTES = {"small": 0.75, "full": 960}
+MINUTES = {"small": 4, "full": 960}
 SIZES = {"small": (20, 43, 32), "full": (60, 128, 96)}
 
 
@@ -139,12 +139,10 @@ def row(name, dice, folding, paper="", **more):
 
 
 def experiment(argv=None):
-    parser = common.parser(__doc__, MINUTES["small"])
-    parser.set_defaults(minutes=None)
+    parser = common.Parser(__doc__, MINUTES, METHODS)
     parser.add_argument("--offsets", type=int, default=OFFSETS, help="of each test pair")
     parser.add_argument("--size", type=int, nargs=3, help="what the scans are resampled to")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     small = args.setting == "small"
     size, scans = args.size or SIZES[args.setting], Scans()
     test = cases(TEST, args.offsets, scans, seed=1)
@@ -161,7 +159,7 @@ def experiment(argv=None):
     still = torch.zeros(1, 3, *scans.shape)
     told("identity", lambda *case: still, BEFORE)
     for name, (build, options, narrow, paper) in METHODS.items():
-        if args.methods and name not in args.methods:
+        if name not in args.methods:
             continue
         torch.manual_seed(0)
         model = build(**options, **(narrow if small else {})).to(args.device)
@@ -178,11 +176,12 @@ def experiment(argv=None):
             people,
             held_out,
             recipe,
-            minutes=args.minutes or MINUTES[args.setting],
+            minutes=args.minutes,
             steps=args.steps,
             looks=12,
             patience=12,
             watch=lambda _, found=found: score(scans, test[:4], found)[0].mean(),
+            watched="Dice",
         )
         trained[name] = done
         told(
@@ -212,7 +211,7 @@ def draw(args, scans, test, fields, scores, trained):
     at = int(np.bincount(np.nonzero(lungs.numpy())[0]).argmax())
     spacing = scans.spacing[1:]
     fixed = plane(scans.images[fixed_name])
-    panels.show(axes[0, 0], fixed, spacing, f"{fixed_name}, fixed")
+    panels.show(axes[0, 0], fixed, spacing, f"{fixed_name}, fixed\nlungs yellow; moved: red")
     panels.contour(axes[0, 0], plane(lungs), "yellow")
     axes[1, 0].axis("off")
     for k, (name, u) in enumerate(fields.items(), 1):
@@ -222,7 +221,7 @@ def draw(args, scans, test, fields, scores, trained):
         panels.contour(axes[0, k], plane(lungs), "yellow")
         after = plane(scans.moved(moving_name, offset, u, labels=True))
         panels.contour(axes[0, k], after, "red")
-        panels.difference(axes[1, k], fixed, moved, spacing, "fixed - moved")
+        panels.difference(axes[1, k], fixed, moved, spacing, "moved − fixed")
     spread, over = bottom.subplots(1, 2)
     panels.spread(spread, scores, "Dice of the lungs, 16 test cases")
     panels.curves(over, trained, "Dice, the first 4 cases", start=scores["identity"][:4].mean())

@@ -15,8 +15,8 @@ COLOURS = {
     "LinDef without affine": "#8FD3BF",
     "F3RNet": "#CC79A7",
     "F3RNet mrb": "#CC79A7",
-    "F3RNet full": "#AA4499",
-    "F3RNet none": "#882255",
+    "F3RNet full": "#0072B2",
+    "F3RNet none": "#009E73",
     "PRDFE": "#332288",
     "fastreg.register": "black",
 }
@@ -53,8 +53,8 @@ def contour(ax, plane, colour, width=1.0, style="solid"):
 
 
 def difference(ax, fixed, moved, spacing, title="", **options):
-    """fixed - moved, blue to red."""
-    show(ax, fixed - moved, spacing, title, cmap="RdBu_r", low=-0.6, high=0.6, **options)
+    """moved - fixed, blue to red."""
+    show(ax, moved - fixed, spacing, title, cmap="RdBu_r", low=-0.6, high=0.6, **options)
 
 
 def curves(ax, trained, ylabel, *, start=None):
@@ -65,6 +65,8 @@ def curves(ax, trained, ylabel, *, start=None):
             points = [(0.0, start), *points]
         if points:
             ax.plot(*zip(*points, strict=True), color=COLOURS.get(name), label=name, linewidth=1.4)
+    if start is not None:
+        ax.axhline(start, color=COLOURS["identity"], linestyle=":", linewidth=1.2, label="identity")
     ax.set_xlabel("seconds of training", fontsize=8)
     ax.set_ylabel(ylabel, fontsize=8)
     plain(ax)

@@ -116,9 +116,8 @@ def summary(runs):
         row = {"deformation": name, "seeds": len(seeds), "tests": len(seeds[0])}
         for key in ("image_mse", "field_mse", "figures_mse"):
             values = np.array([[r[key] for r in run] for run in seeds])
-            row[f"{key}_mean"] = values.mean()
-            row[f"{key}_sd"] = values.std()
-            row[f"{key}_seeds_sd"] = values.mean(1).std()
+            found = {"mean": values.mean(), "sd": values.std(), "seeds_sd": values.mean(1).std()}
+            row |= {f"{key}_{name}": round(float(value), 7) for name, value in found.items()}
         row["folding"] = np.mean([r["folding"] for run in seeds for r in run])
         out.append(row)
     return out
@@ -163,17 +162,14 @@ def draw(tests, fields):
 
 
 def experiment(argv):
-    p = common.parser(__doc__, minutes=15.0)
-    p.set_defaults(minutes=None)
+    p = common.Parser(__doc__, {name: s["minutes"] for name, s in SETTINGS.items()}, METHODS)
     p.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     p.add_argument("--pairs", type=int, help="to train on")
     p.add_argument("--tests", type=int, help="pairs to test on")
     args = p.parse_args(argv)
-    torch.set_num_threads(args.threads)
     setting = SETTINGS[args.setting]
     steps = args.steps or setting["steps"]
-    methods = common.chosen(args, METHODS)
-    minutes = (args.minutes or setting["minutes"]) / len(args.seeds)
+    minutes = args.minutes / len(args.seeds)
     recipe = replace(RECIPES["prdfe"], learning_rate=setting["learning_rate"], steps=steps)
 
     training = samples(made(1, args.pairs or setting["pairs"]))
@@ -188,7 +184,7 @@ def experiment(argv):
         for row in summary([scores(tests, lambda f, m: next(of_still))])
     ]
     fields = {"identity": still}
-    for method in methods:
+    for method in args.methods:
         label, _, _, paper = METHODS[method]
         runs, trained = [], []
         for seed in args.seeds[: 1 if method == CONTROL else None]:

@@ -45,7 +45,7 @@ AMPLITUDE = (4.0, 20.0)  # mm
 SMALL = {"steps": 6, "widths": (8, 16, 32, 64), "blocks": 1, "noise": "none"}
 SETTINGS = {
     "small": {
-        "minutes": 5,
+        "minutes": 10,
         "motions": 8,
         "tests": 30,
         "r2n2": SMALL,
@@ -244,12 +244,14 @@ def draw(tests, fields, steps_of, spacing):
         for c, (label, us) in enumerate(fields.items(), 1):
             error = spacing * (us[k] - p.truth)[0].norm(dim=0)
             difference = fastreg.warp(p.moving, us[k]) - p.fixed
-            seen = above[c].imshow(difference[0, 0], cmap="RdBu", vmin=-2, vmax=2, **options)
-            above[c].set_title("moving - fixed" if c == 1 else f"{label}: difference", fontsize=9)
+            seen = above[c].imshow(difference[0, 0], cmap="RdBu_r", vmin=-2, vmax=2, **options)
+            above[c].set_title("moving − fixed" if c == 1 else f"{label}: difference", fontsize=9)
             shown = below[c].imshow(error, cmap="inferno", vmin=0, vmax=most, **options)
             below[c].contour(p.lung, [0.5], colors="w", linewidths=0.6)
             below[c].set_title(f"error, lung {float(error[p.lung].mean()):.2f} mm", fontsize=9)
-        figure.colorbar(seen, ax=above.tolist(), fraction=0.02, pad=0.01).set_label("deviations", fontsize=8)
+        figure.colorbar(seen, ax=above.tolist(), fraction=0.02, pad=0.01).set_label(
+            "standard deviations of the image", fontsize=8
+        )
         figure.colorbar(shown, ax=below.tolist(), fraction=0.02, pad=0.01).set_label("mm", fontsize=8)
     if steps_of is not None:
         p, row = tests[chosen[-1]], axes[-1]
@@ -272,12 +274,9 @@ def draw(tests, fields, steps_of, spacing):
 
 
 def experiment(argv):
-    p = common.parser(__doc__, minutes=5.0)
-    p.set_defaults(minutes=None)
+    p = common.Parser(__doc__, {name: s["minutes"] for name, s in SETTINGS.items()}, METHODS)
     p.add_argument("--tests", type=int, help="pairs to test on")
     args = p.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    methods = common.chosen(args, METHODS)
     setting, data = SETTINGS[args.setting], common.scans("lungmr_proton")
     spacing = float(data["spacing"][1])
     training, held_out, tests = pairs(data, setting, args.tests or setting["tests"])
@@ -287,7 +286,7 @@ def experiment(argv):
     found, fields = scores(tests, lambda f, m: torch.zeros_like(f).repeat(1, 2, 1, 1), spacing, args.device)
     rows = [{"method": "identity", "label": "identity", **summary(found), "seconds": "", "numbers": 0}]
     fields, steps_of = {"identity": fields}, None
-    for method in methods:
+    for method in args.methods:
         label, about = METHODS[method], {}
         if method == "bspline":
             counts = []
@@ -306,7 +305,7 @@ def experiment(argv):
                 model,
                 *as_samples,
                 recipe,
-                minutes=args.minutes or setting["minutes"],
+                minutes=args.minutes,
                 steps=args.steps,
                 looks=12,
             )

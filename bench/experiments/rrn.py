@@ -23,7 +23,7 @@ from fastreg import metrics, ops
 from fastreg.models import RRN, VoxelMorph
 from fastreg.training import RECIPES, Sample
 
-MINUTES = {"small": 1, "full": 600}
+MINUTES = {"small": 2, "full": 600}
 SIZES = {"small": (48, 48, 64), "full": (256, 256, 256)}
 HALF = {
     "pyramid": (8, 16, 32, 48),
@@ -83,11 +83,9 @@ class Pair:
 
 
 def experiment(argv=None):
-    parser = common.parser(__doc__, MINUTES["small"])
-    parser.set_defaults(minutes=None)
+    parser = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register"))
     parser.add_argument("--size", type=int, nargs=3, help="what the scans are resampled to")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     small = args.setting == "small"
     pair = Pair(args.size or SIZES[args.setting], args.device)
     shape = "x".join(map(str, pair.sample.fixed.shape[2:]))
@@ -100,7 +98,7 @@ def experiment(argv=None):
 
     told("identity", torch.zeros(1, 3, *pair.shape), BEFORE)
     for name, (model, options, narrow, paper) in METHODS.items():
-        if args.methods and name not in args.methods:
+        if name not in args.methods:
             continue
         torch.manual_seed(0)
         model = model(**options, **(narrow if small else {})).to(args.device)
@@ -108,14 +106,16 @@ def experiment(argv=None):
         if small:
             recipe = dataclasses.replace(recipe, learning_rate=1e-3)
         print(f"{name}, {common.parameters(model):,} parameters", flush=True)
+        pairs = [pair.sample]
         done = common.train(
             model,
-            [pair.sample],
-            [pair.sample],
+            pairs,
+            pairs,
             recipe,
-            minutes=args.minutes or MINUTES[args.setting],
+            minutes=args.minutes,
             steps=args.steps,
             watch=lambda model: pair.errors(pair.field(model)).mean(),
+            watched="TRE",
         )
         trained[name] = done
         told(
@@ -125,7 +125,7 @@ def experiment(argv=None):
             **common.columns(model, recipe, done, pair.sample),
             note=f"{shape}{', half of the channels' if small and narrow else ''}",
         )
-    if not args.methods or "fastreg.register" in args.methods:
+    if "fastreg.register" in args.methods:
         result = fastreg.register(
             pair.fixed.to(args.device), pair.moving.to(args.device), spacing=pair.spacing
         )
@@ -152,7 +152,7 @@ def draw(args, pair, fields, trained):
         title = "moving" if name == "identity" else name
         panels.show(axes[0, k], moved, spacing, title)
         panels.difference(axes[1, k], fixed, moved, spacing, f"TRE {pair.errors(u).mean():.2f} mm")
-    axes[1, 1].set_ylabel("fixed - moved", fontsize=9)
+    axes[1, 1].set_ylabel("moved − fixed", fontsize=9)
     errors, over = bottom.subplots(1, 2)
     for name, u in fields.items():
         e = np.sort(pair.errors(u))
@@ -163,7 +163,8 @@ def draw(args, pair, fields, trained):
     errors.legend(fontsize=7, frameon=False)
     panels.plain(errors)
     panels.curves(over, trained, "TRE, mm", start=pair.errors(fields["identity"]).mean())
-    over.set_ylim(0, 6)
+    over.set_ylim(bottom=0)
+    over.legend(fontsize=7, frameon=False)
     common.picture(args, "rrn", figure)
 
 
