@@ -113,11 +113,13 @@ DENOMINATORS = {
 
 
 def correlation(sums, n, denominator="product", smooth_dr=1e-5, squared=True):
-    """LCC from raw moments, five channels at once; `n` samples in a window, a number or a map."""
+    """LCC from raw moments, several channels at once; `n` samples in a window, a number or a map. Those of the fixed image alone
+    go by themselves: where it needs no gradient they stay out of the graph and are not kept.
+    """
 
     def loss(fixed, moved):
-        moments = sums(torch.cat([fixed, moved, fixed * fixed, moved * moved, fixed * moved], 1))
-        s, t, ss, tt, st = moments.split(1, 1)
+        s, ss = sums(torch.cat([fixed, fixed * fixed], 1)).split(1, 1)
+        t, tt, st = sums(torch.cat([moved, moved * moved, fixed * moved], 1)).split(1, 1)
         v, w, c = ss - s * s / n, tt - t * t / n, st - s * t / n
         d = DENOMINATORS[denominator](v, w, smooth_dr)
         return -(c * c / d if squared else c / d.sqrt()).mean()

@@ -17,7 +17,7 @@ from bench import (
     bench_mind_loss,
     bench_total_variation,
 )
-from bench.bench_lcc_loss import box
+from bench.bench_lcc_loss import box, correlation
 from bench.bench_warp import identity, scale
 from bench.common import Case
 from fastreg.models import f3rnet, lindef, prdfe, r2n2, rrn, voxelmorph
@@ -68,15 +68,9 @@ def gaussian_displacement(params, shape, *, sigma_is="std"):
 
 
 def lcc_loss(fixed, moved, window=9, *, mask=None):
-    """bench_lcc_loss's sums; those of the fixed image alone stay out of the graph, or they would be kept for nothing."""
     assert mask is None
     nd = fixed.ndim - 2
-    sums, n = box(window, nd), window**nd
-    s, ss = sums(torch.cat([fixed, fixed * fixed], 1)).split(1, 1)
-    v = ss - s * s / n
-    t, tt, st = sums(torch.cat([moved, moved * moved, fixed * moved], 1)).split(1, 1)
-    w, c = tt - t * t / n, st - s * t / n
-    return -(c * c / (v * w + 1e-5)).mean()
+    return correlation(box(window, nd), window**nd)(fixed, moved)
 
 
 def mind_loss(fixed, moved, *, mask=None, **options):
