@@ -3,8 +3,10 @@
 #
 # TORCH=torch==2.11.0   the torch to install (default below); TORCH=system uses the torch of $(PYTHON) as it is
 # PYTHON=python3.12     the Python the environment is made from;  VENV=.venv  where it is
+# JOBS=2             processes that run the tests
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 DEFAULT_TORCH := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -14,7 +16,7 @@ demo: $(BIN)/.built
 	$(BIN)/fastreg demo -o demo --force
 
 test: $(BIN)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(BIN)/.built
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import torch
 from . import _descent
 from . import ops as _fused
 from ._descent import fail as _fail
+from ._repr import shapes
 
 __all__ = ["Registration", "register"]
 
@@ -25,7 +26,7 @@ _AFFINE_ITERATIONS = 100
 _AFFINE_STEP = 0.1  # voxels
 
 
-@dataclass
+@dataclass(repr=False)
 class Registration:
     """What `register` found.
 
@@ -46,6 +47,8 @@ class Registration:
     seconds: float
     affine: torch.Tensor | None = None
     velocity: torch.Tensor | None = None
+
+    __repr__ = shapes
 
 
 def _numbers(name, value, count, *, least=None, above=None):

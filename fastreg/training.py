@@ -160,6 +160,11 @@ class Training:
     def _batch(self):
         mine = self.drawn(self.step)[self.rank :: self.world]
         samples = [self.pairs[k] for k in mine]
+        for k, sample in zip(mine, samples, strict=True):
+            if not isinstance(sample, Sample):
+                raise TypeError(
+                    f"fastreg::train: pairs[{k}] must be a fastreg.training.Sample, got {type(sample).__name__}"
+                )
         shapes = {tuple(s.fixed.shape[2:]) for s in samples}
         if len(shapes) > 1:
             raise ValueError(

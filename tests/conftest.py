@@ -1,4 +1,8 @@
 import os
+import signal
+
+# Before torch loads OpenMP: processes side by side must not spin while they wait.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import backends
 import pytest
@@ -6,6 +10,8 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 
+# nohup and & leave it ignored, and commands respect that; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 backends.install()
 torch.set_num_threads(2)
 # A cached graph would call ops by a schema that an edit has changed since.

@@ -202,7 +202,7 @@ def same(a, b):
     a, b = checkpoint.load(a), checkpoint.load(b)
     assert a["counted"] == b["counted"]
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
-    states = [c["optimizer"]["state"] for c in (a, b)]
+    states = [c.get("optimizer", {"state": {}})["state"] for c in (a, b)]
     assert states[0].keys() == states[1].keys()
     for k, values in states[0].items():
         assert all(
@@ -262,9 +262,54 @@ def test_interrupted_saves_and_ends_with_130(folder, tmp_path, capsys, monkeypat
     assert checkpoint.load(out / "last.pt")["counted"]["step"] == 2
     assert "interrupted" in one_line(capsys)
     monkeypatch.undo()
-    assert cli.main(["train", "--resume", "-o", str(out), "--quiet", "--steps", "5"]) == 0
+    assert cli.main(["train", "--resume", "-o", str(out), "--steps", "5"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    # No terminal here: a line after the first step.
+    assert re.match(r"step 3 of 5, [\d.]+ s each: loss ", told[1])
+    assert told[-1].startswith("5 steps")
     assert checkpoint.load(out / "last.pt")["counted"]["step"] == 5
     assert [int(r["step"]) for r in rows(out / "log.csv")] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_done_says_so_and_stays(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "-o", str(out)]) == 0
+    assert "is done after 4 steps; more --steps" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_interrupted_run_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
+    advance = command.Training.advance
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    monkeypatch.setattr(command.Training, "advance", interrupted)
+    assert train(folder, tmp_path / "run") == 130
+    assert f"go on with: fastreg train --resume -o {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_the_best_weights_come_without_the_optimiser(folder, tmp_path):
+    out = tmp_path / "run"
+    assert train(folder, out) == 0
+    assert "optimizer" not in checkpoint.load(out / "best.pt")
+    (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
+    assert cli.main(["train", "--resume", "-o", str(out)]) == 2
+
+
+def test_a_checkpoint_with_foreign_settings(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(folder, out) == 0
+    content = checkpoint.load(out / "last.pt")
+    for key, value in (("settings", []), ("counted", 3)):
+        checkpoint.save(out / "last.pt", {**content, key: value})
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", "-o", str(out)]) == 2
+        assert "holds no state of a training" in one_line(capsys)
 
 
 def test_minutes_end_a_run(folder, tmp_path):

@@ -264,3 +264,18 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     assert two["losses"] == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(two["gradients"], gradients, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(two["weights"], weights(one.model), rtol=1e-3, atol=1e-5)
+
+
+def test_pairs_must_be_samples():
+    training = Training(net(), [tuple(torch.rand(2, 1, 1, 16, 18))])
+    with pytest.raises(
+        TypeError, match=r"fastreg::train: pairs\[0\] must be a fastreg.training.Sample, got tuple"
+    ):
+        training.advance()
+
+
+def test_a_prediction_shows_shapes():
+    image = samples(1)[0].fixed
+    assert repr(net()(image, image)) == (
+        "Prediction(displacement=1x2x16x18, fields=<0>, affine=None, parameters=None)"
+    )

@@ -24,12 +24,13 @@ NAMES = ("preset", "set", "intensity", "crop", "size", "spacing")
 def add_arguments(parser):
     """--preset, --set and what makes the net's input; None where not given."""
     group = parser.add_argument_group("the net")
-    group.add_argument("--preset", help='arguments of the model: "paper" (default) or what its class has')
+    presets = "; ".join(f"{name}: {', '.join(cls.presets)}" for name, cls in models.MODELS.items())
+    group.add_argument("--preset", help=f'arguments of the model, "paper" by default ({presets})')
     group.add_argument(
         "--set",
         action="append",
         metavar="NAME=VALUE",
-        help="an argument of the model, as --set cost_volume=False; repeatable",
+        help="an argument of the model's class, as --set cost_volume=False; a wrong name lists them; repeatable",
     )
     group.add_argument(
         "--intensity",

@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 
 import torch
 
@@ -84,7 +85,9 @@ def add_common(parser):
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
-    parser.add_argument("--progress", action="store_true", help="show progress though stderr is no terminal")
+    parser.add_argument(
+        "--progress", action="store_true", help="the progress bar, though stderr is no terminal"
+    )
     parser.add_argument("--force", action="store_true", help="replace outputs that OUT already holds")
 
 
@@ -98,3 +101,37 @@ def bar(args, **options):
     except ImportError:
         return None
     return tqdm(file=sys.stderr, **options)
+
+
+LINES = 60.0  # seconds between lines
+
+
+@contextlib.contextmanager
+def progress(args, *, total, initial=0):
+    """Of many steps: yields a function to call after each with a dict of numbers. A bar; where nobody looks a line after the first step
+    and then one a minute, on stdout; nothing if --quiet.
+    """
+    shown = bar(args, total=total, initial=initial)
+    begin, due, step = time.perf_counter(), 0.0, initial
+
+    def after(values):
+        nonlocal due, step
+        step += 1
+        values = {name: f"{value:.4g}" for name, value in values.items()}
+        if shown is not None:
+            shown.set_postfix(values, refresh=False)
+            shown.update()
+            return
+        spent = time.perf_counter() - begin
+        if args.quiet or spent < due:
+            return
+        due = spent + LINES
+        seconds = spent / (step - initial)
+        with telling():
+            print(f"step {step} of {total}, {seconds:.3g} s each: {', '.join(map(' '.join, values.items()))}")
+
+    try:
+        yield after
+    finally:
+        if shown is not None:
+            shown.close()

@@ -15,7 +15,7 @@ from fastreg.training import RECIPES, Training
 
 from . import nets
 from .case import OUTPUTS, Run, add_arguments, intensities, paths_of, read_case, refuse_own_inputs
-from .options import add_common, bar, device_of, numbers, warn
+from .options import add_common, bar, device_of, numbers, progress, warn
 
 STEPS = 300  # of a net on one pair
 
@@ -85,7 +85,7 @@ def _progress(args):
         yield None
         return
 
-    def progress(level, n_levels, iteration, n_iterations, loss):
+    def told(level, n_levels, iteration, n_iterations, loss):
         nonlocal shown, level_shown
         if level != level_shown:
             shown.close()
@@ -95,7 +95,7 @@ def _progress(args):
         shown.update(iteration + 1 - shown.n)
 
     try:
-        yield progress
+        yield told
     finally:
         shown.close()
 
@@ -107,13 +107,13 @@ def solve(case, args):
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
     start, inside = io.resample(intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None)
     overlap, weights = weights_of(case.weights, inside, warn)
-    with _progress(args) as progress:
+    with _progress(args) as told:
         result = register(
             intensities(case.fixed).to(device),
             start.to(device),
             spacing=case.fixed_grid.spacing_zyx,
             mask=None if weights is None else weights.to(device),
-            progress=progress,
+            progress=told,
             **parameters,
         )
     u = result.displacement.detach().cpu()
@@ -147,11 +147,10 @@ def _optimise(case, args):
     if recipe.steps < 1:
         raise InputError(f"--steps must be at least 1, got {recipe.steps}")
     training, losses = Training(model, [sample], recipe), []
-    with _progress(args) as progress:
+    with progress(args, total=recipe.steps) as after:
         while training.step < recipe.steps:
             losses.append(training.advance()["loss"])
-            if progress is not None:
-                progress(0, 1, training.step - 1, recipe.steps, losses[-1])
+            after({"loss": losses[-1]})
     u = nets.predict(model, sample, grid, case, preprocessing)
     summary = {
         "method": args.method,

@@ -18,11 +18,15 @@ def _rows(path):
     return [r for r in rows if (r.get("step") or "").isdigit() and None not in (*r, *r.values())]
 
 
+def steps(path):
+    """Those the table has a row of."""
+    return [int(row["step"]) for row in _rows(path)] if path.exists() else []
+
+
 def append(path, row):
     """A row more, whose columns the table may not have yet."""
     rows = _rows(path) if path.exists() else []
-    rows.append(row)
-    _write(path, [r for r in rows[:-1] if int(r["step"]) < int(row["step"])] + rows[-1:])
+    _write(path, [*(r for r in rows if int(r["step"]) < int(row["step"])), row])
 
 
 def _write(path, rows):

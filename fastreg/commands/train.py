@@ -19,8 +19,8 @@ from fastreg.training import RECIPES, NotFinite, Training, ranks
 
 from . import nets
 from .case import about, peak_memory, refuse_own_inputs, write_json
-from .options import add_common, bar, device_of, telling, warn
-from .tables import Log, append
+from .options import add_common, device_of, progress, telling, warn
+from .tables import Log, append, steps
 from .validation import Validation
 
 LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
@@ -76,7 +76,9 @@ def add(commands):
     group.add_argument("--seed", type=int, help="of weights, order and noise (default: 0)")
     group.add_argument("--amp", action="store_true", default=None, help="bf16 convolutions")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile")
-    group.add_argument("--validate-every", type=int, metavar="N", help="steps (default: a twentieth of them)")
+    group.add_argument(
+        "--validate-every", type=int, metavar="N", help="steps (default: a twentieth of them, 10 at least)"
+    )
     group.add_argument("--validate-most", type=int, metavar="N", help="pairs (default: 8)")
     group.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 100)")
     add_common(command)
@@ -142,6 +144,8 @@ def _run(args):
             raise InputError(f"{out}: holds no {LAST} to resume")
         saved = checkpoint.load(out / LAST)
         if "optimizer" not in saved or not isinstance(saved.get("settings"), dict):
+            raise InputError(f"{out / LAST}: holds no state of a training")
+        if not all(isinstance(saved[key], dict) for key in ("settings", "counted", "recipe") if key in saved):
             raise InputError(f"{out / LAST}: holds no state of a training")
     settings = _settings(args, saved)
     _refuse_own_inputs(args, settings)
@@ -243,7 +247,7 @@ class _Run:
                 raise InputError(
                     f"{out / LAST}: does not fit a training of {method} by this version"
                 ) from error
-        self.validate_every = settings.get("validate_every") or max(1, recipe.steps // 20)
+        self.validate_every = settings.get("validate_every") or max(10, recipe.steps // 20)
         self.stop = False
 
     def content(self):
@@ -258,9 +262,20 @@ class _Run:
             **self.training.state(),
         }
 
+    def best_content(self):
+        """To apply, not to resume: without the optimiser's state, two thirds of the bytes."""
+        return {name: value for name, value in self.content().items() if name != "optimizer"}
+
     def train(self):
         training, args, recipe = self.training, self.args, self.training.recipe
         begin, before = time.perf_counter(), self.seconds
+        if training.done and (not self.first or training.step in steps(self.out / VALIDATION)):
+            if self.first and not args.quiet:
+                with telling():
+                    print(
+                        f"{self.out}: is done after {training.step} steps; more --steps (or --patience) go on"
+                    )
+            return
         if self.first:
             self.validation.read()
             if not args.quiet:
@@ -270,10 +285,9 @@ class _Run:
                         f"{self.settings['method']}: {parameters:,} parameters, {len(training.pairs)} pairs, {self.device}"
                     )
         log = None
-        shown = bar(args, total=recipe.steps, initial=training.step) if self.first else None
         with self._interruptible(), contextlib.ExitStack() as stack:
-            if shown is not None:
-                stack.callback(shown.close)
+            if self.first:
+                after = stack.enter_context(progress(args, total=recipe.steps, initial=training.step))
             while not (training.done or self._over(begin)):
                 try:
                     told = training.advance()
@@ -296,16 +310,8 @@ class _Run:
                 log.write(
                     {"step": training.step, **told, "learning_rate": rate, "seconds": round(self.seconds, 3)}
                 )
-                if shown is not None:
-                    values = {
-                        k: told[k]
-                        for k in ("loss", "similarity", "regularity", "folding", "memory_mb")
-                        if k in told
-                    }
-                    shown.set_postfix(
-                        {k: f"{v:.4g}" for k, v in values.items() if v is not None}, refresh=False
-                    )
-                    shown.update()
+                names = ("loss", "similarity", "regularity", "folding", "memory_mb")
+                after({name: told[name] for name in names if told.get(name) is not None})
                 validated = training.step % self.validate_every == 0
                 if validated:
                     self._validate()
@@ -320,6 +326,8 @@ class _Run:
         if self.first and not args.quiet:
             with telling():
                 print(f"{training.step} steps, {self.seconds:.0f} s; written to {self.out}")
+                if self.stop:
+                    print(f"go on with: fastreg train --resume -o {self.out}")
         if self.stop:
             raise KeyboardInterrupt
 
@@ -361,7 +369,7 @@ class _Run:
         draw(self.out / PICTURE, title=f"step {row['step']}")
         if row["loss"] < self.best:
             self.best = row["loss"]
-            checkpoint.save(self.out / BEST, self.content())
+            checkpoint.save(self.out / BEST, self.best_content())
         if not self.args.quiet:
             units = {"tre": " mm", "assd": " mm"}
             # A net that moves nothing scores as before.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import ops
+from fastreg._repr import shapes
 
 CHECKPOINTS = ("none", "blocks")
 PADDINGS = ("zeros", "border", "reflection")
@@ -21,7 +22,7 @@ SIMILARITIES = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class Prediction:
     """What a model says of a pair.
 
@@ -36,6 +37,8 @@ class Prediction:
     fields: list = field(default_factory=list)
     affine: torch.Tensor | None = None
     parameters: torch.Tensor | None = None
+
+    __repr__ = shapes
 
     def sample(self, k):
         """That of the k-th pair of the batch alone."""
