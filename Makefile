@@ -3,7 +3,7 @@
 #
 # TORCH=torch==2.11.0   the torch to install (default below); TORCH=system uses the torch of $(PYTHON) as it is
 # PYTHON=python3.12     the Python the environment is made from;  VENV=.venv  where it is
-# JOBS=2             processes that run the tests
+# JOBS=2                processes that run the tests
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2

@@ -524,6 +524,21 @@ def test_force_replaces_a_run_only_by_one_that_does_a_step(folder, tmp_path, cap
     assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
 
 
+def test_force_on_a_full_disk_keeps_the_old_run(folder, tmp_path):
+    script, out = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL, encoding="utf-8")
+    assert train(folder, out, "--quiet") == 0
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    done = subprocess.run(
+        [sys.executable, str(script), "2000", "at once", "train", *TINY, "--pairs", str(folder), "-o", str(out),
+         *SHORT, "--quiet", "--force"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "the previous one is kept" in done.stderr
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
 def test_inputs_are_not_replaced(folder, tmp_path, capsys):
     table = tmp_path / "validation.csv"
     table.write_text(f"fixed,moving\n{','.join(images(folder, 0, 1))}\n", encoding="utf-8")

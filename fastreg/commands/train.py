@@ -334,8 +334,13 @@ class _Run:
     def _begin(self, step):
         """Once a step has shown that all is well: what another run left goes, and what this one logged after `step`."""
         if not self.begun:
-            for name in FILES:
-                (self.out / name).unlink(missing_ok=True)
+            old = [name for name in FILES if os.path.lexists(self.out / name)]
+            if old:
+                # First, as it may find the disk full: then the other run is still whole.
+                checkpoint.save(self.out / LAST, self.content())
+            for name in old:
+                if name != LAST:
+                    (self.out / name).unlink()
             self.begun = True
         write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
         return Log(self.out / LOG, step)
