@@ -323,6 +323,17 @@ def measured_times(subject, shape, args):
 # Running
 
 
+# What a line says of a row's columns, where it has them.
+TOLD = {
+    "step_p50_ms": "step {:.4g} ms",
+    "inference_p50_ms": "inference {:.4g} ms",
+    "peak_bytes": "peak {:.4g} bytes",
+    "ops_share": "ops' share {:.2g}",
+    "bound": "bound {:.3g}",
+    "reached": "reached {:.2g} of it",
+}
+
+
 def run_model(name, args):
     """Rows, or None where the gate is red."""
     subject = SUBJECTS[name]
@@ -352,21 +363,11 @@ def run_model(name, args):
                 if not args.quick:
                     row["peak_bytes"] = fresh_peak(name, form, shape, args)
             rows.append(row)
-            say(
-                f"  {row['shape']:12} {form:16} saved {row['saved_bytes'] / 1e9:7.3f} GB"
-                + "".join(
-                    f"  {k.removesuffix('_ms')} {row[k]}"
-                    for k in (
-                        "step_p50_ms",
-                        "inference_p50_ms",
-                        "peak_bytes",
-                        "ops_share",
-                        "bound",
-                        "reached",
-                    )
-                    if k in row
-                )
-            )
+            told = [f"  {row['shape']:12} {form:16} saved {row['saved_bytes'] / 1e9:7.3f} GB"]
+            for key, text in TOLD.items():
+                if key in row:
+                    told.append(text.format(float(row[key])))
+            say("  ".join(told))
     return rows
 
 

@@ -278,6 +278,9 @@ def test_what_is_done_says_so_and_stays(folder, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["train", "--resume", "-o", str(out)]) == 0
     assert "is done after 4 steps; more --steps" in capsys.readouterr().out
+    # The batch of a run stays, also where nobody named it.
+    assert cli.main(["train", "--resume", "-o", str(out), "--batch-size", "2"]) == 2
+    assert "was started with --batch-size 1" in one_line(capsys)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

@@ -227,6 +227,8 @@ class _Run:
         world = ranks()[1]
         if settings.get("batch_size") is None and recipe.batch_size % world:
             recipe = replace(recipe, batch_size=world)
+        # Kept, so that a run that is resumed by another number of processes goes on as it was, or says why not.
+        settings["batch_size"] = recipe.batch_size
         self.training = Training(
             model,
             Pairs(pairs, self.preprocessing, ndim=ndim),
