@@ -373,6 +373,24 @@ def test_not_finite_says_which_pair(folder, tmp_path, capsys, monkeypatch):
     assert checkpoint.load(out / "last.pt")["counted"]["step"] == 2
 
 
+def test_a_pair_that_turns_out_bad_costs_no_step(folder, tmp_path, capsys, monkeypatch):
+    advance = command.Training.advance
+
+    def failing(self):
+        if self.step == 3:
+            raise io.InputError("s1.nii.gz: damaged")
+        return advance(self)
+
+    monkeypatch.setattr(command.Training, "advance", failing)
+    out = tmp_path / "run"
+    assert train(folder, out, "--save-every", "100", "--validate-every", "100", "--quiet") == 2
+    assert "s1.nii.gz: damaged" in one_line(capsys)
+    assert checkpoint.load(out / "last.pt")["counted"]["step"] == 3
+    monkeypatch.undo()
+    assert cli.main(["train", "--resume", "-o", str(out), "--quiet"]) == 0
+    assert [int(r["step"]) for r in rows(out / "log.csv")] == [1, 2, 3, 4]
+
+
 def test_existing_runs_are_not_replaced(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(folder, out, "--quiet") == 0

@@ -293,12 +293,15 @@ class _Run:
             while not (training.done or self._over(begin)):
                 try:
                     told = training.advance()
-                except NotFinite as error:
-                    if self.first:
+                except Exception as error:
+                    if self.first and isinstance(error, NotFinite):
                         write_json(
                             self.out / BROKEN,
                             {"step": error.step, "pairs": error.names, "terms": error.terms},
                         )
+                    if log is not None:
+                        # A pair that cannot be read, say: the weights are those of the last step.
+                        checkpoint.save(self.out / LAST, self.content())
                     raise
                 self.seconds = before + time.perf_counter() - begin
                 if not self.first:
