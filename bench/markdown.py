@@ -15,7 +15,8 @@ def number(text, digits=3):
         return f"{value:.0f}"
     if abs(value) < 1e-4:
         return f"{value:.2g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.{digits}g}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:.{decimals}f}"
 
 

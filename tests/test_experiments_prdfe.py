@@ -39,7 +39,7 @@ def test_table_and_picture(tmp_path):
         [5**2 / 2, 10**2 / 2, 16**2 / 2], rel=1e-3
     )
     assert float(rows[7]["paper_field_mse"]) == 132.2309
-    assert (tmp_path / "prdfe.png").stat().st_size > 10_000
+    assert (tmp_path / "prdfe_partial.png").stat().st_size > 10_000
 
 
 def test_nothing_is_stored_that_was_not_asked_for(tmp_path):

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 
 from bench import common
+from fastreg import io
 from fastreg.training import Training
 
 RESULTS = common.RESULTS / "experiments"
+GROUP = ("setting", "device_name", "threads")  # what rows of one table have in common
 PATIENCE = 6
 
 
@@ -46,12 +48,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--methods", nargs="+", help=f"only these of {names}; stored rows of the others stay"
         )
-        self.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.add_argument("--device", choices=["cpu", "cuda"], default=device)
         self.add_argument("--threads", type=int, default=2)
         self.add_argument(
             "--results", type=Path, default=RESULTS, help="folder for the table and the picture"
         )
         self.add_argument("--no-store", action="store_true", help="leave the results alone")
+        self.shared = len(self._actions)
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -65,6 +69,13 @@ class Parser(argparse.ArgumentParser):
             raise Unusable(f"--methods must be of {', '.join(self.every)}, got {', '.join(unknown)}")
         args.methods = [m for m in self.every if not args.methods or m in args.methods]
         args.every = self.every
+        if not args.no_store and args.results.resolve() == RESULTS.resolve():
+            for action in self._actions[self.shared :]:
+                if getattr(args, action.dest) != action.default:
+                    flag = action.option_strings[0]
+                    raise Unusable(
+                        f"with {flag} the rows are not those of the table: --results FOLDER or --no-store"
+                    )
         torch.set_num_threads(args.threads)
         return args
 
@@ -218,7 +229,7 @@ def columns(model, recipe, done, sample):
 
 
 def store(args, name, rows, key="method"):
-    """Rows, each a dict, into RESULTS/<name>.csv in place of those of the same setting and device; a run of some methods leaves the
+    """Rows, each a dict, into RESULTS/<name>.csv in place of those of its GROUP; a run of some methods leaves the
     rows of the others. key: the column with the methods' names.
     """
     if args.no_store:
@@ -230,7 +241,7 @@ def store(args, name, rows, key="method"):
 
     def merged(old):
         def mine(r):
-            return all(r[k] == about[k] for k in ("setting", "device_name"))
+            return all(r[k] == str(about[k]) for k in GROUP)
 
         others = [r for r in old if not mine(r)]
         left = [r for r in old if mine(r) and r[key] not in anew and r[key] in args.every]
@@ -241,26 +252,25 @@ def store(args, name, rows, key="method"):
 
 
 def picture(args, name, figure, *, dpi=110, colours=None):
-    """Writes a matplotlib figure to RESULTS/<name>.png (full setting: <name>_full.png), small enough to keep in the repository.
-    A run of some methods leaves a picture of all alone. colours: 256 halve the bytes, for pictures of one or two colour maps: several
+    """Writes a matplotlib figure to RESULTS/<name>.png, small enough to keep in the repository; <name>_full.png of the full setting,
+    <name>_cuda.png of a GPU, <name>_partial.png of some methods (not kept). colours: 256 halve the bytes, for pictures of one or two colour maps: several
     come out in bands.
     """
     if args.no_store:
         return
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{name}{'' if args.setting == 'small' else '_' + args.setting}.png"
-    if len(args.methods) < len(args.every) and path.exists():
-        print(f"{path.name} stays: it shows all methods, this run had {', '.join(args.methods)}")
-        return
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=dpi)
-    if colours:
-        from PIL import Image
+    parts = [name]
+    parts += [args.setting] if args.setting != "small" else []
+    parts += [args.device] if args.device != "cpu" else []
+    parts += ["partial"] if len(args.methods) < len(args.every) else []
+    with io.replacing(args.results / f"{'_'.join(parts)}.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+        if colours:
+            from PIL import Image
 
-        with Image.open(temporary) as image:
-            small = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        small.save(temporary, format="png", optimize=True)
-    temporary.replace(path)
+            with Image.open(temporary) as image:
+                small = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+            small.save(temporary, format="png", optimize=True)
 
 
 def run(experiment, argv=None):

@@ -336,12 +336,6 @@ def experiment(argv):
             }
         rows.append({"method": method, "label": label, **summary(found), **about, **PAPER.get(method, {})})
         print(f"{label}: TRE {rows[-1]['tre_mean']:.2f} mm", flush=True)
-    by_method = {row["method"]: row for row in rows}
-    if "bspline" in by_method:
-        reference = by_method["bspline"]
-        for row in rows[1:]:
-            row["speedup"] = reference["seconds"] / row["seconds"]
-            row["share_of_numbers"] = row["numbers"] / reference["numbers"]
     common.store(args, "r2n2", rows)
     for row in rows:
         print(

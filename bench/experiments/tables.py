@@ -1,18 +1,21 @@
 """The experiments' stored tables as Markdown, for the README."""
 
+import re
 from dataclasses import dataclass
 
 from bench import common
+from bench.experiments.common import GROUP
 from bench.markdown import grouped, measured, number, table
 
 
 @dataclass(frozen=True)
 class Table:
-    """name: of the csv. columns: header -> column, or a format of several ("{dice} ± {dice_sd}")."""
+    """name: of the csv. columns: header -> column, or a format of several ("{dice} ± {dice_sd}"). measured: or the same anywhere."""
 
     name: str
     title: str
     columns: dict
+    measured: bool = True
 
 
 TABLES = (
@@ -78,6 +81,7 @@ TABLES = (
         "f3rnet_parameters",
         "F3RNet, parameters: the paper's table (thousands) and both readings of it; `fit` was chosen to come near",
         {"net": "net", "paper": "paper_thousands", "fit": "{fit} ({fit_off})", "all": "{all} ({all_off})"},
+        measured=False,
     ),
     Table(
         "f3rnet",
@@ -111,9 +115,15 @@ TABLES = (
 def _cell(row, column):
     if "{" not in column:
         return number(row[column])
-    # A format of nothing is nothing.
-    first = column.split("{")[1].split("}")[0]
-    return column.format(**{k: number(v) for k, v in row.items()}) if row[first] != "" else ""
+    first, *others = re.findall(r"{(\w+)}", column)
+    if row[first] == "":
+        return ""
+    texts = {first: number(row[first])}
+    decimals = len(texts[first].partition(".")[2])
+    for name in others:
+        # A deviation to the digits of its mean.
+        texts[name] = f"{float(row[name]):.{decimals}f}" if "±" in column else number(row[name])
+    return column.format(**texts)
 
 
 def markdown(results):
@@ -121,12 +131,12 @@ def markdown(results):
     sections = []
     for t in TABLES:
         rows = common.read_rows(results / "experiments" / f"{t.name}.csv")
-        for (setting, _), mine in grouped(rows, "setting", "device_name").items():
+        groups = list(grouped(rows, *GROUP).values())
+        for mine in groups if t.measured else groups[:1]:
             command = f"python -m bench.experiments.{t.name.split('_parameters')[0]}"
-            if setting != "small":
+            if (setting := mine[0]["setting"]) != "small":
                 command += f" --setting {setting}"
+            where = f" {measured(mine)}" if t.measured else ""
             cells = [[_cell(row, c) for c in t.columns.values()] for row in mine]
-            sections.append(
-                f"**{t.title}** (`{command}`). {measured(mine)}\n\n{table(list(t.columns), cells)}"
-            )
+            sections.append(f"**{t.title}** (`{command}`).{where}\n\n{table(list(t.columns), cells)}")
     return "\n\n".join(sections) if sections else "No rows stored yet."
