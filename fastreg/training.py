@@ -217,11 +217,11 @@ class Training:
                 self.recipe.clip_gradient,
                 norm,
             )
+        with torch.no_grad():
+            told["folding"] = float((ops.jacobian_determinant(displacement.detach()) <= 0).float().mean())
         self.optimizer.step()
         self.step += 1
         self._count(told["loss"])
-        with torch.no_grad():
-            told["folding"] = float((ops.jacobian_determinant(displacement.detach()) <= 0).float().mean())
         return {"names": names, **told}
 
     def _mean(self, values):

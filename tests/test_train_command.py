@@ -439,7 +439,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("most", "file"), [(20, "settings.json"), (700, "log.csv"), (3000, "validation.png")]
+    ("most", "file"), [(20, "settings.json"), (700, "log.csv"), (50_000, "validation.png")]
 )
 def test_a_full_disk_is_named(folder, tmp_path, most, file):
     script, out = tmp_path / "full.py", tmp_path / "run"

@@ -126,7 +126,7 @@ class Run:
         if self.moved_labels is not None:
             labels = self.moved_labels.astype(case.moving_labels.dtype)
             io.write_image(folder / "moved_labels.nii.gz", labels, grid)
-        write_picture(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
+        draw(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
         summary |= {
             "outside_value": outside,
             "seconds_total": round(time.perf_counter() - began, 3),
@@ -144,7 +144,7 @@ class Run:
             print(f"written to  {args.out}")
 
 
-def write_picture(case, u, scores, path, *, title="", reached=None):
+def draw(case, u, scores, path, *, title="", reached=None):
     """A Case before and after u (1, nd, *fixed grid), voxels. scores: of evaluation.scores, for the title; title: what stands first.
 
     reached: (image on the fixed grid, where it reaches) before and after, where the caller has them.

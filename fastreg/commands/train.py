@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import math
 import os
+import shlex
 import signal
 import time
 from dataclasses import replace
@@ -132,6 +133,11 @@ def _processes(args):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     try:
         yield device
+    except RuntimeError as error:
+        # What ended the other one, it says itself.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise InputError("another process of this run has ended") from error
     finally:
         dist.destroy_process_group()
 
@@ -143,9 +149,9 @@ def _run(args):
         if not (out / LAST).exists():
             raise InputError(f"{out}: holds no {LAST} to resume")
         saved = checkpoint.load(out / LAST)
-        if "optimizer" not in saved or not isinstance(saved.get("settings"), dict):
-            raise InputError(f"{out / LAST}: holds no state of a training")
-        if not all(isinstance(saved[key], dict) for key in ("settings", "counted", "recipe") if key in saved):
+        if "optimizer" not in saved or not all(
+            isinstance(saved.get(k), dict) for k in ("settings", "counted")
+        ):
             raise InputError(f"{out / LAST}: holds no state of a training")
     settings = _settings(args, saved)
     _refuse_own_inputs(args, settings)
@@ -301,7 +307,10 @@ class _Run:
                         )
                     if log is not None:
                         # A pair that cannot be read, say: the weights are those of the last step.
-                        checkpoint.save(self.out / LAST, self.content())
+                        try:
+                            checkpoint.save(self.out / LAST, self.content())
+                        except OSError as also:
+                            warn(f"{also.filename}: {also.strerror}")
                     raise
                 self.seconds = before + time.perf_counter() - begin
                 if not self.first:
@@ -318,21 +327,22 @@ class _Run:
                 names = ("loss", "similarity", "regularity", "folding", "memory_mb")
                 after({name: told[name] for name in names if told.get(name) is not None})
                 validated = training.step % self.validate_every == 0
-                if validated:
-                    self._validate()
                 if validated or training.step % self.settings["save_every"] == 0:
                     checkpoint.save(self.out / LAST, self.content())
+                if validated:
+                    self._validate()
             if self.first:
                 if log is None:
                     self._begin(training.step).close()
-                if training.step % self.validate_every or not training.step:
+                if training.step not in steps(self.out / VALIDATION):
+                    checkpoint.save(self.out / LAST, self.content())
                     self._validate()
-                checkpoint.save(self.out / LAST, self.content())
         if self.first and not args.quiet:
             with telling():
                 print(f"{training.step} steps, {self.seconds:.0f} s; written to {self.out}")
-                if self.stop:
-                    print(f"go on with: fastreg train --resume -o {self.out}")
+                if self.stop and not training.done:
+                    begin = "fastreg train" if ranks()[1] == 1 else "torchrun ... -m fastreg.train"
+                    print(f"go on with: {begin} --resume -o {shlex.quote(str(self.out))}")
         if self.stop:
             raise KeyboardInterrupt
 
@@ -342,10 +352,11 @@ class _Run:
             old = [name for name in FILES if os.path.lexists(self.out / name)]
             if old:
                 # First, as it may find the disk full: then the other run is still whole.
-                checkpoint.save(self.out / LAST, self.content())
-            for name in old:
-                if name != LAST:
+                fresh = self.out / f".{LAST}"
+                checkpoint.save(fresh, self.content())
+                for name in old:
                     (self.out / name).unlink()
+                fresh.replace(self.out / LAST)
             self.begun = True
         write_json(self.out / SETTINGS, {**self.settings, **about(self.device)})
         return Log(self.out / LOG, step)
@@ -361,25 +372,30 @@ class _Run:
         return over
 
     def _interruptible(self):
-        """The first Ctrl-C (or SIGTERM) ends the run after its step, with everything saved; the second at once."""
+        """The first Ctrl-C (or its like) ends the run after its step, with everything saved; a Ctrl-C more than a second later at once."""
+        asked = math.inf
 
         def ask(number, frame):
-            if self.stop:
+            # Schedulers and torchrun send some signals twice.
+            nonlocal asked
+            if number == signal.SIGINT and time.monotonic() > asked + 1:
                 signal.default_int_handler(number, frame)
-            self.stop = True
+            asked, self.stop = min(asked, time.monotonic()), True
 
-        numbers = _signals.named("SIGINT", "SIGTERM")
+        numbers = _signals.named("SIGINT", "SIGTERM", "SIGHUP")
         # Ignored, as by nohup and &: stays so.
         return _signals.handled([n for n in numbers if signal.getsignal(n) != signal.SIG_IGN], ask)
 
     def _validate(self):
         row, draw = self.validation(self.training.model)
         row = {"step": self.training.step, **row}
-        append(self.out / VALIDATION, row)
-        draw(self.out / PICTURE, title=f"step {row['step']}")
         if row["loss"] < self.best:
             self.best = row["loss"]
             checkpoint.save(self.out / BEST, self.best_content())
+            checkpoint.save(self.out / LAST, self.content())
+        draw(self.out / PICTURE, title=f"step {row['step']}")
+        # Last: a step with a row has all of it.
+        append(self.out / VALIDATION, row)
         if not self.args.quiet:
             units = {"tre": " mm", "assd": " mm"}
             # A net that moves nothing scores as before.

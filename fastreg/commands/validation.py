@@ -7,7 +7,7 @@ import torch
 from fastreg import evaluation, metrics
 from fastreg.data.pairs import read_case, sample_of
 
-from .case import write_picture
+from .case import draw
 
 
 class Validation:
@@ -60,4 +60,4 @@ class Validation:
         for name in names:
             values = [row[name] for row in rows if name in row]
             means[name] = sum(values) / len(values)
-        return means, functools.partial(write_picture, *drawn)
+        return means, functools.partial(draw, *drawn)

@@ -46,7 +46,7 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         if mind is not None and similarity != "mind":
             self.fail(ValueError, f'mind is for similarity="mind", got similarity={similarity!r}')
         self.ndim, self.similarity, self.weight = ndim, similarity, weight
-        self.options = self.mind_options(mind, {}) if similarity == "mind" else {}
+        self.mind = self.mind_options(mind, {}) if similarity == "mind" else {}
         self.padding, self.checkpoint = padding, checkpoint
         e, d = encoder, decoder
         inputs = (2, *e[:3])
@@ -75,6 +75,6 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         return {
-            "similarity": SIMILARITIES[self.similarity](fixed, moved, mask=mask, **self.options),
+            "similarity": SIMILARITIES[self.similarity](fixed, moved, mask=mask, **self.mind),
             "regularity": self.weight * ops.diffusion(u),
         }
