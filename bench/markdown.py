@@ -39,7 +39,7 @@ def measured(rows, *more):
     first = rows[0]
     where = f"**{first['device_name']}**"
     if first["device"] == "cpu":
-        where += f", {first['threads']} threads"
+        where += f", {first['threads']} thread{'s' * (str(first['threads']) != '1')}"
     if isas := ", ".join(_each(rows, "isa")):
         where += f", {isas}"
     dates = sorted({r["date"][:10] for r in rows})
