@@ -296,6 +296,36 @@ def test_an_interrupted_run_says_how_to_go_on(folder, tmp_path, capsys, monkeypa
     assert f"go on with: fastreg train --resume -o {tmp_path / 'run'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_comes_twice_still_saves(folder, tmp_path, monkeypatch, name):
+    """As from a scheduler that tells every process, and torchrun, which passes it on."""
+    advance = command.Training.advance
+
+    def interrupted(self):
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, name))
+        return advance(self)
+
+    monkeypatch.setattr(command.Training, "advance", interrupted)
+    out = tmp_path / "run"
+    assert train(folder, out, "--save-every", "100", "--validate-every", "100", "--quiet") == 130
+    assert checkpoint.load(out / "last.pt")["counted"]["step"] == 1
+
+
+def test_another_process_that_ended_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    def ended(self):
+        raise RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+        )
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(command.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(command.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(command.Training, "advance", ended)
+    assert train(folder, tmp_path / "run", "--quiet", "--device", "cpu") == 2
+    assert "another process of this run has ended" in one_line(capsys)
+
+
 def test_the_best_weights_come_without_the_optimiser(folder, tmp_path):
     out = tmp_path / "run"
     assert train(folder, out) == 0

@@ -271,7 +271,7 @@ class _Run:
         }
 
     def best_content(self):
-        """To apply, not to resume: without the optimiser's state, two thirds of the bytes."""
+        """To apply, not to resume: without the optimiser's state, which is most of the bytes."""
         return {name: value for name, value in self.content().items() if name != "optimizer"}
 
     def train(self):
