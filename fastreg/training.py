@@ -17,6 +17,11 @@ from torch import nn
 
 from fastreg import ops
 
+if dist.is_available():
+    # DDP imports it, and imported later than init_process_group it has the group in its default arguments for good: gloo's
+    # threads then outlive destroy_process_group, and one that lets go of a tensor after the interpreter aborts the process.
+    import torch.distributed.nn.functional
+
 
 @dataclass(frozen=True)
 class Sample:

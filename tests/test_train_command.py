@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchrun import run_two
 
 from fastreg import checkpoint, cli, io
 from fastreg.commands import train as command
@@ -351,27 +352,21 @@ def test_minutes_end_a_run(folder, tmp_path):
     assert 0 < checkpoint.load(out / "last.pt")["counted"]["step"] < 1_000_000
 
 
+PROCESS = """
+import runpy
+from torchrun import assert_no_threads_of_gloo
+
+try:
+    runpy.run_module("fastreg.train", run_name="__main__", alter_sys=True)
+finally:
+    assert_no_threads_of_gloo()
+"""
+
+
 def test_two_processes(folder, tmp_path):
     """torchrun of the README: one log, one set of checkpoints, and what one process with that batch gives."""
     arguments = ["train", *TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "fastreg.train",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launch, *arguments[1:], "-o", str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_two(PROCESS, *arguments[1:], "-o", tmp_path / "two")
     assert cli.main([*arguments, "-o", str(tmp_path / "one")]) == 0
     one, two = ([float(r["loss"]) for r in rows(tmp_path / run / "log.csv")] for run in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)

@@ -2,19 +2,14 @@
 
 import io
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from torchrun import run_two
 
 from fastreg.models import R2N2, VoxelMorph
 from fastreg.training import RECIPES, NotFinite, Recipe, Sample, Training
-
-ROOT = Path(__file__).parent.parent
 
 
 def net(**options):
@@ -219,11 +214,12 @@ def test_bad_arguments():
 
 
 PROCESS = """
+import gc
 import sys
 import torch
 import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-from tests.test_training import masked, net, weights
+from test_training import masked, net, weights
+from torchrun import assert_no_threads_of_gloo
 from fastreg.training import Recipe, Training
 
 dist.init_process_group("gloo")
@@ -232,31 +228,16 @@ training = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
 told = [training.advance() for _ in range(3)]
 if dist.get_rank() == 0:
     gradients = torch.cat([p.grad.flatten() for p in training.model.parameters()])
-    torch.save({"gradients": gradients, "weights": weights(training.model), "losses": [t["loss"] for t in told]}, sys.argv[2])
+    torch.save({"gradients": gradients, "weights": weights(training.model), "losses": [t["loss"] for t in told]}, sys.argv[1])
+del training
+gc.collect()
 dist.destroy_process_group()
+assert_no_threads_of_gloo()
 """
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(ROOT), str(tmp_path / "out.pt")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_two(PROCESS, tmp_path / "out.pt")
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     one = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
     losses = [one.advance()["loss"] for _ in range(3)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import math
 import os
 import shlex
@@ -133,6 +134,9 @@ def _processes(args):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     try:
         yield device
+        # DDP is a cycle that holds the group. Gloo's threads end with their group; one that outlives the interpreter and then
+        # lets go of a tensor aborts the process. Not after an error: they may be waiting for another process.
+        gc.collect()
     except RuntimeError as error:
         # What ended the other one, it says itself.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -157,8 +161,9 @@ def _run(args):
     _refuse_own_inputs(args, settings)
     report.require_matplotlib()
     with _processes(args) as device, _folder(out, args) if ranks()[0] == 0 else contextlib.nullcontext():
-        run = _Run(out, settings, device, args, saved)
-        run.train()
+        stopped = _Run(out, settings, device, args, saved).train()
+    if stopped:
+        raise KeyboardInterrupt
     return 0
 
 
@@ -275,6 +280,7 @@ class _Run:
         return {name: value for name, value in self.content().items() if name != "optimizer"}
 
     def train(self):
+        """Returns whether a signal ended it."""
         training, args, recipe = self.training, self.args, self.training.recipe
         begin, before = time.perf_counter(), self.seconds
         if training.done and (not self.first or training.step in steps(self.out / VALIDATION)):
@@ -283,7 +289,7 @@ class _Run:
                     print(
                         f"{self.out}: is done after {training.step} steps; more --steps (or --patience) go on"
                     )
-            return
+            return False
         if self.first:
             self.validation.read()
             if not args.quiet:
@@ -343,8 +349,7 @@ class _Run:
                 if self.stop and not training.done:
                     begin = "fastreg train" if ranks()[1] == 1 else "torchrun ... -m fastreg.train"
                     print(f"go on with: {begin} --resume -o {shlex.quote(str(self.out))}")
-        if self.stop:
-            raise KeyboardInterrupt
+        return self.stop
 
     def _begin(self, step):
         """Once a step has shown that all is well: what another run left goes, and what this one logged after `step`."""
