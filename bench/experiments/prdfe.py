@@ -163,7 +163,7 @@ def draw(tests, fields):
 
 def experiment(argv):
     p = common.Parser(__doc__, {name: s["minutes"] for name, s in SETTINGS.items()}, METHODS)
-    p.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    p.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     p.add_argument("--pairs", type=int, help="to train on")
     p.add_argument("--tests", type=int, help="pairs to test on")
     args = p.parse_args(argv)
