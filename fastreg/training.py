@@ -8,6 +8,7 @@
 and step number are the whole state.
 """
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 
@@ -17,9 +18,9 @@ from torch import nn
 
 from fastreg import ops
 
-if dist.is_available():
-    # DDP imports it, and imported later than init_process_group it has the group in its default arguments for good: gloo's
-    # threads then outlive destroy_process_group, and one that lets go of a tensor after the interpreter aborts the process.
+# DDP imports it, and imported later than init_process_group it keeps the group in its default arguments for good; gloo's
+# threads then outlive destroy_process_group, and may abort the process at its end.
+with contextlib.suppress(ImportError):  # a torch without torch.distributed
     import torch.distributed.nn.functional
 
 
@@ -111,7 +112,8 @@ class Training:
         amp (bool): bf16 convolutions under torch.autocast. compile (bool): torch.compile.
 
     Under an initialised torch.distributed the model is wrapped in DistributedDataParallel and each process takes its part
-    of a batch.
+    of a batch. With gloo: import this module before init_process_group, and let go of the training (del, gc.collect())
+    before destroy_process_group, or its threads outlive the interpreter and may abort the process.
     """
 
     def __init__(self, model, pairs, recipe=None, *, seed=0, amp=False, compile=False):

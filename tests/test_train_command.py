@@ -353,9 +353,11 @@ def test_minutes_end_a_run(folder, tmp_path):
 
 
 PROCESS = """
+import gc
 import runpy
 from torchrun import assert_no_threads_of_gloo
 
+gc.disable()
 try:
     runpy.run_module("fastreg.train", run_name="__main__", alter_sys=True)
 finally:
@@ -366,10 +368,46 @@ finally:
 def test_two_processes(folder, tmp_path):
     """torchrun of the README: one log, one set of checkpoints, and what one process with that batch gives."""
     arguments = ["train", *TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
-    run_two(PROCESS, *arguments[1:], "-o", tmp_path / "two")
+    done = run_two(PROCESS, *arguments[1:], "-o", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
     assert cli.main([*arguments, "-o", str(tmp_path / "one")]) == 0
     one, two = ([float(r["loss"]) for r in rows(tmp_path / run / "log.csv")] for run in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
+
+
+BROKEN = """
+import os
+import signal
+import sys
+import time
+import torch
+import torch.distributed as dist
+from fastreg import cli
+from fastreg.commands import train
+from fastreg.io import InputError
+
+advance = train.Training.advance
+
+def failing(self):
+    if os.environ["RANK"] == "1" and self.step == 1:
+        dist.all_reduce(torch.ones(()), async_op=True)
+        raise InputError("s1.nii.gz: damaged")
+    if self.step == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(600)
+    return advance(self)
+
+train.Training.advance = failing
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_an_error_in_one_process_does_not_wait_for_the_other(folder, tmp_path):
+    """Though the first has begun what only both can end."""
+    arguments = [*TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
+    done = run_two(BROKEN, *arguments, "-o", tmp_path / "two", seconds=120)
+    assert done.returncode != 0
+    assert "s1.nii.gz: damaged" in done.stderr
 
 
 # Bad input

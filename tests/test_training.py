@@ -219,9 +219,10 @@ import sys
 import torch
 import torch.distributed as dist
 from test_training import masked, net, weights
-from torchrun import assert_no_threads_of_gloo
+from torchrun import TASKS, assert_no_threads_of_gloo, threads_of_gloo
 from fastreg.training import Recipe, Training
 
+gc.disable()
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 training = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
@@ -229,6 +230,7 @@ told = [training.advance() for _ in range(3)]
 if dist.get_rank() == 0:
     gradients = torch.cat([p.grad.flatten() for p in training.model.parameters()])
     torch.save({"gradients": gradients, "weights": weights(training.model), "losses": [t["loss"] for t in told]}, sys.argv[1])
+assert threads_of_gloo() or not TASKS.is_dir()
 del training
 gc.collect()
 dist.destroy_process_group()
@@ -237,7 +239,8 @@ assert_no_threads_of_gloo()
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    run_two(PROCESS, tmp_path / "out.pt")
+    done = run_two(PROCESS, tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     one = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
     losses = [one.advance()["loss"] for _ in range(3)]

@@ -8,32 +8,44 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TASKS = Path("/proc/self/task")
 
 
-def run_two(code, *arguments):
-    """Runs the Python code under torchrun --nproc-per-node=2; both must end well."""
+def run_two(code, *arguments, seconds=600):
+    """Runs the Python code under torchrun --nproc-per-node=2. The CompletedProcess; one that does not end in time is an error."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.py")
         script.write_text(code, encoding="utf-8")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, *launch, *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-            capture_output=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
         )
-    assert done.returncode == 0, done.stderr
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends the two
+            out, err = process.communicate()
+            raise AssertionError(f"not done after {seconds} s\n{out}{err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def threads_of_gloo():
+    """Their names; none where the system does not tell."""
+    return [name for name in map(_name, TASKS.iterdir()) if "gloo" in name] if TASKS.is_dir() else []
 
 
 def assert_no_threads_of_gloo():
     """One that outlives the interpreter aborts the process where it then lets go of a tensor."""
-    tasks = Path("/proc/self/task")
-    if not tasks.is_dir():
-        return
     until = time.monotonic() + 10  # one that was joined may be listed a moment longer
-    while names := [n for n in map(_name, tasks.iterdir()) if "gloo" in n]:
+    while names := threads_of_gloo():
         assert time.monotonic() < until, names
         time.sleep(0.05)
 

@@ -1,6 +1,7 @@
 """`fastreg train`: a net on many pairs, or on the one that it is to register."""
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import math
@@ -134,16 +135,17 @@ def _processes(args):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     try:
         yield device
-        # DDP is a cycle that holds the group. Gloo's threads end with their group; one that outlives the interpreter and then
-        # lets go of a tensor aborts the process. Not after an error: they may be waiting for another process.
-        gc.collect()
-    except RuntimeError as error:
-        # What ended the other one, it says itself.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise InputError("another process of this run has ended") from error
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        # The end of the group would wait for what this process has begun with the others, who may not come: so it never ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            # What ended the other one, it says itself.
+            raise InputError("another process of this run has ended") from error
+        raise
+    # Garbage may hold DDP, which holds the group, and gloo's threads last as long as the group: one that lets go of a tensor
+    # while the interpreter ends aborts the process.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _run(args):
