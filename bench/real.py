@@ -86,6 +86,15 @@ class Unusable(Exception):
     """One line for the user."""
 
 
+def scored(data, key):
+    """Labels without those that are not scored."""
+    labels = data[key]
+    wanted = json.loads(str(data["meta"])).get("labels_ge_1000vox")
+    if wanted is None:
+        return labels
+    return np.where(np.isin(labels, wanted), labels, 0).astype(labels.dtype)
+
+
 def write(pair, source, folder):
     """Writes a pair's files; returns the arguments of `fastreg register`."""
     import SimpleITK
@@ -113,11 +122,10 @@ def write(pair, source, folder):
         if pair.landmarks:
             arguments += [f"--{side}-landmarks", points(f"{side}.csv", data[pair.landmarks.format(key)])]
         if pair.labels:
-            labels = data[pair.labels.format(key)]
-            scored = json.loads(str(data["meta"])).get("labels_ge_1000vox")
-            if scored is not None:
-                labels = np.where(np.isin(labels, scored), labels, 0).astype(labels.dtype)
-            arguments += [f"--{side}-labels", image(f"{side}_labels.nii.gz", labels)]
+            arguments += [
+                f"--{side}-labels",
+                image(f"{side}_labels.nii.gz", scored(data, pair.labels.format(key))),
+            ]
     return arguments
 
 

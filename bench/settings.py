@@ -1,0 +1,277 @@
+"""What each setting of `fastreg register` changes, on real scans: the table of docs/settings.md.
+
+    FASTREG_DATA=... python -m bench.settings [--pair NAME] [--setting NAME] [--no-store]
+    python -m bench.settings --write-docs
+
+Every pair is registered by fastreg.register once a setting. Time is the process's CPU time, of all threads: what else the
+machine does hardly changes it. Rows go to bench/results/settings.csv; a pair and a setting stored at this commit are not
+run again. The pairs were looked at while the defaults were chosen, so they say how settings compare, not how good they are.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import fastreg
+from bench import common, real
+from bench.experiments.common import Unusable, scans, tensor
+from bench.markdown import grouped, measured, number, table
+from fastreg import metrics, ops
+
+STORE = "settings.csv"
+PAGE = common.ROOT.parent / "docs" / "settings.md"
+FIELDS = [
+    "date", "commit", "device", "device_name", "threads", "isa", "torch", "pair", "setting", "options", "score",
+    "before", "after", "cpu_seconds", "seconds", "folding",
+]  # fmt: skip
+KEY = ("device_name", "threads", "pair", "setting", "score")
+
+# --mask MASK stands for the pair's own mask.
+MASK = {"mask": "MASK"}
+SETTINGS = {
+    "defaults": {},
+    "fast": {"iterations": (100, 100, 60, 0)},
+    "faster": {"iterations": (50, 50, 20, 0)},
+    "fewer iterations": {"iterations": 30},
+    "more iterations": {"iterations": 200},
+    "window 5": {"window": 5},
+    "window 15": {"window": 15},
+    "mse": {"similarity": "mse"},
+    "mind": {"similarity": "mind"},
+    "weight 0.5": {"regularization": 0.5},
+    "weight 1": {"regularization": 1.0},
+    "weight 4": {"regularization": 4.0},
+    "velocity": {"transform": "velocity"},
+    "bspline": {"transform": "bspline"},
+    "affine": {"affine": True},
+    "mask": MASK,
+}
+TURN, SHIFT = 12.0, 6.0  # degrees about the first axis, voxels along the last two
+MARGIN = 3  # voxels that a mask has around what it is made from
+
+
+@dataclass
+class Scan:
+    """Two images (1, 1, *spatial) with points (P, 3), voxels, or labels (1, 1, *spatial), and a mask or None."""
+
+    fixed: torch.Tensor
+    moving: torch.Tensor
+    spacing: tuple
+    points: tuple = ()
+    labels: tuple = ()
+    mask: torch.Tensor | None = None
+
+    def score(self, u):
+        """TRE in mm, or mean Dice."""
+        if self.points:
+            fixed, moving = self.points
+            return "tre", metrics.tre(metrics.move_points(fixed, u), moving, self.spacing).mean
+        fixed, moving = self.labels
+        moved = ops.warp(moving.float(), u, mode="nearest", padding="zeros").long()
+        return "dice", metrics.dice(fixed, moved, fixed.unique()[1:].tolist()).mean
+
+
+def around(inside):
+    """1 where a bool array is true and MARGIN voxels around."""
+    return F.max_pool3d(tensor(inside), 2 * MARGIN + 1, 1, MARGIN)
+
+
+def of_real(name):
+    """A pair of bench/real.py."""
+    pair = real.PAIRS[name]
+    data = scans(pair.source)
+    sides = pair.fixed, pair.moving
+    images = [tensor(data[k] if k in data else data[f"img_{k}"]) for k in sides]
+    spacing = tuple(float(s) for s in data["spacing"])
+    if pair.landmarks:
+        return Scan(
+            *images, spacing, points=[torch.from_numpy(data[pair.landmarks.format(k)]) for k in sides]
+        )
+    arrays = [real.scored(data, pair.labels.format(k)).astype(np.int64) for k in sides]
+    lung = data.get(f"lung_{pair.fixed}")
+    mask = around((arrays[0] if lung is None else lung) > 0)
+    return Scan(*images, spacing, labels=[torch.from_numpy(a)[None, None] for a in arrays], mask=mask)
+
+
+def hippocampus(k):
+    """Subject k to subject 0."""
+    data = scans("hippocampusmr_msd04")
+    labels = [torch.from_numpy(data["segs"][i].astype(np.int64))[None, None] for i in (0, k)]
+    mask = around(labels[0][0, 0].numpy() > 0)
+    return Scan(*(tensor(data["images"][i]) for i in (0, k)), (1.0, 1.0, 1.0), labels=labels, mask=mask)
+
+
+def turned(scan):
+    """The pair with its moving image turned and shifted."""
+    shape, angle = scan.moving.shape[2:], math.radians(TURN)
+    turn = torch.eye(3)
+    turn[1:, 1:] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    size = torch.tensor(scan.spacing)
+    turn = turn * size / size[:, None]  # of mm, in voxels
+    centre = torch.tensor([(n - 1) / 2 for n in shape])
+    matrix = torch.cat([turn, (centre + torch.tensor([0.0, SHIFT, -SHIFT]) - turn @ centre)[:, None]], 1)[
+        None
+    ]
+    labels = ops.warp(scan.labels[1].float(), None, affine=matrix, mode="nearest").long()
+    moving = ops.warp(scan.moving, None, affine=matrix, padding="border")
+    return Scan(scan.fixed, moving, scan.spacing, labels=[scan.labels[0], labels], mask=scan.mask)
+
+
+LUNG = "lungmr_proton_0004"
+PAIRS = {
+    **{f"hippocampus {k}": lambda k=k: hippocampus(k) for k in range(1, 8)},
+    **{f"hippocampus {k}, turned": lambda k=k: turned(hippocampus(k)) for k in range(1, 8)},
+    "spine T1 to T2": lambda: of_real("spinalmr_t1t2_sct"),
+    "lungs MR": lambda: of_real(LUNG),
+    "lungs MR, turned": lambda: turned(of_real(LUNG)),
+    "lungs CT": lambda: of_real("lungct_dirlab4dct_case1"),
+    "brains": lambda: of_real("brainmr_vxm"),
+}
+
+
+def shown(options):
+    """As arguments of `fastreg register`."""
+
+    def flag(name, value):
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no-{name}"
+        return f"--{name} " + (",".join(map(str, value)) if isinstance(value, tuple) else f"{value}")
+
+    return " ".join(flag(*option) for option in options.items()) or "defaults"
+
+
+def run(name, scan, setting):
+    """Registers a pair with a setting: a row, or None where the pair has not what the setting needs."""
+    options = SETTINGS[setting]
+    if "mask" in options and scan.mask is None:
+        return None
+    given = {**options, "mask": scan.mask} if "mask" in options else options
+    wall, begin = time.perf_counter(), time.process_time()
+    result = fastreg.register(scan.fixed, scan.moving, spacing=scan.spacing, **given)
+    spent, wall = time.process_time() - begin, time.perf_counter() - wall
+    score, before = scan.score(torch.zeros_like(result.displacement))
+    return {
+        **common.environment("cpu"),
+        "pair": name,
+        "setting": setting,
+        "options": shown(options),
+        "score": score,
+        "before": f"{before:.4f}",
+        "after": f"{scan.score(result.displacement)[1]:.4f}",
+        "cpu_seconds": f"{spent:.2f}",
+        "seconds": f"{wall:.2f}",
+        "folding": f"{metrics.folding(result.displacement):.3g}",
+    }
+
+
+def markdown(rows):
+    """Settings by kinds of pairs: mean score, median CPU time beside that of the defaults, the largest folding."""
+    rows = common.newest(rows, KEY)
+    if not rows:
+        return "No rows stored yet."
+    found = {(r["pair"], r["setting"]): r for r in rows}
+    names = [name for name in PAIRS if (name, "defaults") in found]
+    columns = {}
+    for name in names:
+        head, *rest = name.split(", ")
+        kind = ", ".join([head.rstrip("0123456789 "), *rest])
+        columns.setdefault(kind, []).append(name)
+    units = {"tre": ", mm", "dice": ", Dice"}
+
+    def mean(pairs, setting, key):
+        values = [float(found[p, setting][key]) for p in pairs if (p, setting) in found]
+        return statistics.fmean(values) if len(values) == len(pairs) else None
+
+    header, before = ["setting"], ["not registered"]
+    for kind, pairs in columns.items():
+        count = f" ({len(pairs)} pairs)" if len(pairs) > 1 else ""
+        header.append(f"{kind}{units[found[pairs[0], 'defaults']['score']]}{count}")
+        before.append(number(f"{mean(pairs, 'defaults', 'before'):.4f}"))
+    lines = [[*before, "", ""]]
+    for setting in SETTINGS:
+        done = [p for p in names if (p, setting) in found]
+        if not done:
+            continue
+        cells = []
+        for pairs in columns.values():
+            after = mean(pairs, setting, "after")
+            cells.append("" if after is None else number(f"{after:.4f}"))
+        ratios = [
+            float(found[p, setting]["cpu_seconds"]) / float(found[p, "defaults"]["cpu_seconds"]) for p in done
+        ]
+        folding = max(float(found[p, setting]["folding"]) for p in done)
+        options = found[done[0], setting]["options"]
+        what = options if options == "defaults" else f"`{options}`"
+        lines.append([what, *cells, number(f"{statistics.median(ratios):.3f}", 2), f"{100 * folding:.2g} %"])
+    seconds = "; ".join(
+        f"{kind} {number(str(mean(pairs, 'defaults', 'cpu_seconds')))}" for kind, pairs in columns.items()
+    )
+    return "\n\n".join(
+        [
+            table([*header, "CPU time", "most folding"], lines),
+            f"CPU time: median over the pairs of the ratio to the defaults, which take (seconds, all threads): {seconds}.",
+            *(measured(group) for group in grouped(rows, "device_name", "threads").values()),
+        ]
+    )
+
+
+def write_docs(page, rows):
+    start, end = "<!-- settings:start -->", "<!-- settings:end -->"
+    head, rest = page.read_text(encoding="utf-8").split(start)
+    text = f"{head}{start}\n{markdown(rows)}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.settings", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pair", action="append", choices=list(PAIRS), metavar="NAME", help="may be repeated"
+    )
+    parser.add_argument(
+        "--setting", action="append", choices=list(SETTINGS), metavar="NAME", help="may be repeated"
+    )
+    parser.add_argument("--threads", type=int, default=real.THREADS)
+    parser.add_argument("--no-store", action="store_true", help="leave bench/results alone")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="put the table into the page, register nothing"
+    )
+    args = parser.parse_args(argv)
+    path = common.RESULTS / STORE
+    if args.write_docs:
+        write_docs(PAGE, common.read_rows(path))
+        return 0
+    torch.set_num_threads(args.threads)
+    stored = {(r["pair"], r["setting"], r["commit"]) for r in common.read_rows(path)}
+    small = torch.rand(1, 1, 16, 16, 16)
+    fastreg.register(small, small)  # what torch loads at its first use is not any setting's time
+    try:
+        for name in args.pair or PAIRS:
+            scan = PAIRS[name]()
+            for setting in args.setting or SETTINGS:
+                if not args.no_store and (name, setting, common.commit()) in stored:
+                    continue
+                row = run(name, scan, setting)
+                if row is None:
+                    continue
+                print(
+                    "{pair:24} {options:40} {score} {before} -> {after}, {cpu_seconds} CPU s".format(**row),
+                    flush=True,
+                )
+                if not args.no_store:
+                    common.append_rows(path, [row], FIELDS)
+    except Unusable as error:
+        print(f"bench.settings: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
