@@ -19,7 +19,7 @@ model's rows are stored and the exit status is 1. Then
 
 saved       bytes autograd keeps from forward to backward, loss included: storages given to the saved-tensor hooks, each
             once, without images and parameters. Counted with fake tensors, which have sizes and no numbers: at the paper's
-            size too, where a CPU cannot run the step. tests/test_bench.py holds them to real ones.
+            size too, where a CPU cannot run the step. tests/bench/test_bench.py holds them to real ones.
 peak        of a training step in a fresh process, beyond model, images and the gradients of the parameters.
 step        forward, loss and backward, in rounds that alternate over the forms; ratios are medians over rounds.
 inference   displacement and moved image under no_grad.

@@ -22,7 +22,9 @@ def run_two(code, *arguments, seconds=600):
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
+                ),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

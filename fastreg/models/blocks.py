@@ -1,7 +1,7 @@
 """Layers whose memory is designed: what a concatenation would copy is kept once, or not at all.
 
 `concat_conv` convolves the concatenation of sources and keeps the sources; `dense_block` keeps one buffer instead of a
-growing concatenation per convolution. Both give the numbers of the concatenating form (tests/test_models.py).
+growing concatenation per convolution. Both give the numbers of the concatenating form (tests/models/test_models.py).
 """
 
 import torch

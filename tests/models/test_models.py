@@ -641,6 +641,6 @@ def test_f3rnets_paper_size_has_its_slices_first():
 
 
 def test_readme_says_how_large_they_are():
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \([23D, ]+\) \|.*\| ([\d,]+) \|$", text, re.M))
     assert rows == {cls.__name__: f"{counted(cls()):,}" for cls in MODELS.values()}

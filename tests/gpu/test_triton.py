@@ -1,6 +1,6 @@
 """Every Triton kernel compiles to machine code, without a GPU, for every architecture it is meant for.
 
-What is compiled is what launchers start: the calls of tests/aot_<op>.py run on CPU tensors, and instead of a launch the
+What is compiled is what launchers start: the calls of tests/gpu/aot_<op>.py run on CPU tensors, and instead of a launch the
 kernel, the types of its arguments and its constants are noted. (What the kernels compute: FASTREG_TEST_BACKEND=triton.)
 """
 

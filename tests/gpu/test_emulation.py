@@ -9,7 +9,7 @@ import torch
 from common import BACKEND
 
 pytestmark = pytest.mark.skipif(BACKEND != "emulation", reason="FASTREG_TEST_BACKEND=emulation")
-SOURCE = (Path(__file__).parent / "emulation" / "planted.cpp").read_text(encoding="utf-8")
+SOURCE = (Path(__file__).parents[1] / "emulation" / "planted.cpp").read_text(encoding="utf-8")
 NAMES = [n.strip() for n in SOURCE.split("enum Fault : int64_t {")[1].split("}")[0].split(",") if n.strip()]
 
 
@@ -67,7 +67,7 @@ def test_a_write_before_the_start_ends_the_process():
         "import backends, torch; backends.install(); x = torch.randn(640)\n"
         f"torch.ops.fastreg_planted.reverse(x, {NAMES.index('write_before_the_start')})"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert run.returncode != 0
     assert "something was written beside a tensor of 2560 bytes" in run.stderr

@@ -1,4 +1,4 @@
-"""Calls whose kernels tests/test_triton.py compiles."""
+"""Calls whose kernels tests/gpu/test_triton.py compiles."""
 
 import torch
 

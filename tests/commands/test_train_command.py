@@ -27,7 +27,7 @@ from fastreg.io import Geometry
 pytest.importorskip("SimpleITK")
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GRID = Geometry.of((20, 24), (1.0, 1.5))
 # A net of a few hundred weights.
 TINY = ["--method", "voxelmorph"]

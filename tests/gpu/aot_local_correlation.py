@@ -1,4 +1,4 @@
-"""Calls whose Triton kernels tests/test_triton.py compiles."""
+"""Calls whose Triton kernels tests/gpu/test_triton.py compiles."""
 
 import torch
 
