@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from . import nn
 from . import ops as _fused
-from .ops.bspline_displacement import control_shape as control_points
+from .ops.bspline_displacement import control_shape
 
 SIMILARITIES = ("lcc", "mind", "mse")
 TRANSFORMS = ("dense", "velocity", "bspline")
@@ -49,7 +49,7 @@ def spacing_of(shape, full, spacing):
     return tuple(s * (f - 1) / max(n - 1, 1) if f > 1 else s for s, f, n in grids)
 
 
-def control_shape(shape, spacing):
+def grid_shape(shape, spacing):
     """The displacement's grid: voxels twice as large as the finest spacing, never finer than the image."""
     axes = list(zip(shape, spacing, strict=True))
     target = 2.0 * min((s for n, s in axes if n > 1), default=1.0)
@@ -110,7 +110,7 @@ class BSpline:
     shape: tuple
 
     def parameter(self):
-        control = control_points(self.shape, self.knots)
+        control = control_shape(self.shape, self.knots)
         return self.base.new_zeros((*self.base.shape[:2], *control)).requires_grad_()
 
     def field(self, parameter, ops=_fused):
@@ -131,7 +131,7 @@ def transform(kind, field, shape, full, spacing, width):
     control points (None: 4 voxels).
     """
     bspline = kind == "bspline"
-    grid = tuple(shape) if bspline else control_shape(shape, spacing_of(shape, full, spacing))
+    grid = tuple(shape) if bspline else grid_shape(shape, spacing_of(shape, full, spacing))
     size = spacing_of(grid, full, spacing)
     finest = _finest(size, full)
     scale = torch.tensor([finest / s for s in size], dtype=torch.float32, device=field.device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastreg
 from fastreg import metrics
-from fastreg._descent import control_shape, relaxed
+from fastreg._descent import grid_shape, relaxed
 from fastreg.registration import _pyramid, register
 
 QUICK = {"iterations": 40}
@@ -178,7 +178,7 @@ def test_pyramid_makes_voxels_isotropic():
         assert all(min(s) >= 12 for s in shapes)
     assert _pyramid((10, 11, 1), (1.0, 1.0, 1.0), None) == [(10, 11, 1)]
     assert len(_pyramid((64, 64, 64), (1.0, 1.0, 1.0), 2)) == 2
-    assert control_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
+    assert grid_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
 
 
 def test_levels_and_iterations():
