@@ -5,6 +5,7 @@ Python. Two compiled extensions add kernels, ``_C`` at the ``CPU`` key and ``_C_
 for ops that are left. So there is no fallback branch anywhere: where nothing is registered the dispatcher finds the reference.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -97,6 +98,34 @@ def define(schema, reference, fake):
     torch.library.register_fake(f"fastreg::{name}", fake, lib=lib)
 
 
+def arithmetic(*tensors):
+    """What the ops compute in, and the dtype of losses, maps and statistics: the widest of the tensors, at least fp32."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
+
+
+def only_needed(grads, needs, like=None):
+    """What a backward op returns: an empty 1D tensor, of the dtype of `like` or the gradient, for what is not needed."""
+    return tuple(
+        g if need else (g if like is None else like).new_zeros(0)
+        for g, need in zip(grads, needs, strict=True)
+    )
+
+
+def empty_where_needed(tensors, needs, like=None):
+    """The same of a fake kernel: the gradient to each tensor has its shape and dtype."""
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if need
+        else (t if like is None else like).new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def none_unless_needed(grads, needs):
+    """The same of an autograd formula."""
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
 def autograd(name, setup_context, backward):
     torch.library.register_autograd(f"fastreg::{name}", backward, setup_context=setup_context, lib=lib)
 
@@ -110,30 +139,6 @@ def once_differentiable(*names):
             raise RuntimeError(f"fastreg::{name.removesuffix('_bwd')}: double backward is not supported")
 
         autograd(name, lambda ctx, inputs, output: None, backward)
-
-
-def unit_gradients(name):
-    """Autograd of a loss op (fixed, moved, ..., need_fixed, need_moved) -> (sums, unit gradients): backward scales them."""
-
-    def setup(ctx, inputs, output):
-        ctx.dtypes, ctx.needs = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
-        ctx.save_for_backward(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx, grad, *grads_of_units):
-        if any(g is not None for g in grads_of_units):
-            raise RuntimeError(f"fastreg::{name}: double backward is not supported")
-        grads = [None] * len(ctx.needs_input_grad)
-        for i, unit in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[i] and grad is not None:
-                if not ctx.needs[i]:
-                    raise RuntimeError(
-                        f"fastreg::{name}: call it with need_fixed / need_moved set for what requires a gradient"
-                    )
-                grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
-        return tuple(grads)
-
-    autograd(name, setup, backward)
 
 
 def batched(*names):

@@ -7,15 +7,8 @@ from common import BACKEND, DTYPES, assert_close, check_against_reference, doubl
 from scipy import ndimage
 
 import fastreg
-from fastreg.ops.mind import (
-    _descriptors,
-    _distances,
-    channels,
-    mind_loss_prepared,
-    mind_map_ref,
-    mind_mean_variance_ref,
-    mind_ref,
-)
+from fastreg.ops.mind import _distances, channels, descriptors, mind_mean_variance_ref, mind_ref
+from fastreg.ops.mind_loss import mind_loss_prepared, mind_map_ref
 
 OPTIONS = {"radius": 2, "dilation": 2, "neighbourhood": "ssc", "patch": "box", "sigma": 0.5}
 F3RNET = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "sigma": 0.5}
@@ -184,7 +177,7 @@ def test_reference_gradient():
         image = make(shape)
         mean = torch.full((shape[0],), 1e-3, dtype=torch.float64)
         assert torch.autograd.gradcheck(
-            lambda x, o=options, m=mean: _descriptors(x, m, *o.values()), image, fast_mode=True
+            lambda x, o=options, m=mean: descriptors(x, m, *o.values()), image, fast_mode=True
         )
 
 
@@ -210,7 +203,7 @@ def test_prepared(options, norm):
 
 @pytest.mark.parametrize("options", SETTINGS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_descriptors(shape, options):
+def testdescriptors(shape, options):
     check_against_reference(lambda x: fastreg.mind(x, **options), reference(options), (make(shape),))
     image = make(shape).detach()
     assert_close(

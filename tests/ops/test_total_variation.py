@@ -4,7 +4,7 @@ import torch
 from common import DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
-from fastreg.ops.regularizers import total_variation_ref
+from fastreg.ops.total_variation import total_variation_ref
 
 # Odd sizes, rows of several vectors and of more than one block of sums, axes of one voxel.
 SHAPES = [
