@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from . import nn
+from . import _check, nn
 from . import ops as _fused
 from .ops.bspline_displacement import control_shape
 
@@ -37,10 +37,6 @@ _EPS = 1e-2  # gradients this small, each voxel's share of the loss being 1, do 
 _LEAST_JACOBIAN = 0.05
 _FLAT = 1e-4  # a level ends when ten iterations gain less than this share of its loss
 _KNOT = 4  # voxels between control points, along the axis of the finest spacing
-
-
-def fail(kind, text):
-    raise kind(f"fastreg::register: {text}")
 
 
 def spacing_of(shape, full, spacing):
@@ -236,7 +232,7 @@ def relaxed(u, shift=None, rounds=60):
 def _finite(loss):
     if not math.isfinite(loss):
         hint = "a smaller learning_rate or regularization may keep it so"
-        fail(ValueError, f"the loss must stay finite, got {loss} ({hint})")
+        _check.fail("register", "the loss", "stay finite", f"{loss} ({hint})")
 
 
 def _minimise(step, n_iterations, report, least=20):
@@ -325,5 +321,5 @@ class AffineFit:
             self.motion += finest * self.free * parameter
         _finite(float(self.motion.square().sum()))
         if torch.linalg.det(self.matrix(self.motion)[:, :-1]) <= 0:
-            fail(ValueError, "the affine part must keep its orientation, got a determinant of 0 or less")
+            _check.fail("register", "the affine part", "keep its orientation", "a determinant of 0 or less")
         return record
