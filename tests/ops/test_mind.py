@@ -549,7 +549,7 @@ def test_transforms_without_a_derivative_raise():
     [
         (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
         (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
-        (ValueError, "fixed must have at least one channel", {"fixed": torch.zeros(1, 0, 4, 5, 6)}),
+        (ValueError, "fixed must have at least one channel", dict.fromkeys(("fixed", "moved"), torch.zeros(1, 0, 4, 5, 6))),
         (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
         (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
         (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
