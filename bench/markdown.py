@@ -1,4 +1,4 @@
-"""Stored rows as Markdown tables, for the README."""
+"""Stored rows as Markdown tables, sections and pages."""
 
 import math
 
@@ -24,6 +24,29 @@ def table(header, rows):
     """header and rows: cells, text. All columns but the first are aligned to the right."""
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def page(title, sections, command):
+    """sections: name -> text; a named one has a heading, and markers by which other pages include it."""
+    lines = [
+        f"<!-- Written by bench/tables.py from bench/results; `{command}` adds rows. Do not edit. -->",
+        f"# {title}",
+    ]
+    for name, text in sections.items():
+        lines += [f"## {name}", f"<!-- {name}:start -->", text, f"<!-- {name}:end -->"] if name else [text]
+    return "\n\n".join(lines) + "\n"
+
+
+def replaced(path, sections):
+    """The text of a file with what stands between <!-- NAME:start --> and <!-- NAME:end --> replaced; both must be there."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in sections.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            raise ValueError(f"{path.name} must hold {start} and {end} once, in this order")
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def grouped(rows, *keys):

@@ -380,14 +380,16 @@ def fresh_peak(name, form, shape, args):
 
 
 def tables(results):
+    """name of a model -> what it keeps and how long it takes, per device."""
     rows = [r for r in common.read_rows(results / RESULTS) if r["model"] in SUBJECTS]
-    rows = common.newest(rows, KEY)
-    if not rows:
-        return "No rows stored yet."
-    sections = []
-    for mine in grouped(rows, "device_name", "threads", "isa").values():
-        sections += [measured(mine), saved_table(mine), time_table(mine)]
-    return "\n\n".join(sections)
+    order = list(SUBJECTS)
+    rows = sorted(common.newest(rows, KEY), key=lambda r: order.index(r["model"]))
+    # A variant ("rrn-features") stands with its model.
+    rows = [r | {"name": r["model"].partition("-")[0]} for r in rows]
+    sections = {}
+    for (name, *_), mine in grouped(rows, "name", "device_name", "threads", "isa").items():
+        sections.setdefault(name, []).extend([measured(mine), saved_table(mine), time_table(mine)])
+    return {name: "\n\n".join(parts) for name, parts in sections.items()}
 
 
 def by_form(rows):

@@ -1,4 +1,4 @@
-"""The experiments' stored tables as Markdown, for the README."""
+"""The experiments' stored tables as Markdown."""
 
 import re
 from dataclasses import dataclass
@@ -126,9 +126,9 @@ def _cell(row, column):
     return column.format(**texts)
 
 
-def markdown(results):
-    """Every stored table, with where and when it was measured."""
-    sections = []
+def sections(results):
+    """name -> a stored table, with where and when it was measured."""
+    parts = {}
     for t in TABLES:
         rows = common.read_rows(results / "experiments" / f"{t.name}.csv")
         groups = list(grouped(rows, *GROUP).values())
@@ -138,5 +138,6 @@ def markdown(results):
                 command += f" --setting {setting}"
             where = f" {measured(mine)}" if t.measured else ""
             cells = [[_cell(row, c) for c in t.columns.values()] for row in mine]
-            sections.append(f"**{t.title}** (`{command}`).{where}\n\n{table(list(t.columns), cells)}")
-    return "\n\n".join(sections) if sections else "No rows stored yet."
+            text = f"**{t.title}** (`{command}`).{where}\n\n{table(list(t.columns), cells)}"
+            parts[t.name] = "\n\n".join(filter(None, (parts.get(t.name), text)))
+    return parts

@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import fastreg  # noqa: E402
-from bench import clock, common, markdown, memory, models, run  # noqa: E402
+from bench import clock, common, markdown, memory, models, run, tables  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
 
 N16 = (16, 16, 16)
@@ -151,8 +151,9 @@ def test_deviating_peer_is_marked(tiny, tmp_path):
     gates = {r["provider"]: r["gate"] for r in common.read_rows(tmp_path / "cpu.csv")}
     assert gates["torch"].startswith("deviates")
     assert not gates["fastreg"].startswith("deviates")
-    assert "PyTorch, best stock form ¹ |" in run.tables(tmp_path)["bench"]
-    assert "¹" in run.tables(tmp_path)["bench"]
+    text = tables.speed(tmp_path)["warp"]
+    assert "PyTorch, best stock form ¹ |" in text
+    assert "¹ Not the numbers of the formula it states: " in text
 
 
 def test_failing_and_missing_peers_are_skipped(tiny, tmp_path, capsys):
@@ -279,13 +280,15 @@ def test_tables(tmp_path):
     common.append_rows(
         tmp_path / "cpu.csv", [old, row(), row(mode="fwd", p50_ms="4.0"), row(**peer), *series]
     )
-    text = run.tables(tmp_path)["bench"]
-    assert "| warp, u | 1x1x160x160x160 | fastreg | 4.00 | 10.0 | 9.00 to 11.0 | 1 | 0.50 |" in text
+    sections = tables.speed(tmp_path)
+    assert list(sections) == ["warp", "by size"]
+    text = sections["warp"]
+    assert "| u | 1x1x160x160x160 | fastreg | 4.00 | 10.0 | 9.00 to 11.0 | 1 | 0.50 |" in text
     assert "| voxelmorph 0.3.4 |  | 457 |" in text
     assert "45.7" in text
     assert "99" not in text
-    assert "| warp, u | 3.00 | 3.00 |" in text
-    ops = run.tables(tmp_path)["ops"]
+    assert "| warp, u | 3.00 | 3.00 |" in sections["by size"]
+    ops = tables.where(tmp_path)[""]
     assert "executed on Some CPU (avx2), 2026-01-02 |" in ops
     assert "executed on Some GPU" not in ops
 
@@ -294,11 +297,11 @@ def test_tables_of_a_gpu(tmp_path):
     gpu = {"device": "cuda", "device_name": "Some GPU", "threads": "", "op": "mse_loss"}
     rows = [row(**gpu, isa="CUDA C++", p50_ms="1"), row(**gpu, isa="Triton", p50_ms="2")]
     common.append_rows(tmp_path / "cuda.csv", rows)
-    tables = run.tables(tmp_path)
-    assert tables["bench"].count("**Some GPU**") == 2, "each implementation is a run of its own"
-    assert "**Some GPU**, CUDA C++" in tables["bench"]
-    assert "**Some GPU**, Triton" in tables["bench"]
-    (line,) = [line for line in tables["ops"].splitlines() if line.startswith("| `mse_loss`")]
+    text = "\n".join(tables.speed(tmp_path).values())
+    assert text.count("**Some GPU**") == 2, "each implementation is a run of its own"
+    assert "**Some GPU**, CUDA C++" in text
+    assert "**Some GPU**, Triton" in text
+    (line,) = [line for line in tables.where(tmp_path)[""].splitlines() if line.startswith("| `mse_loss`")]
     assert line.split(" | ")[2] == "executed on Some GPU, 2026-01-02"
 
 
@@ -335,29 +338,67 @@ def test_real_table(tmp_path):
     base.update(folding="0.0001", folding_limit=1e-3, met="no", arguments="")
     rows = [base, {**base, "after": "1.2", "met": "yes"}, {**base, "after": "0.1", "arguments": "--window 5"}]
     common.append_rows(tmp_path / "real.csv", rows, fields)
-    text = run.tables(tmp_path)["real"]
+    text = tables.real(tmp_path)[""]
     assert "| lung | defaults | mean TRE | 3.89 mm | 1.20 mm | 1.25 mm |" in text
     # Neither the older row nor the one that was tuned.
     assert text.count("lung") == 1
 
 
-def test_readme(tmp_path):
-    readme = tmp_path / "README.md"
-    markers = "\n".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in run.tables(tmp_path))
-    readme.write_text(f"# head\n{markers}\ntail\n", encoding="utf-8")
-    common.append_rows(tmp_path / "cpu.csv", [row()])
-    args = ["--write-readme", "--results", str(tmp_path), "--readme", str(readme)]
-    assert run.main(args) == 0
+def test_headlines(tmp_path):
+    """The newest run of a case, against the faster stock form and the fastest peer of the same run."""
+    both = {"case": "both", "peak_volumes": "0.5"}
+    old = row(**both, date="2026-01-01", device_name="Old CPU", p50_ms="1")
+    stock = row(**both, provider="torch", version="torch 2.13.0+cpu", p50_ms="40")
+    compiled = row(**both, provider="compile", version="torch 2.13.0+cpu", p50_ms="30")
+    peers = [
+        row(**both, provider=n, version=f"{n} 1.0", p50_ms=t) for n, t in (("monai", "90"), ("vxm", "80"))
+    ]
+    wrong = row(**both, provider="wrong", version="wrong 1.0", p50_ms="2", gate="deviates: value 1")
+    common.append_rows(tmp_path / "cpu.csv", [old, row(**both), stock, compiled, *peers, wrong])
+    lines = tables.headlines(tmp_path)
+    cells = "10.0 ms | 30 ms (compiled) | 80 ms (vxm 1.0) | Some CPU, 2 threads, avx2 |"
+    assert lines["speed"].splitlines()[2:] == [f"| `warp` both, 1x160x160x160 | {cells}"]
+    assert lines["memory"].endswith(
+        "| 0.500 | 0.500 (compiled) | 0.500 (vxm 1.0) | Some CPU, 2 threads, avx2 |"
+    )
+    assert tables.headlines(tmp_path / "empty") == {"speed": tables.EMPTY, "memory": tables.EMPTY}
+
+
+def test_pages(tmp_path, capsys):
+    readme, docs = tmp_path / "README.md", tmp_path / "docs"
+    readme.write_text(
+        "# head\n"
+        + "\n".join(f"<!-- {n}:start -->\nold\n<!-- {n}:end -->" for n in ("speed", "memory"))
+        + "\ntail\n",
+        encoding="utf-8",
+    )
+    common.append_rows(tmp_path / "cpu.csv", [row(case="both"), row(provider="torch", case="both")])
+    args = ["--results", str(tmp_path), "--readme", str(readme), "--docs", str(docs)]
+    assert tables.main([*args, "--check"]) == 1
+    assert not docs.exists()
+    assert tables.main(args) == 0
+    assert tables.main([*args, "--check"]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("# head\n")
     assert text.endswith("tail\n")
     assert "old" not in text
-    assert "| warp, u |" in text
-    assert run.main(args) == 0
-    assert readme.read_text(encoding="utf-8") == text
+    assert "| `warp` both, 1x160x160x160 | 10.0 ms |" in text
+    assert {p.stem for p in docs.iterdir()} == set(tables.PAGES)
+    speed = (docs / "speed.md").read_text(encoding="utf-8")
+    assert speed.index("<!-- warp:start -->") < speed.index("| both |") < speed.index("<!-- warp:end -->")
+    assert tables.EMPTY in (docs / "real.md").read_text(encoding="utf-8")
+    (docs / "speed.md").write_text("edited", encoding="utf-8")
+    capsys.readouterr()
+    assert tables.main([*args, "--check"]) == 1
+    assert "speed.md is not what the stored rows say" in capsys.readouterr().out
     readme.write_text("no markers", encoding="utf-8")
-    assert run.main(args) == 1
+    assert tables.main(args) == 1
     assert readme.read_text(encoding="utf-8") == "no markers"
+
+
+def test_stored_pages_are_current():
+    """python bench/tables.py after every new row, or change of an op's kernels."""
+    assert tables.main(["--check"]) == 0
 
 
 def test_memory():
@@ -462,7 +503,7 @@ def test_rows_of_models(monkeypatch, tmp_path):
     assert float(ours["bound"]) == pytest.approx(1 / (1 - float(stock["ops_share"])), rel=1e-3)
     reached = float(stock["work_ratio"]) / float(ours["bound"])
     assert float(ours["reached"]) == pytest.approx(reached, rel=1e-3)
-    text = run.tables(tmp_path)["models"]
+    text = models.tables(tmp_path)["voxelmorph"]
     assert "| VoxelMorph-2, LCC | 256x256x256 | fastreg, of plain net |" in text
     assert text.count("| 0.6 | yes |") == len(shapes)
     assert "| VoxelMorph-2, LCC | 16x16x16 | stock ops |" in text
