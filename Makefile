@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 DEFAULT_TORCH := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format clean gpu-bundle
+.PHONY: demo test lint format docs clean gpu-bundle
 demo: $(BIN)/.built
 	$(BIN)/fastreg demo -o demo --force
 
@@ -27,6 +27,12 @@ format: $(BIN)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The site, in docs/_build/html; a warning fails it.
+docs: $(BIN)/.built
+	$(BIN)/python -c "import furo, myst_parser" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	$(BIN)/python -m sphinx --quiet -W --keep-going -j auto -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 # The peers' wheels for a GPU machine without a network (Python $(GPU_PYTHON)), and scans from FASTREG_DATA: .ci/gpu build.
 GPU_PYTHON ?= 3.12
@@ -57,4 +63,4 @@ $(BIN)/.built: $(BIN)/.torch $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist demo *.egg-info fastreg/_C*.so $(BIN)/.built
+	rm -rf build dist demo docs/_build *.egg-info fastreg/_C*.so $(BIN)/.built
