@@ -7,7 +7,8 @@ Gradient: ``dL/dphi_i(q) = sum over p >= q along axis i of g_i(p)``, the same su
 
 import torch
 
-from fastreg import _check, _ext
+from fastreg import _ext
+from fastreg.ops import _check
 
 
 def integrate_gradients(phi):
