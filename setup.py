@@ -31,6 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS = {"baseline": ["-march=x86-64-v2"], "avx2": avx2, "avx512": avx512}
+# Older GPUs have no cp.async and less shared memory than some kernels ask for: Triton answers there.
 CUDA_ARCHS = "80 86 89 90 100 120"
 
 
@@ -129,6 +130,7 @@ class BuildKernels(build_ext):
         last = archs[-1]
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
+        targets += [f'-DFASTREG_CUDA_ARCHS="{" ".join(archs)}+ptx"']
         flags = [
             "-std=c++20",
             "-O3",

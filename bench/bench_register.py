@@ -47,7 +47,7 @@ def bytes_moved(case, mode):
 
 
 def _control(case):
-    return _descent.control_shape(case.shape[2:], (SPACING,) * (len(case.shape) - 2))
+    return _descent.grid_shape(case.shape[2:], (SPACING,) * (len(case.shape) - 2))
 
 
 def level_of(case, inputs):

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from . import nn
+from . import _check, nn
 from . import ops as _fused
-from .ops.bspline_displacement import control_shape as control_points
+from .ops.bspline_displacement import control_shape
 
 SIMILARITIES = ("lcc", "mind", "mse")
 TRANSFORMS = ("dense", "velocity", "bspline")
@@ -39,17 +39,13 @@ _FLAT = 1e-4  # a level ends when ten iterations gain less than this share of it
 _KNOT = 4  # voxels between control points, along the axis of the finest spacing
 
 
-def fail(kind, text):
-    raise kind(f"fastreg::register: {text}")
-
-
 def spacing_of(shape, full, spacing):
     """mm per voxel of a grid of `shape` whose corner voxels sit on those of the full grid."""
     grids = zip(spacing, full, shape, strict=True)
     return tuple(s * (f - 1) / max(n - 1, 1) if f > 1 else s for s, f, n in grids)
 
 
-def control_shape(shape, spacing):
+def grid_shape(shape, spacing):
     """The displacement's grid: voxels twice as large as the finest spacing, never finer than the image."""
     axes = list(zip(shape, spacing, strict=True))
     target = 2.0 * min((s for n, s in axes if n > 1), default=1.0)
@@ -110,7 +106,7 @@ class BSpline:
     shape: tuple
 
     def parameter(self):
-        control = control_points(self.shape, self.knots)
+        control = control_shape(self.shape, self.knots)
         return self.base.new_zeros((*self.base.shape[:2], *control)).requires_grad_()
 
     def field(self, parameter, ops=_fused):
@@ -131,7 +127,7 @@ def transform(kind, field, shape, full, spacing, width):
     control points (None: 4 voxels).
     """
     bspline = kind == "bspline"
-    grid = tuple(shape) if bspline else control_shape(shape, spacing_of(shape, full, spacing))
+    grid = tuple(shape) if bspline else grid_shape(shape, spacing_of(shape, full, spacing))
     size = spacing_of(grid, full, spacing)
     finest = _finest(size, full)
     scale = torch.tensor([finest / s for s in size], dtype=torch.float32, device=field.device)
@@ -236,7 +232,7 @@ def relaxed(u, shift=None, rounds=60):
 def _finite(loss):
     if not math.isfinite(loss):
         hint = "a smaller learning_rate or regularization may keep it so"
-        fail(ValueError, f"the loss must stay finite, got {loss} ({hint})")
+        _check.fail("register", "the loss", "stay finite", f"{loss} ({hint})")
 
 
 def _minimise(step, n_iterations, report, least=20):
@@ -325,5 +321,5 @@ class AffineFit:
             self.motion += finest * self.free * parameter
         _finite(float(self.motion.square().sum()))
         if torch.linalg.det(self.matrix(self.motion)[:, :-1]) <= 0:
-            fail(ValueError, "the affine part must keep its orientation, got a determinant of 0 or less")
+            _check.fail("register", "the affine part", "keep its orientation", "a determinant of 0 or less")
         return record

@@ -2,18 +2,23 @@
 
 An op is a schema, a plain-PyTorch reference at ``CompositeExplicitAutograd``, a fake kernel and an autograd formula, all in
 Python. Two compiled extensions add kernels, ``_C`` at the ``CPU`` key and ``_C_cuda`` at ``CUDA``; Triton answers at ``CUDA``
-for ops that are left. So there is no fallback branch anywhere: where nothing is registered the dispatcher finds the reference.
+for ops that are left, and on GPUs that ``_C_cuda`` was not built for. So there is no fallback branch anywhere: where
+nothing is registered the dispatcher finds the reference.
 """
 
+import ctypes
+import functools
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 
 import torch
 
 lib = torch.library.Library("fastreg", "DEF")
-_state = {"extension": "not loaded", "info": {}, "cuda": "not built", "triton": set()}
+_state = {"extension": "not loaded", "info": {}, "cuda": "not built", "gpus_asked": False, "on_gpu": {}}
+_references = {}
 _MEND = "Build it with `pip install --no-build-isolation -e .` in a checkout of fastreg."
 
 
@@ -30,9 +35,13 @@ def load():
         _state["extension"] = _state["cuda"] = "not loaded: FASTREG_REFERENCE=1"
         return
     for message in (_load_cpu(), _load_cuda()):
-        if message:
-            warnings.warn(message, stacklevel=3)
+        _warn(message, 4)
     _register_triton()
+
+
+def _warn(message, stacklevel=1):
+    if message:
+        warnings.warn(message, stacklevel=stacklevel)
 
 
 def _load_cpu():
@@ -63,25 +72,86 @@ def _load_cuda():
     elif spec is not None and torch.version.cuda:
         try:
             torch.ops.load_library(spec.origin)
-            _state["cuda"] = "loaded"
+            archs = ctypes.CDLL(spec.origin).fastreg_cuda_archs
+            archs.restype = ctypes.c_char_p
         except Exception as error:
             _state["cuda"] = f"failed to load: {error}"
             return (
                 f"fastreg: CUDA extension failed to load under torch {torch.__version__} ({error}), "
                 f"using Triton or the PyTorch reference on GPUs. {_MEND}"
             )
+        _state["cuda"] = "loaded"
+        compiled = [op for op in _references if has_kernel(op, "CUDA")]
+        # Asking a device starts CUDA, after which a process cannot fork workers that use it: this waits for CUDA's start.
+        torch.cuda._lazy_call(lambda: _warn(_leave_unfit_devices(compiled, archs().decode())))
     return ""
 
 
-def _register_triton():
-    """A launcher imports triton when it is first called."""
+def fits(archs, capability):
+    """Whether a build for these architectures, "80 90a 120+ptx" say, runs on a GPU of this compute capability."""
+    for arch in archs.split():
+        major, minor, only, ptx = re.fullmatch(r"(\d+)(\d)([af]?)(\+ptx)?", arch).groups()
+        built = int(major), int(minor)
+        if only == "a":
+            fit = capability == built
+        elif ptx and not only:
+            fit = capability >= built
+        else:
+            fit = capability[0] == built[0] and capability >= built
+        if fit:
+            return True
+    return False
+
+
+def _leave_unfit_devices(compiled, archs):
+    """On a GPU that the CUDA extension holds no code for its ops go to Triton, or the reference; what there is to warn of."""
+    count = torch.cuda.device_count()
+    unfit = [i for i in range(count) if not fits(archs, torch.cuda.get_device_capability(i))]
+    _state["gpus_asked"] = True
+    if not unfit:
+        return ""
+    launchers = _launchers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of kernels that are replaced
+        for op in compiled:
+            kernel = torch.library.get_kernel(f"fastreg::{op}", "CUDA")
+            other = launchers.get(op, _references[op])
+            lib.impl(op, _by_device(kernel, other, unfit), "CUDA", with_keyset=True)
+            answer = "Triton" if op in launchers else f"PyTorch reference (CUDA extension built for {archs})"
+            some = f"CUDA C++; on cuda:{', cuda:'.join(map(str, unfit))} {answer}"
+            _state["on_gpu"][op] = answer if len(unfit) == count else some
+    return (
+        f"fastreg: the CUDA extension was built for {archs}, not for {', '.join(map(_described, unfit))}: using "
+        f"{'Triton' if launchers else 'the PyTorch reference'} there. FASTREG_CUDA_ARCHS chooses what the build is for, "
+        "from 80 on."
+    )
+
+
+def _described(gpu):
+    return "{} (sm_{}{})".format(torch.cuda.get_device_name(gpu), *torch.cuda.get_device_capability(gpu))
+
+
+def _by_device(kernel, other, unfit):
+    def route(keys, *args):
+        first = next(a for a in args if isinstance(a, torch.Tensor))
+        return other(*args) if first.device.index in unfit else kernel.call_boxed(keys, *args)
+
+    return route
+
+
+def _launchers():
+    """Op -> what Triton launches for it; empty without Triton. A launcher imports triton when it is first called."""
     if importlib.util.find_spec("triton") is None:
-        return
+        return {}
     kernels = importlib.import_module("fastreg.kernels")
-    for op in kernels.LAUNCHERS:
+    return {op: kernels.launcher(op) for op in kernels.LAUNCHERS}
+
+
+def _register_triton():
+    for op, launcher in _launchers().items():
         if not has_kernel(op, "CUDA"):
-            lib.impl(op, kernels.launcher(op), "CUDA")
-            _state["triton"].add(op)
+            lib.impl(op, launcher, "CUDA")
+            _state["on_gpu"][op] = "Triton"
 
 
 def build_info():
@@ -92,9 +162,38 @@ def build_info():
 def define(schema, reference, fake):
     """Declares ``fastreg::<op>`` from its schema (no defaults: they would shorten ``needs_input_grad``)."""
     name = schema.split("(")[0]
+    _references[name] = reference
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     lib.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastreg::{name}", fake, lib=lib)
+
+
+def arithmetic(*tensors):
+    """What the ops compute in, and the dtype of losses, maps and statistics: the widest of the tensors, at least fp32."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
+
+
+def only_needed(grads, needs, like=None):
+    """What a backward op returns: an empty 1D tensor, of the dtype of `like` or the gradient, for what is not needed."""
+    return tuple(
+        g if need else (g if like is None else like).new_zeros(0)
+        for g, need in zip(grads, needs, strict=True)
+    )
+
+
+def empty_where_needed(tensors, needs, like=None):
+    """The same of a fake kernel: the gradient to each tensor has its shape and dtype."""
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if need
+        else (t if like is None else like).new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+def none_unless_needed(grads, needs):
+    """The same of an autograd formula."""
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def autograd(name, setup_context, backward):
@@ -110,30 +209,6 @@ def once_differentiable(*names):
             raise RuntimeError(f"fastreg::{name.removesuffix('_bwd')}: double backward is not supported")
 
         autograd(name, lambda ctx, inputs, output: None, backward)
-
-
-def unit_gradients(name):
-    """Autograd of a loss op (fixed, moved, ..., need_fixed, need_moved) -> (sums, unit gradients): backward scales them."""
-
-    def setup(ctx, inputs, output):
-        ctx.dtypes, ctx.needs = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
-        ctx.save_for_backward(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx, grad, *grads_of_units):
-        if any(g is not None for g in grads_of_units):
-            raise RuntimeError(f"fastreg::{name}: double backward is not supported")
-        grads = [None] * len(ctx.needs_input_grad)
-        for i, unit in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[i] and grad is not None:
-                if not ctx.needs[i]:
-                    raise RuntimeError(
-                        f"fastreg::{name}: call it with need_fixed / need_moved set for what requires a gradient"
-                    )
-                grads[i] = (unit * grad.view(-1, *[1] * (unit.dim() - 1))).to(ctx.dtypes[i])
-        return tuple(grads)
-
-    autograd(name, setup, backward)
 
 
 def batched(*names):
@@ -196,9 +271,13 @@ def second_grad_of(reference, inputs, grad, directions):
 def backends():
     """Which implementation answers for each op on each device.
 
+    Starts CUDA where the CUDA extension is loaded and there is a GPU: what answers depends on which it is.
+
     Returns:
         dict[str, dict[str, str]]: op -> {"cpu" | "cuda": implementation and, for the reference, why}.
     """
+    if _state["cuda"] == "loaded" and not _state["gpus_asked"] and torch.cuda.is_available():
+        torch.cuda.init()
     names = {"CPU": "cpu", "CUDA": "cuda"}
     table = {}
     for op in sorted(
@@ -207,8 +286,8 @@ def backends():
         row = {}
         for key, device in names.items():
             if has_kernel(op, key):
-                gpu = "Triton" if op in _state["triton"] else "CUDA C++"
-                row[device] = f"C++ ({build_info().get('isa')})" if key == "CPU" else gpu
+                on_gpu = _state["on_gpu"].get(op, "CUDA C++")
+                row[device] = f"C++ ({build_info().get('isa')})" if key == "CPU" else on_gpu
             elif key == "CPU":
                 compiled = _state["extension"] == "loaded"
                 row[device] = (

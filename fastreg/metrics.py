@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreg._check import fail
 from fastreg.ops import jacobian_determinant
-from fastreg.ops._check import fail
 
 __all__ = ["TRE", "Dice", "Distance", "assd", "dice", "folding", "hd95", "move_points", "sdlogj", "tre"]
 

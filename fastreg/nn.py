@@ -9,7 +9,7 @@ import inspect
 import torch
 
 from fastreg import ops
-from fastreg.ops.mind import check_mind_loss, mind_loss_prepared, prepare_mind
+from fastreg.ops.mind_loss import check_mind_loss, mind_loss_prepared, prepare_mind
 
 
 class _Op(torch.nn.Module):

@@ -9,13 +9,11 @@ import functools
 import math
 import time
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 
-from . import _descent
+from . import _check, _descent
 from . import ops as _fused
-from ._descent import fail as _fail
 from ._repr import shapes
 
 __all__ = ["Registration", "register"]
@@ -49,52 +47,6 @@ class Registration:
     velocity: torch.Tensor | None = None
 
     __repr__ = shapes
-
-
-def _numbers(name, value, count, *, least=None, above=None):
-    """value or its repetition, as a tuple of `count` finite floats."""
-    many = isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) > 0
-    values = tuple(value) if many else (value,) * count
-    bound = f"at least {least}" if above is None else f"above {above}"
-    for v in values:
-        if not isinstance(v, Real) and not hasattr(v, "__float__"):
-            _fail(TypeError, f"{name} must be a number or {count} of them, got {value!r}")
-    values = tuple(float(v) for v in values)
-    if len(values) != count:
-        _fail(ValueError, f"{name} must be a number or {count} of them, got {len(values)}")
-    for v in values:
-        if not math.isfinite(v) or (least is not None and v < least) or (above is not None and v <= above):
-            _fail(ValueError, f"{name} must be {bound}, got {value!r}")
-    return values
-
-
-def _count(name, value, least):
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        _fail(TypeError, f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        _fail(ValueError, f"{name} must be at least {least}, got {value}")
-    return int(value)
-
-
-def _image(name, image):
-    """Detached, checked; fp32, or fp64 where fp32 could round a small range on a large offset away."""
-    if not isinstance(image, torch.Tensor):
-        _fail(TypeError, f"{name} must be a tensor, got {type(image).__name__}")
-    if image.layout != torch.strided or image.device.type == "meta":
-        kind = "meta" if image.device.type == "meta" else str(image.layout).removeprefix("torch.")
-        _fail(TypeError, f"{name} must be a dense tensor with data, got a {kind} one")
-    if image.dtype.is_complex or image.dtype == torch.bool:
-        _fail(TypeError, f"{name} must have a real dtype, got {image.dtype}")
-    if image.ndim not in (4, 5) or image.shape[0] != 1:
-        _fail(ValueError, f"{name} must have shape (1, C, D, H, W) or (1, C, H, W), got {tuple(image.shape)}")
-    if image.numel() == 0:
-        _fail(ValueError, f"{name} must not be empty, got {tuple(image.shape)}")
-    image = image.detach()
-    single = image.float()
-    if not torch.isfinite(single).all():
-        bad = int((~torch.isfinite(single)).sum())
-        _fail(ValueError, f"{name} must be finite, got {bad} NaN or infinite values")
-    return image.double() if image.dtype != torch.float32 and image.dtype.itemsize > 2 else single
 
 
 def _rescaled(image, mask=None):
@@ -230,55 +182,42 @@ def register(
     Errors: TypeError, ValueError.
     """
     start = time.perf_counter()
-    fixed, moving = _image("fixed", fixed), _image("moving", moving)
-    if fixed.shape != moving.shape:
-        shapes = tuple(fixed.shape), tuple(moving.shape)
-        _fail(ValueError, "moving must have the shape {} of fixed, got {}".format(*shapes))
-    if fixed.device != moving.device:
-        _fail(ValueError, f"moving must be on the device of fixed, {fixed.device}, got {moving.device}")
+    op = "register"
+    fixed, moving = _check.scan(op, "fixed", fixed), _check.scan(op, "moving", moving)
+    _check.same_shape(op, "moving", moving, "fixed", fixed)
+    _check.same_device(op, "moving", moving, "fixed", fixed)
     full = tuple(fixed.shape[2:])
     nd = len(full)
-    spacing = _numbers("spacing", spacing, nd, above=0.0)
+    spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
     if mask is not None:
-        mask = _image("mask", mask)
-        if mask.shape != (1, 1, *full):
-            _fail(ValueError, f"mask must have shape {(1, 1, *full)}, got {tuple(mask.shape)}")
-        if mask.device != fixed.device:
-            _fail(ValueError, f"mask must be on the device of fixed, {fixed.device}, got {mask.device}")
+        mask = _check.scan(op, "mask", mask)
+        _check.mask(op, mask, fixed)
+        _check.same_device(op, "mask", mask, "fixed", fixed)
         if (mask < 0).any():
-            _fail(ValueError, f"mask must be at least 0, got {float(mask.min()):g}")
+            _check.fail(op, "mask", "be at least 0", f"{float(mask.min()):g}")
         # only ratios of weights count, and sums of large or tiny ones would leave fp32
         mask = (mask / mask.max() if mask.any() else mask).float()
-    for name, value, allowed in (
-        ("similarity", similarity, _descent.SIMILARITIES),
-        ("transform", transform, _descent.TRANSFORMS),
-    ):
-        if not isinstance(value, str) or value not in allowed:
-            _fail(ValueError, f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-    if not isinstance(affine, bool):
-        _fail(TypeError, f"affine must be True or False, got {affine!r}")
-    window = _count("window", window, 1)
-    if window % 2 == 0:
-        _fail(ValueError, f"window must be odd, got {window}")
-    (regularization,) = _numbers("regularization", regularization, 1, least=0.0)
+    _check.choice(op, "similarity", similarity, _descent.SIMILARITIES)
+    _check.choice(op, "transform", transform, _descent.TRANSFORMS)
+    _check.flag(op, "affine", affine)
+    window = _check.odd_window(op, window)
+    (regularization,) = _check.per_axis(op, "regularization", regularization, 1)
     if smoothing is not None:
-        (smoothing,) = _numbers("smoothing", smoothing, 1, least=0.0)
+        (smoothing,) = _check.per_axis(op, "smoothing", smoothing, 1)
         extent = max(s * n for s, n in zip(spacing, full, strict=True))
         if smoothing > extent:
-            _fail(
-                ValueError, f"smoothing must be at most the image's extent, {extent:g} mm, got {smoothing:g}"
-            )
-    (learning_rate,) = _numbers("learning_rate", learning_rate, 1, above=0.0)
+            _check.fail(op, "smoothing", f"be at most the image's extent, {extent:g} mm", f"{smoothing:g}")
+    (learning_rate,) = _check.per_axis(op, "learning_rate", learning_rate, 1, strict=True)
     if levels is not None:
-        levels = _count("levels", levels, 1)
+        levels = _check.whole(op, "levels", levels, 1)
     if hasattr(iterations, "tolist"):  # numpy, torch
         iterations = iterations.tolist()
     plan = list(iterations) if isinstance(iterations, (tuple, list, range)) else [iterations]
     if not plan:
-        _fail(ValueError, "iterations must hold at least one number, got none")
-    plan = [_count("iterations", n, 0) for n in plan]
+        _check.fail(op, "iterations", "hold at least one number", "none")
+    plan = [_check.whole(op, "iterations", n, 0) for n in plan]
     if progress is not None and not callable(progress):
-        _fail(TypeError, f"progress must be callable, got {type(progress).__name__}")
+        _check.fail(op, "progress", "be callable", type(progress).__name__, TypeError)
 
     shapes = _pyramid(full, spacing, levels)
     plan = ([plan[0]] * len(shapes) + plan[1:])[-len(shapes) :]

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastreg import ops
+from fastreg.models import MODELS
+from fastreg.models.recipe import Recipe
 
 # DDP imports it, and imported later than init_process_group it keeps the group in its default arguments for good; gloo's
 # threads then outlive destroy_process_group, and may abort the process at its end.
@@ -34,35 +36,8 @@ class Sample:
     mask: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained.
-
-    learning_rate, amsgrad: of Adam. batch_size: pairs of a step, over all processes. clip_gradient: greatest norm, or None.
-    plateau: epochs without a better mean loss after which the learning rate is divided by ten, or None. patience: the same, and
-    training ends. epoch: steps of one; None: all pairs once. steps: number of optimiser steps.
-    """
-
-    learning_rate: float = 1e-4
-    amsgrad: bool = False
-    batch_size: int = 1
-    clip_gradient: float | None = None
-    plateau: int | None = None
-    patience: int | None = None
-    epoch: int | None = None
-    steps: int = 25_000
-
-
-# The papers' (R2N2's clipping: the authors' code; steps of PRDFE: 48 hours are not a number of steps; LinDef looks every 100 batches,
-# and 300 of its epochs in 16 hours can be no more than that).
-RECIPES = {
-    "rrn": Recipe(steps=25_000),
-    "r2n2": Recipe(amsgrad=True, clip_gradient=1.0, steps=180_000),
-    "lindef": Recipe(learning_rate=1e-3, batch_size=2, plateau=50, patience=100, epoch=100, steps=30_000),
-    "f3rnet": Recipe(learning_rate=1e-5, steps=150_000),
-    "prdfe": Recipe(batch_size=4, steps=150_000),
-    "voxelmorph": Recipe(steps=150_000),
-}
+# The papers'.
+RECIPES = {name: cls.recipe for name, cls in MODELS.items()}
 
 
 class NotFinite(ValueError):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastreg
 from fastreg import metrics
-from fastreg._descent import control_shape, relaxed
+from fastreg._descent import grid_shape, relaxed
 from fastreg.registration import _pyramid, register
 
 QUICK = {"iterations": 40}
@@ -178,7 +178,7 @@ def test_pyramid_makes_voxels_isotropic():
         assert all(min(s) >= 12 for s in shapes)
     assert _pyramid((10, 11, 1), (1.0, 1.0, 1.0), None) == [(10, 11, 1)]
     assert len(_pyramid((64, 64, 64), (1.0, 1.0, 1.0), 2)) == 2
-    assert control_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
+    assert grid_shape((64, 64, 5), (1.0, 1.0, 5.0)) == (33, 33, 5)
 
 
 def test_levels_and_iterations():
@@ -397,11 +397,26 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         (ValueError, "fixed must not be empty", (IMAGE[..., :0], IMAGE[..., :0]), {}),
         (ValueError, r"moving must have the shape \(1, 1, 8, 8, 8\) of fixed", (IMAGE, IMAGE[..., :7]), {}),
         (ValueError, "moving must be finite, got 1 NaN or infinite value", (IMAGE, NAN), {}),
-        (ValueError, "spacing must be above 0", (IMAGE, IMAGE), {"spacing": 0.0}),
-        (ValueError, "spacing must be above 0", (IMAGE, IMAGE), {"spacing": (1.0, -1.0, 1.0)}),
-        (ValueError, "spacing must be a number or 3 of them, got 2", (IMAGE, IMAGE), {"spacing": (1.0, 1.0)}),
-        (TypeError, "spacing must be a number or 3 of them", (IMAGE, IMAGE), {"spacing": "wide"}),
-        (ValueError, "spacing must be above 0", (IMAGE, IMAGE), {"spacing": float("nan")}),
+        (ValueError, "spacing must be a number > 0, or one per axis", (IMAGE, IMAGE), {"spacing": 0.0}),
+        (
+            ValueError,
+            "spacing must be a number > 0, or one per axis",
+            (IMAGE, IMAGE),
+            {"spacing": (1.0, -1.0, 1.0)},
+        ),
+        (
+            ValueError,
+            r"spacing must be a number > 0, or one per axis \(3\)",
+            (IMAGE, IMAGE),
+            {"spacing": (1.0, 1.0)},
+        ),
+        (TypeError, "spacing must be a number or 3 numbers, got 'wide'", (IMAGE, IMAGE), {"spacing": "wide"}),
+        (
+            ValueError,
+            "spacing must be a number > 0, or one per axis",
+            (IMAGE, IMAGE),
+            {"spacing": float("nan")},
+        ),
         (ValueError, "mask must have shape", (IMAGE, IMAGE), {"mask": IMAGE[..., :7]}),
         (ValueError, "mask must be at least 0", (IMAGE, IMAGE), {"mask": -IMAGE}),
         (ValueError, "mask must be finite", (IMAGE, IMAGE), {"mask": NAN}),
@@ -413,15 +428,15 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         ),
         (ValueError, "transform must be 'dense' or 'velocity'", (IMAGE, IMAGE), {"transform": None}),
         (TypeError, "affine must be True or False, got 1", (IMAGE, IMAGE), {"affine": 1}),
-        (ValueError, "window must be odd, got 6", (IMAGE, IMAGE), {"window": 6}),
-        (TypeError, "window must be a whole number", (IMAGE, IMAGE), {"window": 7.0}),
-        (ValueError, "regularization must be at least 0", (IMAGE, IMAGE), {"regularization": -1.0}),
-        (ValueError, "smoothing must be at least 0", (IMAGE, IMAGE), {"smoothing": -1.0}),
+        (ValueError, "window must be odd and positive, got 6", (IMAGE, IMAGE), {"window": 6}),
+        (TypeError, "window must be an int, got 7.0", (IMAGE, IMAGE), {"window": 7.0}),
+        (ValueError, "regularization must be a number >= 0", (IMAGE, IMAGE), {"regularization": -1.0}),
+        (ValueError, "smoothing must be a number >= 0", (IMAGE, IMAGE), {"smoothing": -1.0}),
         (ValueError, "levels must be at least 1", (IMAGE, IMAGE), {"levels": 0}),
         (ValueError, "iterations must be at least 0", (IMAGE, IMAGE), {"iterations": -1}),
         (ValueError, "iterations must hold at least one number", (IMAGE, IMAGE), {"iterations": ()}),
-        (TypeError, "iterations must be a whole number", (IMAGE, IMAGE), {"iterations": (10, 2.5)}),
-        (ValueError, "learning_rate must be above 0", (IMAGE, IMAGE), {"learning_rate": 0.0}),
+        (TypeError, "iterations must be an int, got 2.5", (IMAGE, IMAGE), {"iterations": (10, 2.5)}),
+        (ValueError, "learning_rate must be a number > 0", (IMAGE, IMAGE), {"learning_rate": 0.0}),
         (
             TypeError,
             "fixed must be a dense tensor with data, got a sparse_coo",

@@ -1,6 +1,6 @@
 #pragma once
 // The maps that local correlation multiplies, warped, normalised and padded as tiles of them are loaded.
-#include <stdexcept>
+#include <c10/util/Exception.h>
 
 #include "common/local_correlation.h"
 #include "common/scalar.h"
@@ -46,8 +46,8 @@ struct CorrelationTiling {
 };
 
 inline unsigned correlation_blocks(int64_t count) {
-  if (count > INT32_MAX)
-    throw std::invalid_argument("fastreg::local_correlation: too many voxels and offsets for one launch");
+  TORCH_CHECK_VALUE(count <= INT32_MAX,
+                    "fastreg::local_correlation: too many voxels and offsets for one launch");
   return unsigned(count);
 }
 

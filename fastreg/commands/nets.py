@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from dataclasses import asdict
 
 import torch
 
@@ -10,14 +11,7 @@ from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import InputError
 
 # What the papers give their nets, (z, y, x); "paper" on the command line.
-PAPER = {
-    "rrn": {"intensity": (-1000, -100), "size": (256, 256, 256)},
-    "r2n2": {"intensity": "zscore", "size": (256, 256)},
-    "lindef": {"intensity": (0, 1300), "size": (64, 192, 192)},
-    "f3rnet": {"intensity": "percentiles", "size": (128, 144, 144)},
-    "prdfe": {"intensity": "percentiles", "size": (120, 144, 160)},
-    "voxelmorph": {"intensity": "percentiles", "size": (160, 192, 224)},
-}
+PAPER = {name: asdict(cls.paper_input) for name, cls in models.MODELS.items()}
 NAMES = ("preset", "set", "intensity", "crop", "size", "spacing")
 
 
@@ -61,7 +55,7 @@ def _crop(text):
 def preprocessing_of(args, method):
     """The Preprocessing that the arguments ask for."""
     paper = PAPER[method]
-    options = {"intensity": "zscore" if method == "r2n2" else "percentiles"}
+    options = {"intensity": models.MODELS[method].default_intensity}
     if args.intensity == "paper":
         options["intensity"] = paper["intensity"]
     elif args.intensity is not None:

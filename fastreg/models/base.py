@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import ops
 from fastreg._repr import shapes
 
+from .recipe import PaperInput, Recipe
+
 CHECKPOINTS = ("none", "blocks")
 PADDINGS = ("zeros", "border", "reflection")
 
@@ -62,8 +64,9 @@ class Model(nn.Module):
     ``model(fixed, moving, fixed_features=model.encode_fixed(fixed))`` reads a fixed image's features, which later calls with
     other moving images (and the same batch size) can share; RRN, R2N2 and PRDFE have that.
 
-    A subclass has `ndims` and `divisor`, names its presets' arguments ("paper" has none), and implements `predict` and
-    `terms`.
+    A subclass has `ndims` and `divisor`, `recipe` (how the paper trains it), `paper_input` (on what) and, where it is not
+    percentiles, `default_intensity` (see Preprocessing), names its presets' arguments ("paper" has none), and implements
+    `predict` and `terms`.
     Arguments that each takes: `checkpoint`: "blocks" recomputes blocks in the backward pass instead of keeping what is
     inside; `padding`: what a warp reads outside of an image.
     """
@@ -72,6 +75,9 @@ class Model(nn.Module):
     divisor = 16
     ndim = 3
     checkpoint = "none"
+    recipe = Recipe()
+    paper_input: PaperInput | None = None
+    default_intensity = "percentiles"
 
     def __init_subclass__(cls, **presets):
         super().__init_subclass__()

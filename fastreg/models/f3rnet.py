@@ -9,6 +9,7 @@ from fastreg import ops
 
 from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
+from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
 STREAM = 16  # channels at full resolution
@@ -100,6 +101,9 @@ class F3RNet(Model):
     203,699, 342,883, 312,227, 320,147, 241,731, 288,083 ("fit"); the paper prints 359, 204, 335, 321, 348, 243 and
     288 thousand.
     """
+
+    recipe = Recipe(learning_rate=1e-5, steps=150_000)
+    paper_input = PaperInput("percentiles", (128, 144, 144))
 
     def __init__(
         self,

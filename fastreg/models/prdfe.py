@@ -9,6 +9,7 @@ from fastreg import ops
 
 from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
+from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
 VARIANTS = ("prdfe", "iprdfe", "pdfe")
@@ -40,6 +41,9 @@ class PRDFE(Model, simulation=SIMULATION):
     level, in voxels of that level. 654,887 parameters ("paper": brain scans), 3,800,586 ("simulation": 2D figures).
     """
 
+    # The steps are ours: 48 hours are not a number of steps.
+    recipe = Recipe(batch_size=4, steps=150_000)
+    paper_input = PaperInput("percentiles", (120, 144, 160))
     ndims = (3, 2)
     divisor = 1
 

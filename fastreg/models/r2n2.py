@@ -14,6 +14,7 @@ from fastreg.ops.gaussian_displacement import SIGMA_IS
 
 from .base import Model, Prediction
 from .blocks import conv, single
+from .recipe import PaperInput, Recipe
 
 ACTIVATIONS = {"tanh": torch.tanh, "leaky_relu": F.leaky_relu}
 NOISES = ("weights", "outputs", "none")
@@ -130,6 +131,10 @@ class R2N2(Model, released=RELEASED):
     Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
     """
 
+    # The clipping is the authors' code's.
+    recipe = Recipe(amsgrad=True, clip_gradient=1.0, steps=180_000)
+    paper_input = PaperInput("zscore", (256, 256))
+    default_intensity = "zscore"
     ndims, ndim, divisor = (2,), 2, 1
 
     def __init__(

@@ -9,6 +9,7 @@ from fastreg import ops
 
 from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv, dense_block, single
+from .recipe import PaperInput, Recipe
 
 PYRAMID_SLOPE, SLOPE = 0.1, 0.05
 PYRAMID = (16, 32, 64, 96)
@@ -49,6 +50,9 @@ class RRN(Model, released={"regularizer": "diffusion"}):
     Prediction.fields: displacements at 1/16, 1/8, 1/4 and the refined one at 1/4, in voxels of their (padded) grids.
     16,652,076 parameters; 16,760,940 without the cost volume.
     """
+
+    recipe = Recipe(steps=25_000)
+    paper_input = PaperInput((-1000, -100), (256, 256, 256))
 
     def __init__(
         self,

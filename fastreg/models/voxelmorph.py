@@ -6,6 +6,7 @@ from fastreg import ops
 
 from .base import SIMILARITIES, Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
+from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
 
@@ -25,6 +26,8 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
     Prediction.fields is empty. 259,675 parameters (VM-1), 300,547 (VM-2).
     """
 
+    recipe = Recipe(steps=150_000)
+    paper_input = PaperInput("percentiles", (160, 192, 224))
     ndims = (3, 2)
 
     def __init__(

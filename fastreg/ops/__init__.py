@@ -1,14 +1,20 @@
 from fastreg.ops.affine_displacement import affine_displacement
+from fastreg.ops.bending_energy import bending_energy
 from fastreg.ops.bspline_displacement import bspline_displacement
-from fastreg.ops.displacement import jacobian_determinant, resize_displacement, smooth
+from fastreg.ops.compose import compose
+from fastreg.ops.diffusion import diffusion
 from fastreg.ops.gaussian_displacement import gaussian_displacement
 from fastreg.ops.integrate_gradients import integrate_gradients
-from fastreg.ops.integrate_velocity import compose, integrate_velocity
+from fastreg.ops.integrate_velocity import integrate_velocity
+from fastreg.ops.jacobian_determinant import jacobian_determinant
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.local_correlation import local_correlation
-from fastreg.ops.mind import mind, mind_loss
+from fastreg.ops.mind import mind
+from fastreg.ops.mind_loss import mind_loss
 from fastreg.ops.mse_loss import mse_loss
-from fastreg.ops.regularizers import bending_energy, diffusion, total_variation
+from fastreg.ops.resize_displacement import resize_displacement
+from fastreg.ops.smooth import smooth
+from fastreg.ops.total_variation import total_variation
 from fastreg.ops.warp import warp
 
 __all__ = [

@@ -4,12 +4,10 @@ Computed as ``(A - I) [p, 1]`` in fp64: a matrix near the identity loses nothing
 ``dL/dA = sum_p g(p) [p, 1]^T``. Both are linear, each the backward of the other.
 """
 
-import operator
-
 import torch
 
-from fastreg import _ext
-from fastreg.ops import _check
+from fastreg import _check, _ext
+from fastreg.ops import _linear
 
 
 def affine_displacement(matrix, shape):
@@ -32,12 +30,7 @@ def affine_displacement(matrix, shape):
     """
     _check.floating("affine_displacement", matrix=matrix)
     nd = _check.affine("affine_displacement", "matrix", matrix)
-    try:
-        shape = [s if isinstance(s, (int, torch.SymInt)) else operator.index(s) for s in shape]
-    except TypeError:
-        _check.fail("affine_displacement", "shape", f"be {nd} integers", repr(shape), TypeError)
-    if len(shape) != nd or not all(s >= 0 for s in shape):
-        _check.fail("affine_displacement", "shape", f"be {nd} integers >= 0", tuple(shape))
+    shape = _check.sizes("affine_displacement", "shape", shape, nd, 0)
     return torch.ops.fastreg.affine_displacement(matrix, shape, True)
 
 
@@ -49,8 +42,8 @@ def affine_displacement_ref(matrix, shape, subtract_identity):
     result = m[:, :, nd].view(*m.shape[:2], *[1] * nd)
     for k, p in enumerate(axes):
         slope = m[:, :, k].view(*m.shape[:2], *[1] * nd)
-        result = result + slope * p.view([-1 if j == k else 1 for j in range(nd)])
-    return result.to(torch.promote_types(matrix.dtype, torch.float32))
+        result = result + slope * _linear.along(p, k, nd)
+    return result.to(_ext.arithmetic(matrix))
 
 
 def affine_displacement_bwd_ref(grad):
@@ -58,13 +51,12 @@ def affine_displacement_bwd_ref(grad):
     columns = []
     for k in range(nd):
         p = torch.arange(grad.shape[k + 2], dtype=g.dtype, device=g.device)
-        columns.append((g * p.view([-1 if j == k else 1 for j in range(nd)])).flatten(2).sum(2))
+        columns.append((g * _linear.along(p, k, nd)).flatten(2).sum(2))
     return torch.stack([*columns, g.flatten(2).sum(2)], 2).to(grad.dtype)
 
 
 def _fake(matrix, shape, subtract_identity):
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    return matrix.new_empty((*matrix.shape[:2], *shape), dtype=dtype)
+    return matrix.new_empty((*matrix.shape[:2], *shape), dtype=_ext.arithmetic(matrix))
 
 
 def _bwd_fake(grad):

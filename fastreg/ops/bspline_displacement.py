@@ -8,12 +8,10 @@ Linear: the backward is the transposed matrix of each axis, and the backward of 
 Rueckert et al. 1999.
 """
 
-import operator
-
 import torch
 
-from fastreg import _ext
-from fastreg.ops import _check
+from fastreg import _check, _ext
+from fastreg.ops import _linear
 
 ORDERS = (1, 2, 3)
 
@@ -43,8 +41,8 @@ def bspline_displacement(coefficients, spacing, shape, order=3):
     """
     _check.floating("bspline_displacement", coefficients=coefficients)
     nd = _check.displacement("bspline_displacement", "coefficients", coefficients)
-    shape = _integers("shape", shape, nd)
-    spacing = _integers("spacing", spacing, nd, one_for_all=True)
+    shape = _check.sizes("bspline_displacement", "shape", shape, nd, 1)
+    spacing = _check.sizes("bspline_displacement", "spacing", spacing, nd, 1, one_for_all=True)
     if isinstance(order, bool) or not isinstance(order, int) or order not in ORDERS:
         _check.fail("bspline_displacement", "order", "be 1, 2 or 3", repr(order))
     control = control_shape(shape, spacing, order)
@@ -60,19 +58,6 @@ def control_shape(shape, spacing, order=3):
     return tuple(-(-n // s) + order for n, s in zip(shape, spacing, strict=True))
 
 
-def _integers(name, value, nd, one_for_all=False):
-    what = f"be {'an integer or ' if one_for_all else ''}{nd} integers"
-    try:
-        if one_for_all and hasattr(value, "__index__"):
-            value = [value] * nd
-        numbers = [n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in value]
-    except TypeError:
-        _check.fail("bspline_displacement", name, what, repr(value), TypeError)
-    if len(numbers) != nd or not all(n >= 1 for n in numbers):
-        _check.fail("bspline_displacement", name, f"{what} >= 1", tuple(numbers))
-    return numbers
-
-
 def basis(f, order):
     """Weights of control points i ... i + order at the fraction f in [0, 1) of piece i."""
     if order == 1:
@@ -84,13 +69,13 @@ def basis(f, order):
 
 def bspline_displacement_ref(coefficients, spacing, shape, order):
     nd = coefficients.dim() - 2
-    out = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
+    out = coefficients.to(_ext.arithmetic(coefficients))
     for k in range(nd):
         voxel = torch.arange(shape[k], device=out.device)
         fraction = (voxel % spacing[k]).double() / spacing[k]
         axis = 0.0
         for i, weight in enumerate(basis(fraction, order)):
-            weight = weight.to(out.dtype).view([-1 if j == k else 1 for j in range(nd)])
+            weight = _linear.along(weight.to(out.dtype), k, nd)
             value = out.index_select(k + 2, voxel // spacing[k] + i)
             # A control point of weight 0 must not pass on what is not finite.
             axis = axis + torch.where(weight == 0, 0, weight * value)
@@ -126,14 +111,5 @@ def _setup(ctx, inputs, output):
     ctx.arguments = (spacing, tensor.shape[2:], order)
 
 
-def _backward(ctx, grad):
-    return torch.ops.fastreg.bspline_displacement_bwd(grad, *ctx.arguments), None, None, None
-
-
-def _backward_of_backward(ctx, grad):
-    return torch.ops.fastreg.bspline_displacement(grad, *ctx.arguments), None, None, None
-
-
-_ext.autograd("bspline_displacement", _setup, _backward)
-_ext.autograd("bspline_displacement_bwd", _setup, _backward_of_backward)
+_linear.autograd("bspline_displacement", _setup)
 _ext.batched("bspline_displacement", "bspline_displacement_bwd")

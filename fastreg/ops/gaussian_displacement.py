@@ -7,12 +7,9 @@ p runs over [-1, 1] with voxel centres at the ends (an axis of one voxel lies at
 Sandkuehler et al. 2019, eq. 5 (their variances are "var", their code's are "std").
 """
 
-import operator
-
 import torch
 
-from fastreg import _ext
-from fastreg.ops import _check
+from fastreg import _check, _ext
 
 SIGMA_IS = ("std", "var")
 
@@ -41,12 +38,7 @@ def gaussian_displacement(params, shape, *, sigma_is="std"):
     _check.floating("gaussian_displacement", params=params)
     if params.dim() != 3 or params.shape[2] != 7:
         _check.fail("gaussian_displacement", "params", "have shape (N, T, 7)", tuple(params.shape))
-    try:
-        shape = [s if isinstance(s, (int, torch.SymInt)) else operator.index(s) for s in shape]
-    except TypeError:
-        _check.fail("gaussian_displacement", "shape", "be 2 integers", repr(shape), TypeError)
-    if len(shape) != 2 or not all(s >= 1 for s in shape):
-        _check.fail("gaussian_displacement", "shape", "be 2 integers >= 1", tuple(shape))
+    shape = _check.sizes("gaussian_displacement", "shape", shape, 2, 1)
     _check.choice("gaussian_displacement", "sigma_is", sigma_is, SIGMA_IS)
     return torch.ops.fastreg.gaussian_displacement(params, shape, sigma_is)
 
@@ -56,7 +48,7 @@ def _coordinates(n, like):
 
 
 def gaussian_displacement_ref(params, shape, sigma_is):
-    values = params.to(torch.promote_types(params.dtype, torch.float32))
+    values = params.to(_ext.arithmetic(params))
     x, y, sx, sy, alpha, vx, vy = (p[..., None, None] for p in values.unbind(-1))
     dx = _coordinates(shape[1], values) - x  # (N, T, 1, W)
     dy = _coordinates(shape[0], values)[:, None] - y  # (N, T, H, 1)

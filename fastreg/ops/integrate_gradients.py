@@ -7,8 +7,7 @@ Gradient: ``dL/dphi_i(q) = sum over p >= q along axis i of g_i(p)``, the same su
 
 import torch
 
-from fastreg import _ext
-from fastreg.ops import _check
+from fastreg import _check, _ext
 
 
 def integrate_gradients(phi):

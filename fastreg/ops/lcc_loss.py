@@ -16,13 +16,12 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from fastreg import _ext
-from fastreg.ops import _check, _reduce
+from fastreg import _check, _ext
+from fastreg.ops import _losses
 
 KERNELS = ("box", "gaussian", "triangular")
 PADDINGS = ("zeros", "valid")
 DENOMINATORS = ("product", "clamp", "each")
-REDUCTIONS = ("mean", "sum", "none")
 TILE = 32  # voxels an axis over which the reference implementation shares one shift
 TAU = 2.0**-42
 MAX_WEIGHTED = 2**16 + 1  # every sample of a weighted window is visited
@@ -71,13 +70,10 @@ def lcc_loss(
         and longer windows, at a cost proportional to the window. Bits independent of the run. Extra memory with gradients: 3
         (both: 5) maps of some 100 planes of a 256^3 volume.
     """
-    _check.floating("lcc_loss", fixed=fixed, moved=moved, mask=mask)
-    _check.image("lcc_loss", "fixed", fixed)
-    _check.same_shape("lcc_loss", "moved", moved, "fixed", fixed)
+    fixed, moved = _losses.images("lcc_loss", fixed, moved, mask, reduction)
     _check.choice("lcc_loss", "kernel", kernel, KERNELS)
     _check.choice("lcc_loss", "padding", padding, PADDINGS)
     _check.choice("lcc_loss", "denominator", denominator, DENOMINATORS)
-    _check.choice("lcc_loss", "reduction", reduction, REDUCTIONS)
     window = _check.odd_window("lcc_loss", window)
     if kernel != "box" and window > MAX_WEIGHTED:
         _check.fail("lcc_loss", "window", f"be at most {MAX_WEIGHTED} for kernel {kernel!r}", window)
@@ -88,17 +84,13 @@ def lcc_loss(
         _check.fail("lcc_loss", "sigma", f"be None for kernel {kernel!r}", sigma)
     (smooth_nr,) = _check.per_axis("lcc_loss", "smooth_nr", smooth_nr, 1)
     (smooth_dr,) = _check.per_axis("lcc_loss", "smooth_dr", smooth_dr, 1)
-    _check.mask("lcc_loss", mask, fixed)
-    if fixed.dtype != moved.dtype:
-        dtype = torch.promote_types(fixed.dtype, moved.dtype)
-        fixed, moved = fixed.to(dtype), moved.to(dtype)
     squared = _check.flag("lcc_loss", "squared", squared)
     options = (window, kernel, sigma, squared, padding, smooth_nr, smooth_dr, denominator)
     if reduction == "none":
         return torch.ops.fastreg.lcc_map(fixed, moved, mask, *options)
     need = (_check.needs_grad(fixed), _check.needs_grad(moved))
     total = torch.ops.fastreg.lcc_loss(fixed, moved, mask, *options, *need)[0].sum()
-    return total if reduction == "sum" else _reduce.mean_of(total, fixed, mask)
+    return total if reduction == "sum" else _losses.mean_of(total, fixed, mask)
 
 
 def _taps(window, kernel, sigma):
@@ -199,82 +191,42 @@ def _lcc(fixed, moved, mask, window, kernel, sigma, squared, padding, smooth_nr,
     return out
 
 
-def _arithmetic(t):
-    return torch.promote_types(t.dtype, torch.float32)
-
-
 def lcc_map_ref(fixed, moved, mask, *options):
     """-LCC averaged over channels, (N, 1, *spatial)."""
-    return -_lcc(fixed, moved, mask, *options).mean(1, keepdim=True).to(_arithmetic(fixed))
+    return -_lcc(fixed, moved, mask, *options).mean(1, keepdim=True).to(_ext.arithmetic(fixed))
 
 
 def lcc_map_bwd_ref(grad, fixed, moved, mask, *options_and_needs):
     *options, need_fixed, need_moved = options_and_needs
     grads = _ext.grad_of(lambda f, m: lcc_map_ref(f, m, mask, *options), (fixed, moved), grad)
-    return tuple(
-        g if need else g.new_zeros(0) for g, need in zip(grads, (need_fixed, need_moved), strict=True)
-    )
+    return _ext.only_needed(grads, (need_fixed, need_moved))
 
 
 def lcc_loss_ref(fixed, moved, mask, *options_and_needs):
     """Per sample -sum of mask * LCC over voxels and channels, and its gradients in arithmetic dtype where asked for."""
     *options, need_fixed, need_moved = options_and_needs
-    dtype = _arithmetic(fixed)
+    dtype = _ext.arithmetic(fixed)
 
     def total(f, m):
         lcc = _lcc(f, m, mask, *options)
         return -(lcc if mask is None else torch.where(mask > 0, mask * lcc, 0)).flatten(1).sum(1).to(dtype)
 
-    empty = fixed.new_zeros(0, dtype=dtype)
-    if not (need_fixed or need_moved):
-        return total(fixed, moved), empty, empty.clone()
-    loss = total(fixed, moved)
-    grads = _ext.grad_of(total, (fixed.to(dtype), moved.to(dtype)), torch.ones_like(loss))
-    return loss, *(
-        g if need else empty.clone() for g, need in zip(grads, (need_fixed, need_moved), strict=True)
-    )
-
-
-def _map_fake(fixed, moved, mask, *options):
-    return fixed.new_empty((fixed.shape[0], 1, *fixed.shape[2:]), dtype=_arithmetic(fixed))
-
-
-def _map_bwd_fake(grad, fixed, moved, mask, *options_and_needs):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
-        for t, need in zip((fixed, moved), options_and_needs[-2:], strict=True)
-    )
-
-
-def _loss_fake(fixed, moved, mask, *options_and_needs):
-    dtype = _arithmetic(fixed)
-    return fixed.new_empty(fixed.shape[0], dtype=dtype), *(
-        fixed.new_empty(fixed.shape if need else 0, dtype=dtype) for need in options_and_needs[-2:]
-    )
+    return _losses.with_unit_gradients(total, fixed, moved, (need_fixed, need_moved))
 
 
 _OPTIONS = "int window, str kernel, float? sigma, bool squared, str padding, float smooth_nr, float smooth_dr, str denominator"
 _IMAGES = f"Tensor fixed, Tensor moved, Tensor? mask, {_OPTIONS}"
 _NEEDS = "bool need_fixed, bool need_moved"
-_ext.define(f"lcc_loss({_IMAGES}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", lcc_loss_ref, _loss_fake)
-_ext.define(f"lcc_map({_IMAGES}) -> Tensor", lcc_map_ref, _map_fake)
+_ext.define(f"lcc_loss({_IMAGES}, {_NEEDS}) -> (Tensor, Tensor, Tensor)", lcc_loss_ref, _losses.fake)
+_ext.define(f"lcc_map({_IMAGES}) -> Tensor", lcc_map_ref, _losses.map_fake)
 _ext.define(
-    f"lcc_map_bwd(Tensor grad, {_IMAGES}, {_NEEDS}) -> (Tensor, Tensor)", lcc_map_bwd_ref, _map_bwd_fake
+    f"lcc_map_bwd(Tensor grad, {_IMAGES}, {_NEEDS}) -> (Tensor, Tensor)",
+    lcc_map_bwd_ref,
+    _losses.map_bwd_fake,
 )
 
 
-def _map_setup(ctx, inputs, output):
-    fixed, moved, mask, *ctx.options = inputs
-    ctx.save_for_backward(fixed, moved, mask)
-
-
-def _map_backward(ctx, grad):
-    need = ctx.needs_input_grad[:2]
-    grads = torch.ops.fastreg.lcc_map_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
-    return (*(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 9)
-
-
-_ext.unit_gradients("lcc_loss")
-_ext.autograd("lcc_map", _map_setup, _map_backward)
+_losses.autograd("lcc_loss")
+_losses.backward_by("lcc_map", "lcc_map_bwd")
 _ext.once_differentiable("lcc_map_bwd")
 _ext.batched("lcc_loss", "lcc_map", "lcc_map_bwd")

@@ -14,8 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastreg import _ext
-from fastreg.ops import _check
+from fastreg import _check, _ext
 from fastreg.ops.warp import warp_ref
 
 SCALES = ("mean", "sum", "sqrt")
@@ -97,18 +96,13 @@ def _factor(scale, channels):
     return {"mean": 1 / channels, "sum": 1.0, "sqrt": 1 / math.sqrt(channels)}[scale]
 
 
-def _arithmetic(image, displacement):
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    return dtype if displacement is None else torch.promote_types(dtype, displacement.dtype)
-
-
 def _warped(moving, displacement):
-    return warp_ref(moving.to(_arithmetic(moving, displacement)), displacement, None, "linear", "zeros")
+    return warp_ref(moving.to(_ext.arithmetic(moving, displacement)), displacement, None, "linear", "zeros")
 
 
 def local_correlation_ref(fixed, moving, radius, displacement, normalize, scale, padding):
     """The map and, with ``normalize``, the statistics: (N, 4) of mean and deviation of fixed, then of moving, fp64."""
-    dtype = torch.promote_types(_arithmetic(fixed, displacement), moving.dtype)
+    dtype = _ext.arithmetic(fixed, displacement, moving)
     f, m = fixed.contiguous().to(dtype), moving.contiguous().to(dtype)
     statistics = fixed.new_zeros(0, dtype=torch.float64)
     if displacement is not None:
@@ -147,11 +141,11 @@ def local_correlation_bwd_ref(
         return local_correlation_ref(f, m, radius, None, normalize, scale, padding)[0].to(grad.dtype)
 
     grads = _ext.grad_of(correlate, (fixed, moving), grad)
-    return tuple(g if need else g.new_zeros(0) for g, need in zip(grads, needs, strict=True))
+    return _ext.only_needed(grads, needs)
 
 
 def _bwd_fake(grad, fixed, moving, statistics, radius, displacement, normalize, scale, padding, *needs):
-    dtypes = (fixed.dtype, moving.dtype if displacement is None else _arithmetic(moving, displacement))
+    dtypes = (fixed.dtype, moving.dtype if displacement is None else _ext.arithmetic(moving, displacement))
     return tuple(
         fixed.new_empty(fixed.shape if need else 0, dtype=dtype)
         for need, dtype in zip(needs, dtypes, strict=True)
@@ -207,15 +201,10 @@ def _backward(ctx, grad, _):
                 False,
             )
         grad_moving = grad_moving.to(moving.dtype)
-    return (
-        grad_fixed if need_fixed else None,
-        grad_moving if need_moving else None,
-        None,
-        grad_u if need_u else None,
-        None,
-        None,
-        None,
+    grads = _ext.none_unless_needed(
+        (grad_fixed, grad_moving, None, grad_u), (need_fixed, need_moving, False, need_u)
     )
+    return *grads, None, None, None
 
 
 _ext.autograd("local_correlation", _setup, _backward)

@@ -11,8 +11,8 @@ import itertools
 
 import torch
 
-from fastreg import _ext
-from fastreg.ops import _check
+from fastreg import _check, _ext
+from fastreg.ops import _linear
 from fastreg.ops.affine_displacement import affine_displacement_ref
 
 PADDINGS = ("zeros", "border", "reflection")
@@ -69,9 +69,7 @@ def _corner_index(index, n, padding):
 
 
 def warp_ref(image, displacement, affine, mode, padding):
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    if displacement is not None:
-        dtype = torch.promote_types(dtype, displacement.dtype)
+    dtype = _ext.arithmetic(image, displacement)
     if affine is None:
         u = displacement.to(dtype)
         nan = u.isnan().any(1, keepdim=True)
@@ -93,7 +91,7 @@ def warp_ref(image, displacement, affine, mode, padding):
     fraction, whole = torch.where(carry, fraction - fraction.detach(), fraction), whole + carry
     corners = []
     for k in range(nd):
-        steps = torch.arange(u.shape[2 + k], device=u.device).view([-1 if j == k else 1 for j in range(nd)])
+        steps = _linear.along(torch.arange(u.shape[2 + k], device=u.device), k, nd)
         lower = whole[:, k].long() + steps
         corners.append([(*_corner_index(lower + up, size[k], padding), fraction[:, k], up) for up in (0, 1)])
     flat = image.to(dtype).flatten(2)
@@ -140,17 +138,14 @@ def warp_bwd_ref(
     function, given = _of_tensors(displacement, affine, mode, padding)
     grads = _of_inputs(_ext.grad_of(function, (image, *given), grad), displacement, affine)
     needs = (need_image, need_displacement, need_affine)
-    return tuple(g if need else grad.new_zeros(0) for g, need in zip(grads, needs, strict=True))
+    return _ext.only_needed(grads, needs, grad)
 
 
 def _warp_bwd_fake(
     grad, image, displacement, affine, mode, padding, need_image, need_displacement, need_affine
 ):
     inputs, needs = (image, displacement, affine), (need_image, need_displacement, need_affine)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
-        for t, need in zip(inputs, needs, strict=True)
-    )
+    return _ext.empty_where_needed(inputs, needs, grad)
 
 
 _ext.define(
@@ -174,7 +169,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad[:3]
     grads = torch.ops.fastreg.warp_bwd(grad, *ctx.saved_tensors, ctx.mode, ctx.padding, *needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+    return *_ext.none_unless_needed(grads, needs), None, None
 
 
 def _setup_bwd(ctx, inputs, output):
@@ -188,7 +183,7 @@ def _backward_bwd(ctx, *directions):
     """Rare enough not to deserve a kernel."""
     grad, image, displacement, affine = ctx.saved_tensors
     function, given = _of_tensors(displacement, affine, ctx.mode, ctx.padding)
-    directions = [d if need else None for d, need in zip(directions, ctx.needs, strict=True)]
+    directions = _ext.none_unless_needed(directions, ctx.needs)
     present = [d for d, t in zip(directions, (image, displacement, affine), strict=True) if t is not None]
     grad_grad, *grads = _ext.second_grad_of(function, (image, *given), grad, present)
     return (grad_grad, *_of_inputs(grads, displacement, affine), *[None] * 5)

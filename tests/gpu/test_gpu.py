@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastreg
-from fastreg.ops.mind import mind_loss_ref
+from fastreg.ops.mind_loss import mind_loss_ref
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -4,7 +4,7 @@ import torch
 from common import DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
-from fastreg.ops.regularizers import bending_energy_ref
+from fastreg.ops.bending_energy import bending_energy_ref
 
 # Odd sizes, rows of several vectors and of more than one block of sums, each axis too short in turn.
 SHAPES = [

@@ -8,7 +8,7 @@ import torch
 from common import BACKEND, COMPILED, DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
-from fastreg.ops.integrate_velocity import compose_ref
+from fastreg.ops.compose import compose_ref
 from fastreg.ops.warp import PADDINGS
 
 SHAPES = [

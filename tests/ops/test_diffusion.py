@@ -4,7 +4,7 @@ import torch
 from common import DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
-from fastreg.ops.regularizers import NORMS, diffusion_ref
+from fastreg.ops.diffusion import NORMS, diffusion_ref
 
 # Odd sizes, rows of several vectors and of more than one block of sums, axes of one voxel.
 SHAPES = [

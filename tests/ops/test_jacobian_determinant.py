@@ -4,7 +4,7 @@ import torch
 from common import DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
-from fastreg.ops.displacement import jacobian_determinant_ref
+from fastreg.ops.jacobian_determinant import jacobian_determinant_ref
 
 SHAPES = [
     pytest.param((2, 3, 5, 6, 7), id="n2d5h6w7"),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from common import DTYPES, assert_close, check_against_reference, gradients, layouts
 
 import fastreg
-from fastreg.ops.displacement import resize_displacement_ref
+from fastreg.ops.resize_displacement import resize_displacement_ref
 
 # Up, down, both, to and from one voxel, the same size, rows longer than a vector, outputs that no input voxel
 # reaches.

@@ -5,7 +5,7 @@ import torch
 from common import DTYPES, assert_close, check_against_reference, gradients, layouts
 
 import fastreg
-from fastreg.ops.displacement import smooth_ref
+from fastreg.ops.smooth import smooth_ref
 from fastreg.ops.warp import PADDINGS
 
 # Radii below, equal to and beyond the axes; rows of many vectors; an axis left alone.

@@ -4,7 +4,7 @@ import torch
 from common import DTYPES, assert_close, check_against_reference, layouts
 
 import fastreg
-from fastreg.ops.regularizers import total_variation_ref
+from fastreg.ops.total_variation import total_variation_ref
 
 # Odd sizes, rows of several vectors and of more than one block of sums, axes of one voxel.
 SHAPES = [
@@ -246,7 +246,7 @@ def test_transforms_without_a_derivative_raise():
             r"u must have shape \(N, 3, D, H, W\), got \(1, 2, 3, 4, 5\)",
             {"u": torch.zeros(1, 2, 3, 4, 5)},
         ),
-        (TypeError, "isotropic must be a bool, got 1", {"isotropic": 1}),
+        (TypeError, "isotropic must be True or False, got 1", {"isotropic": 1}),
         (ValueError, "spacing must be a number > 0, or one per axis", {"spacing": 0.0}),
         (ValueError, "spacing must be a number > 0, or one per axis", {"spacing": (1.0, 2.0)}),
         (TypeError, "spacing must be a number or 3 numbers", {"spacing": "mm"}),

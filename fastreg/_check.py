@@ -1,5 +1,6 @@
 """Checks of what users pass: ``fastreg::<op>: <argument> must <rule>, got <value>``."""
 
+import operator
 from numbers import Integral, Real
 
 import torch
@@ -100,6 +101,31 @@ def same_shape(op, name, t, other_name, other):
         fail(op, name, f"have the shape {tuple(other.shape)} of {other_name}", tuple(t.shape))
 
 
+def same_device(op, name, t, other_name, other):
+    if t.device != other.device:
+        fail(op, name, f"be on the device of {other_name}, {other.device}", t.device)
+
+
+def scan(op, name, image):
+    """A finite image of one sample, detached; fp32, or fp64 where fp32 could round a small range on a large offset away."""
+    if not isinstance(image, torch.Tensor):
+        fail(op, name, "be a tensor", type(image).__name__, TypeError)
+    if image.layout != torch.strided or image.device.type == "meta":
+        kind = "meta" if image.device.type == "meta" else str(image.layout).removeprefix("torch.")
+        fail(op, name, "be a dense tensor with data", f"a {kind} one", TypeError)
+    if image.dtype.is_complex or image.dtype == torch.bool:
+        fail(op, name, "have a real dtype", image.dtype, TypeError)
+    if image.ndim not in (4, 5) or image.shape[0] != 1:
+        fail(op, name, "have shape (1, C, D, H, W) or (1, C, H, W)", tuple(image.shape))
+    if image.numel() == 0:
+        fail(op, name, "not be empty", tuple(image.shape))
+    image = image.detach()
+    single = image.float()
+    if not torch.isfinite(single).all():
+        fail(op, name, "be finite", f"{int((~torch.isfinite(single)).sum())} NaN or infinite values")
+    return image.double() if image.dtype != torch.float32 and image.dtype.itemsize > 2 else single
+
+
 def mask(op, t, image):
     """(N, 1, *spatial) weights without a gradient."""
     if t is None:
@@ -113,11 +139,10 @@ def mask(op, t, image):
 
 def odd_window(op, value):
     """An odd whole number, as an int."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        fail(op, "window", "be an int", repr(value), TypeError)
+    value = whole(op, "window", value, float("-inf"), float("inf"))
     if value < 1 or value % 2 == 0 or value >= 2**31:
         fail(op, "window", "be odd and positive", value)
-    return int(value)
+    return value
 
 
 def flag(op, name, value):
@@ -139,14 +164,38 @@ def per_axis(op, name, value, nd, *, minimum=0.0, strict=False):
         single = isinstance(value, Real) or getattr(value, "ndim", None) == 0
         values = [float(value)] * nd if single else [float(v) for v in value]
     except (TypeError, ValueError, OverflowError):
-        fail(op, name, f"be a number or {nd} numbers", repr(value), TypeError)
+        fail(op, name, "be a number" if nd == 1 else f"be a number or {nd} numbers", repr(value), TypeError)
     sign = ">" if strict else ">="
     good = len(values) == nd and all(
         minimum < v < float("inf") or (v == minimum and not strict) for v in values
     )
     if not good:
-        fail(op, name, f"be a number {sign} {minimum:g}, or one per axis ({nd})", value)
+        rule = f"be a number {sign} {minimum:g}"
+        fail(op, name, rule if nd == 1 else f"{rule}, or one per axis ({nd})", value)
     return values
+
+
+def whole(op, name, value, least, most=2**31 - 1):
+    """A whole number from `least` to `most`, as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        fail(op, name, "be an int", repr(value), TypeError)
+    if not least <= value <= most:
+        fail(op, name, f"be from {least} to {most}" if most < 2**31 - 1 else f"be at least {least}", value)
+    return int(value)
+
+
+def sizes(op, name, value, nd, least, *, one_for_all=False):
+    """A whole number per axis, symbolic ones too, or where allowed one for all; as a list."""
+    rule = f"be {'an integer or ' if one_for_all else ''}{nd} integers"
+    try:
+        if one_for_all and hasattr(value, "__index__"):
+            value = [value] * nd
+        numbers = [n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in value]
+    except TypeError:
+        fail(op, name, rule, repr(value), TypeError)
+    if len(numbers) != nd or not all(n >= least for n in numbers):
+        fail(op, name, f"{rule} >= {least}", tuple(numbers))
+    return numbers
 
 
 def whole_per_axis(op, name, value, nd, *, minimum=0, limit=2**15):

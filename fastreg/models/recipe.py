@@ -1,0 +1,33 @@
+"""What a paper fixes beside its net: how it is trained, and on what."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    learning_rate, amsgrad: of Adam. batch_size: pairs of a step, over all processes. clip_gradient: greatest norm, or None.
+    plateau: epochs without a better mean loss after which the learning rate is divided by ten, or None. patience: the same, and
+    training ends. epoch: steps of one; None: all pairs once. steps: number of optimiser steps.
+    """
+
+    learning_rate: float = 1e-4
+    amsgrad: bool = False
+    batch_size: int = 1
+    clip_gradient: float | None = None
+    plateau: int | None = None
+    patience: int | None = None
+    epoch: int | None = None
+    steps: int = 25_000
+
+
+@dataclass(frozen=True)
+class PaperInput:
+    """What a paper gives its net; `paper` on the command line.
+
+    intensity: as of Preprocessing. size: voxels, (z, y, x).
+    """
+
+    intensity: str | tuple[float, float]
+    size: tuple[int, ...]

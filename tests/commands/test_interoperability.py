@@ -1,0 +1,164 @@
+"""What docs/interoperability.md says, by its own blocks: each runs as it is printed."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastreg
+from fastreg import cli, io
+
+sitk = pytest.importorskip("SimpleITK")
+pytest.importorskip("matplotlib")
+
+PAGE = Path(__file__).parents[2] / "docs" / "interoperability.md"
+
+
+def grid(size, spacing, direction):
+    """Centred near (5, 30, 15) mm."""
+    matrix = np.array(direction).reshape(3, 3) * spacing
+    return io.Geometry(size, spacing, tuple((5, 30, 15) - matrix @ (np.array(size) - 1) / 2), direction)
+
+
+FIXED = grid((23, 19, 16), (1.5, 2.0, 2.5), (0.96, -0.28, 0, 0.28, 0.96, 0, 0, 0, 1))
+MOVING = grid((28, 24, 22), (1.6, 2.1, 2.3), (1, 0, 0, 0, 0.8, -0.6, 0, 0.6, 0.8))
+
+
+def blocks(section):
+    """The Python blocks of a section of the page."""
+    text = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    (body,) = [part for part in text if part.partition("\n")[0] == section]
+    found = re.findall(r"^```python\n(.*?)^```", body, re.M | re.S)
+    assert found
+    return found
+
+
+def run(block):
+    """The block's names, after it has run."""
+    names = {}
+    exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def scene(grid, shift=0.0):
+    """Smooth all over, so that neighbouring samplings agree."""
+    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
+    x, y, z = np.moveaxis(grid.to_physical(index), -1, 0)
+    return (100 + 40 * np.sin((x + shift) / 7) + 30 * np.cos(y / 6) + 20 * np.sin((z - shift) / 8)).astype(
+        np.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("interoperability")
+    io.write_image(path / "fixed.nii.gz", scene(FIXED), FIXED)
+    io.write_image(path / "moving.nii.gz", scene(MOVING, 3.0), MOVING)
+    files = [str(path / name) for name in ("fixed.nii.gz", "moving.nii.gz")]
+    arguments = ["--iterations", "60", "--levels", "1", "--similarity", "mse", "--quiet"]
+    assert cli.main(["register", *files, "-o", str(path / "out"), *arguments]) == 0
+    u, _ = io.read_displacement(path / "out" / "displacement.nii.gz")
+    assert (u.abs().amax((0, 2, 3, 4)) > 0.2).all()  # each component has something to be read wrongly
+    return path
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def applied(field, out):
+    """What `fastreg apply` makes of a field: (z, y, x)."""
+    assert cli.main(["apply", "--field", field, "moving.nii.gz", "-o", out, "--force", "--quiet"]) == 0
+    return io.read_image(Path(out) / "moved.nii.gz")[0]
+
+
+def same(moved, truth, least=0.5):
+    """Of the voxels that both fill, which are most; the scan's values lie in some 180."""
+    inside = (truth > truth.min()) & (moved != 0)
+    assert inside.mean() > least
+    assert np.abs(moved - truth)[inside].max() < 0.02
+
+
+def zyx(array):
+    """Of nibabel and ANTs."""
+    return np.asarray(array).T
+
+
+def test_simpleitk():
+    truth = io.read_image("out/moved.nii.gz")[0]
+    with pytest.raises(RuntimeError, match="vector of 64-bit float"):
+        sitk.DisplacementFieldTransform(sitk.ReadImage("out/displacement.nii.gz"))
+    names = run(blocks("SimpleITK")[0])
+    same(sitk.GetArrayFromImage(names["moved"]), truth)
+    assert names["field"].GetNumberOfPixels() == 0
+    assert sitk.ReadTransform("field.h5").GetName() == "DisplacementFieldTransform"
+
+    start = FIXED.to_physical(np.array([[7.0, 8.0, 9.0]]))
+    io.write_landmarks("points.csv", start)
+    arguments = [
+        "--field",
+        "out/displacement.nii.gz",
+        "moving.nii.gz",
+        "--points",
+        "points.csv",
+        "-o",
+        "points",
+    ]
+    assert cli.main(["apply", *arguments, "--force", "--quiet"]) == 0
+    assert np.allclose(io.read_landmarks("points/points.csv", 3)[0], names["point"], atol=1e-4)
+    far = FIXED.to_physical(np.array([[7.0, 8.0, 90.0]]))[0]
+    assert np.allclose(names["transform"].TransformPoint(far), far)
+
+
+def test_simpleitk_to_fastreg():
+    names = run(blocks("SimpleITK")[1])
+    moving = sitk.ReadImage("moving.nii.gz")
+    truth = sitk.GetArrayFromImage(sitk.Resample(moving, names["fixed"], names["transform"], sitk.sitkLinear))
+    same(truth, applied("from_simpleitk.nii.gz", "moved"))
+
+
+def test_nibabel():
+    pytest.importorskip("nibabel")
+    pytest.importorskip("scipy")
+    names = run(*blocks("nibabel and SciPy"))
+    same(zyx(names["moved"]), io.read_image("out/moved.nii.gz")[0], least=0.4)  # nothing beyond voxel centres
+
+
+def test_ants():
+    pytest.importorskip("ants")
+    same(zyx(run(blocks("ANTs")[0])["moved"].numpy()), io.read_image("out/moved.nii.gz")[0])
+
+
+def test_ants_to_fastreg():
+    pytest.importorskip("ants")
+    names = run(blocks("ANTs")[1])
+    moved = zyx(names["moved"].numpy())
+    same(moved, applied(names["field"], "ants_moved"))
+    alone = applied(names["found"][0], "ants_warp_alone")
+    assert np.abs(alone - moved)[4:-4, 4:-4, 4:-4].max() > 1  # the affine part is missing
+
+
+def test_nitransforms():
+    pytest.importorskip("nitransforms")
+    names = run(*blocks("NiTransforms"))
+    same(zyx(names["moved"].get_fdata()), io.read_image("out/moved.nii.gz")[0], least=0.4)
+
+
+def test_monai():
+    pytest.importorskip("monai")
+    names = run(*blocks("PyTorch and MONAI"))
+    ours = fastreg.warp(names["features"], names["u"], padding="border")
+    assert torch.allclose(names["moved"], ours, atol=1e-5)
+
+
+def test_surfa_takes_mm_for_voxels():
+    surfa = pytest.importorskip("surfa")
+    warp = surfa.load_warp("out/displacement.nii.gz")
+    u, _ = io.read_displacement("out/displacement.nii.gz")
+    assert warp.format == surfa.Warp.Format.disp_crs
+    mm = sitk.GetArrayFromImage(sitk.ReadImage("out/displacement.nii.gz"))
+    assert np.allclose(zyx(warp.data).T[..., 0], mm[..., 0].T)
+    assert not np.allclose(mm[..., 0], u[0, 2], atol=0.1)
