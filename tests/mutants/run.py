@@ -1,0 +1,200 @@
+"""Plants each mutant in a copy of the tree, builds what it changed and runs the tests of its ops: `.ci/mutants --help`.
+
+A test that found a mutant is run once on the unmutated copy at the end, and must pass there.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mutants import MUTANTS, ROOT, chosen, place
+
+HERE = Path(__file__).resolve().parent
+TABLE = HERE / "kills.csv"
+FIELDS = [
+    "mutant",
+    "file",
+    "kind",
+    *(f"{t}_{what}" for t in ("full", "quick") for what in ("killed_by", "cpu_s", "commit", "date")),
+]
+# What pytest is told beside pyproject.toml's options, which choose the quick tier.
+TIERS = {"quick": [], "full": ["-m", ""]}
+
+
+def git(tree, *command):
+    return subprocess.run(["git", *command], cwd=tree, capture_output=True, text=True, check=True).stdout
+
+
+def copied(tree, to):
+    """Sources and what is built; a mutant never meets the checkout."""
+    for name in git(tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+        if name and (tree / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(tree / name, to / name)
+    extensions = list((tree / "fastreg").glob("_C.*.so"))
+    if not extensions:
+        raise SystemExit(f"{tree} has no compiled extension: build it first")
+    for built in extensions:
+        shutil.copy2(built, to / "fastreg")
+    shutil.copytree(tree / "build" / "objects", to / "build" / "objects")
+
+
+def environment(tree):
+    return {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "FASTREG_CUDA": "0",
+        "MAX_JOBS": "1",
+        "GOMP_SPINCOUNT": "0",
+    }
+
+
+def said(command, tree, limit=None):
+    """(exit code, output)"""
+    try:
+        run = subprocess.run(
+            command, cwd=tree, env=environment(tree), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=limit, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, ""
+    return run.returncode, run.stdout
+
+
+def pytest(python, tree, arguments):
+    """What a run of pytest ended with: None if all passed, else the first test that did not."""
+    code, out = said(
+        [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments],
+        tree,
+        900,
+    )
+    if code in (0, 5):  # 5: no such test
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", out, re.MULTILINE)
+    if failed:
+        return failed[1]
+    if code == 124:
+        return "does not end"
+    if code < 0:
+        return f"signal {-code}"
+    raise SystemExit(f"pytest {' '.join(arguments)} ended with {code}:\n{out[-3000:]}")
+
+
+def test_files(tree, names):
+    found = [
+        str(p.relative_to(tree)) for n in names.split() for p in sorted(tree.glob(f"tests/**/test_{n}.py"))
+    ]
+    if not found:
+        raise SystemExit(f"no test file is called after {names}")
+    return found
+
+
+def cpu():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def tried(mutant, pristine, python, isa, tier):
+    """(file, first test that finds the mutant or None)"""
+    path, text = place(mutant, pristine)
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree, original = Path(folder) / "tree", Path(folder) / "original"
+        shutil.copytree(pristine, tree)
+        shutil.copy(tree / path, original)
+        (tree / path).write_text(text, encoding="utf-8")
+        if path.suffix != ".py":
+            code, out = said([python, str(HERE / "build.py"), isa, str(path), str(original)], tree)
+            if code or "compiles" not in out:
+                raise SystemExit(f"{mutant.name} does not build, or changes no object:\n{out[-3000:]}")
+        files, options = test_files(tree, mutant.tests), TIERS[tier]
+        killer = pytest(python, tree, [*options, *files, "-k", mutant.first]) or pytest(
+            python, tree, [*options, *files]
+        )
+        if killer is None and tier == "quick":
+            killer = pytest(python, tree, options)
+    return path, killer
+
+
+def recorded():
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return {row["mutant"]: row for row in csv.DictReader(file)}
+
+
+def record(rows):
+    """In the order of the list, without mutants that are there no more."""
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[m.name] for m in MUTANTS if m.name in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog=".ci/mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="mutants, or globs of their names; all without any")
+    parser.add_argument(
+        "--full", action="store_true", help="the complete test files of the ops, not the quick tier's tests"
+    )
+    parser.add_argument(
+        "--tree", type=Path, default=ROOT, help="a built checkout to plant them in; this one by default"
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="only mutants that the table has nothing of for this tier"
+    )
+    a = parser.parse_args()
+    tier = "full" if a.full else "quick"
+    own = ROOT / ".venv" / "bin" / "python"
+    python = str(own) if own.exists() else sys.executable
+    rows, survivors, killers = recorded(), [], {}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        pristine = Path(folder)
+        copied(a.tree.resolve(), pristine)
+        code, isa = said(
+            [python, "-c", "from fastreg import _ext; print(_ext.build_info()['isa'])"], pristine
+        )
+        if code:
+            raise SystemExit(f"the unmutated tree does not load its extension:\n{isa}")
+        commit, date = git(a.tree, "rev-parse", "--short", "HEAD").strip(), datetime.date.today().isoformat()
+        for mutant in chosen(a.names):
+            if a.missing and rows.get(mutant.name, {}).get(f"{tier}_killed_by"):
+                continue
+            begun = cpu()
+            path, killer = tried(mutant, pristine, python, isa.split()[-1], tier)
+            seconds = f"{cpu() - begun:.0f}"
+            print(f"{mutant.name:44} {seconds:>4} s  {killer or 'SURVIVES'}", flush=True)
+            if killer is None:
+                survivors.append(mutant.name)
+            elif "::" in killer:
+                killers[killer] = mutant.name
+            row = dict.fromkeys(FIELDS, "") | rows.get(mutant.name, {})
+            row |= {"mutant": mutant.name, "file": str(path), "kind": mutant.kind}
+            row |= {
+                f"{tier}_killed_by": killer or "",
+                f"{tier}_cpu_s": seconds,
+                f"{tier}_commit": commit,
+                f"{tier}_date": date,
+            }
+            rows[mutant.name] = row
+            record(rows)
+        false = pytest(python, pristine, [*TIERS[tier], *killers]) if killers else None
+    if false:
+        raise SystemExit(
+            f"{false} fails without a mutant too: that {killers.get(false, 'one')} is found says nothing"
+        )
+    print(f"{len(killers)} tests found mutants and pass without; survivors: {', '.join(survivors) or 'none'}")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
