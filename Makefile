@@ -36,7 +36,7 @@ docs: $(BIN)/.built
 
 # The peers' wheels for a GPU machine without a network (Python $(GPU_PYTHON)), and scans from FASTREG_DATA: .ci/gpu build.
 GPU_PYTHON ?= 3.12
-PEERS := monai==1.6.1 voxelmorph==0.3.4 neurite==0.3.4 convexAdam==0.2.0 nibabel pystrum einops
+PEERS := monai==1.6.1 voxelmorph==0.3.4 neurite==0.3.4 convexAdam==0.2.0 nibabel pystrum einops six ninja
 gpu-bundle: $(BIN)/.torch
 	rm -rf build/gpu-bundle && mkdir -p build/gpu-bundle/wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) -d build/gpu-bundle/wheels $(PEERS)

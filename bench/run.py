@@ -4,6 +4,7 @@
     python bench/run.py                         every op, 2 threads; rows go to bench/results/cpu.csv
     python bench/run.py lcc_loss warp           these ops
     python bench/run.py --check                 only the correctness gate
+    python bench/run.py --memory-only           peak memory alone, into the rows of this commit that have none
     python bench/run.py --device cuda --headline        the headline cases of a GPU; FASTREG_CUDA_BACKEND=triton: of Triton
 
 For each case: first the gate (fastreg must agree with fp64, or none of the case's rows are stored and the
@@ -108,6 +109,28 @@ def measured_memory(module, case, name, args):
     }
 
 
+def add_memory(module, case, args, path):
+    """Peak memory into the newest rows of this case and commit that have none; whether fastreg has a row."""
+    op, ours = common.op_of(module), True
+    for name in chosen_providers(module, case, args)[0]:
+        mode = module.PROVIDERS[name].modes[-1]
+        wanted = common.identity(module, case, mode, name, args.device)
+        del wanted["date"]
+
+        def newest(rows, wanted=wanted):
+            return next((r for r in reversed(rows) if all(r[k] == str(v) for k, v in wanted.items())), None)
+
+        row = newest(common.read_rows(path))
+        if row is None:
+            say(f"{op} {case}: no row of {name} at {wanted['commit']}; measure its time first")
+            ours = ours and module.PROVIDERS[name].package != "fastreg"
+        elif not row["peak_volumes"]:
+            volumes = measured_memory(module, case, name, args)
+            common.rewrite_rows(path, lambda rows, v=volumes, f=newest: f(rows).update(v) or rows)
+            say(f"{op} {case} {name}: peak {volumes.get('peak_volumes', 'unknown')} volumes")
+    return ours
+
+
 def run_ops(args):
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
@@ -125,13 +148,18 @@ def run_ops(args):
                 if case.only == ("fastreg",):
                     continue
                 case = common.shrunk(case, QUICK)
+            if args.memory_only:
+                if wants_memory(case, args) and not add_memory(module, case, args, path):
+                    red.append(f"{op} {case}")
+                continue
             rows = run_case(module, case, args)
             if rows is None:
                 red.append(f"{op} {case}")
             elif rows and (args.store or not args.quick):
                 common.append_rows(path, rows)
     if red:
-        say(f"refused, because the gate is red: {', '.join(red)}")
+        why = "without a time" if args.memory_only else "refused, because the gate is red"
+        say(f"{why}: {', '.join(red)}")
     return 1 if red else 0
 
 
@@ -152,8 +180,14 @@ def parser():
         "--budget", type=float, default=8.0, help="seconds per provider, case and mode (default 8)"
     )
     p.add_argument("--rounds", type=int, default=25, help="at most so many rounds (default 25)")
-    p.add_argument(
+    memory = p.add_mutually_exclusive_group()
+    memory.add_argument(
         "--no-memory", action="store_true", help="no peak memory (it runs each provider in fresh processes)"
+    )
+    memory.add_argument(
+        "--memory-only",
+        action="store_true",
+        help="peak memory alone, into the rows of this commit that have none",
     )
     p.add_argument(
         "--quick", action="store_true", help="48^3, three rounds, no compilation; stored only with --store"

@@ -89,7 +89,7 @@ def tiny(monkeypatch):
 
 def small_copy(monkeypatch):
     def init(self, device):
-        self.source = [0.0]
+        self.bytes, self.repeat = 2**10, 1
 
     monkeypatch.setattr(common.Copy, "__init__", init)
     monkeypatch.setattr(common.Copy, "__call__", lambda self, i=0: sum(range(1000)))
@@ -172,6 +172,42 @@ def test_failing_and_missing_peers_are_skipped(tiny, tmp_path, capsys):
 def test_quick_is_not_stored(tiny, tmp_path):
     assert measured(tmp_path, "--quick") == 0
     assert not (tmp_path / "cpu.csv").exists()
+
+
+def test_memory_is_added_to_rows(tiny, tmp_path, monkeypatch, capsys):
+    """To the newest of this commit, once: a run that was cut short goes on where it stopped."""
+    asked = []
+
+    def fresh(arguments):
+        asked.append(arguments[arguments.index("--provider") + 1])
+        if len(asked) == 2:
+            raise RuntimeError("cut short")
+        return {"peak_volumes": 2.5, "saved_volumes": 1.25}
+
+    monkeypatch.setattr(memory, "fresh", fresh)
+    only = ["warp", "--memory-only", "--results", str(tmp_path), "--provider", "torch"]
+    assert run.main(only) == 1
+    assert "without a time: warp tiny" in capsys.readouterr().out
+    assert not asked
+    for _ in range(2):
+        assert measured(tmp_path) == 0
+    before = common.read_rows(tmp_path / "cpu.csv")
+    assert run.main(only) == 0
+    assert run.main(only) == 0
+    assert asked == ["fastreg", "torch", "torch"]
+    rows = common.read_rows(tmp_path / "cpu.csv")
+    volumes = [(r["provider"], r["mode"], r["peak_volumes"], r["saved_volumes"]) for r in rows[4:]]
+    assert {v for v in volumes if v[2]} == {(p, "fwd+bwd", "2.5", "1.25") for p in ("fastreg", "torch")}
+    blank = {"peak_volumes": "", "saved_volumes": ""}
+    assert [r | blank for r in rows] == before
+    monkeypatch.setattr(common, "commit", lambda: "another")
+    assert run.main(only) == 1
+
+
+def test_the_copy_is_larger_than_the_cache_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.empty(size, device="meta"))
+    assert (common.Copy("cuda").bytes, common.Copy("cuda").repeat) == (2 * 2**30, 10)
+    assert (common.Copy("cpu").bytes, common.Copy("cpu").repeat) == (2 * 2**27, 1)
 
 
 def test_unknown_op(tmp_path, capsys):

@@ -62,6 +62,13 @@ STEPS = {
     "diffusion": lambda f, m, u: fastreg.diffusion(u),
     "total_variation": lambda f, m, u: fastreg.total_variation(u),
     "bending_energy": lambda f, m, u: fastreg.bending_energy(u),
+    "affine_displacement": lambda f, m, u: fastreg.affine_displacement(
+        u[..., 0, 0, :4].mean(-1, keepdim=True) + torch.eye(3, 4, device=u.device), SHAPE[2:]
+    ).square().mean(),
+    "bspline_displacement": lambda f, m, u: fastreg.bspline_displacement(u, 2, (34, 36, 68)).square().mean(),
+    "gaussian_displacement": lambda f, m, u: fastreg.gaussian_displacement(
+        u[:, 0, 0, :5, :7].sigmoid(), (20, 37)
+    ).square().mean(),
 }  # fmt: skip
 
 
@@ -87,6 +94,10 @@ def test_steps_without_a_gpu(name):
     results = step(name, *inputs("cpu"))
     assert len(results) > 1
     assert all(t.isfinite().all() for t in results)
+
+
+def test_every_op_has_a_step():
+    assert set(fastreg.ops.__all__) <= set(STEPS)
 
 
 @needs_gpu
