@@ -1,28 +1,32 @@
-"""setup.py build_ext --inplace after a change of one file, for the tests of a mutant alone.
+"""setup.py build_ext --inplace after a change of one line, for the tests of a mutant alone.
 
-    build.py ISA FILE ORIGINAL      in a copy of the tree with its objects; ORIGINAL is what FILE was before
+    build.py ISA FILE LINE      in a copy of the tree with its objects
 
-Only objects of this instruction set whose preprocessed text differs are compiled, with -O1: the kernels' vectors are the
-source's, not the optimiser's. The others are declared current.
+Only objects of this instruction set in which the line is not left out by the preprocessor are compiled, with -O1: the
+kernels' vectors are the source's, not the optimiser's. The others are declared current.
 """
 
 import runpy
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import setuptools
 
-isa, changed, original = sys.argv[1:]
+isa, changed, line = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 install = setuptools.setup
 
 
-def preprocessed(compiler, source, options):
+def holds_the_line(compiler, source, options):
+    mutant = changed.read_text(encoding="utf-8")
+    lines = mutant.splitlines(keepends=True)
+    changed.write_text("".join([*lines[:line], "#pragma mutant\n", *lines[line:]]), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "preprocessed.ii"
         compiler.preprocess(source, str(out), **options)
-        return out.read_bytes()
+        found = "#pragma mutant" in out.read_text(encoding="utf-8")
+    changed.write_text(mutant, encoding="utf-8")
+    return found
 
 
 def narrowed(build):
@@ -35,12 +39,7 @@ def narrowed(build):
                     return None
                 options = {"macros": macros, "include_dirs": include_dirs}
                 flags = [f for f in extra_postargs if f not in ("-MMD", "-O3")]
-                mutant = Path(changed).read_text(encoding="utf-8")
-                now = preprocessed(self.compiler, sources[0], {**options, "extra_postargs": flags})
-                shutil.copy(original, changed)
-                before = preprocessed(self.compiler, sources[0], {**options, "extra_postargs": flags})
-                Path(changed).write_text(mutant, encoding="utf-8")
-                if now == before:
+                if not holds_the_line(self.compiler, sources[0], {**options, "extra_postargs": flags}):
                     return None
                 print("compiles", sources[0], dict(macros).get("FASTREG_ISA", "bindings"))
                 flags = [*flags, "-MMD", "-O1"]

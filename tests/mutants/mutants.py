@@ -115,6 +115,12 @@ MUTANTS = [
         "return d >= 0 ? one : d < 0 ? -one : V{};",
         "diffusion", "zero or flat or constant or abs", "equal neighbours push each other away",
     ),
+    Mutant(
+        "row_sums_lose_voxel_511", "block", CPU,
+        "each_x<A>(x0, std::min(end, x0 + kBlock), [&](auto v, int64_t x) {",
+        "each_x<A>(x0, std::min(end, x0 + kBlock - 1), [&](auto v, int64_t x) {",
+        "diffusion total_variation bending_energy", "reference", "the last voxel of a block of sums; only rows of more than 511 have one",
+    ),
     # total_variation
     Mutant(
         "tv_leaves_out_last_voxels", "reduction", CPU,
@@ -177,6 +183,12 @@ MUTANTS = [
         "const Exponent<A> weight(g, gaussian_row(g, row, a.w));",
         "const Exponent<A> weight(g, gaussian_row(a.gaussians[t], row, a.w));",
         "gaussian_displacement", "reference", "the rows of a later sample follow the first's Gaussians",
+    ),
+    Mutant(
+        "gaussian_wide_rows_keep_their_end", "block", CPU,
+        "weight_y += lane_sum<A>(sum_y), weight_x += lane_sum<A>(sum_x);",
+        "weight_y += lane_sum<A>(sum_y), weight_x = lane_sum<A>(sum_x);",
+        "gaussian_displacement", "reference", "of rows beyond 512 columns the last block alone counts for vx",
     ),
     # integrate_gradients
     Mutant(
@@ -340,6 +352,12 @@ MUTANTS = [
         "        need_moving,\n    )",
         "local_correlation", "needs or only or displacement", "a gradient to the displacement alone",
     ),
+    Mutant(
+        "correlation_of_seven_offsets", "tail", CPU,
+        "return f.template operator()<2>(k);",
+        "return f.template operator()<1>(k);",
+        "local_correlation", "reference", "offsets come in groups of five; radius 3 leaves two",
+    ),
     # mind, mind_loss
     Mutant(
         "mind_ties_take_all", "ties", COMMON,
@@ -440,6 +458,12 @@ MUTANTS = [
         "const int64_t margin = radius;",
         "smooth", "reference", "reflection reaches one voxel further in the transpose",
     ),
+    Mutant(
+        "bf16_rounds_ties_up", "rounding", CPU,
+        "const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;",
+        "const Words rounded = (bits + 0x8000) >> 16;",
+        "smooth resize_displacement", "dtype or bf16 or round", "vectors and the single voxels at a row's end round unlike",
+    ),
     # bspline_displacement
     Mutant(
         "bspline_reads_a_weightless_point", "nan", CPU,
@@ -471,6 +495,12 @@ MUTANTS = [
         "if any(g is not None for g in grads_of_units):",
         "if any(g is None for g in ()):",
         "lcc_loss mind", "double_backward", "no derivative without a word",
+    ),
+    Mutant(
+        "double_backward_of_an_op_is_silent", "double backward", ALL,
+        "raise RuntimeError(f\"fastreg::{name.removesuffix('_bwd')}: double backward is not supported\")",
+        "return None",
+        "mse_loss jacobian_determinant diffusion", "double or twice", "no derivative without a word",
     ),
     Mutant(
         "vmap_hides_what_requires_grad", "vmap", ALL,
@@ -509,6 +539,12 @@ MUTANTS = [
         "return (determinant <= 0).double().mean().item()",
         "metrics", "fold", "a NaN counts as folded",
     ),
+    Mutant(
+        "hd95_takes_the_nearer_side", "reduction", ALL,
+        "lambda a, b: max(np.percentile(d, 95) for d in (a, b)),",
+        "lambda a, b: min(np.percentile(d, 95) for d in (a, b)),",
+        "metrics", "hd95", "right where both surfaces are alike far apart",
+    ),
     # registration
     Mutant(
         "register_steps_by_inverse_spacing", "spacing", ALL,
@@ -527,6 +563,18 @@ MUTANTS = [
         "images = (_rescaled(fixed, mask), _rescaled(moving),",
         "images = (_rescaled(fixed), _rescaled(moving),",
         "registration", "mask", "what the mask hides sets the range of intensities",
+    ),
+    Mutant(
+        "register_velocity_forgets_the_affine", "composition", ALL,
+        'u = torch.einsum("nij,nj...->ni...", self.affine[..., :-1], u)',
+        "u = u + 0",
+        "registration", "velocity and affine", "A (p + u(p)), not A p + u(p)",
+    ),
+    Mutant(
+        "register_relaxes_without_the_affine", "composition", ALL,
+        "bad = _fused.jacobian_determinant(u if shift is None else u + shift) < _LEAST_JACOBIAN",
+        "bad = _fused.jacobian_determinant(u) < _LEAST_JACOBIAN",
+        "registration", "affine or fold", "folds are those of the whole motion",
     ),
     # training
     Mutant(
