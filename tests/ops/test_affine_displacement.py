@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 import torch
-from common import COMPILED, DTYPES, assert_close, layouts
+from common import DTYPES, assert_close
+from contract import Case, Contract, like
 
 import fastreg
 from fastreg.ops.affine_displacement import affine_displacement_bwd_ref, affine_displacement_ref
@@ -15,8 +16,8 @@ SHAPES = [
 ]
 
 
-def make(nd, dtype=torch.float64):
-    matrix = torch.eye(nd, nd + 1) + 0.2 * torch.randn(2, nd, nd + 1)
+def make(nd, dtype=torch.float64, n=2):
+    matrix = torch.eye(nd, nd + 1) + 0.2 * torch.randn(n, nd, nd + 1)
     return matrix.to(dtype).requires_grad_()
 
 
@@ -60,43 +61,6 @@ def test_is_what_warp_samples():
     assert_close(fastreg.warp(image, None, affine=matrix), displaced, 1e-9)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4), (4, 3)])
-def test_gradcheck(shape):
-    function = lambda m: fastreg.affine_displacement(m, shape)  # noqa: E731
-    assert torch.autograd.gradcheck(function, make(len(shape)))
-    assert torch.autograd.gradgradcheck(function, make(len(shape)))
-
-
-@pytest.mark.parametrize("shape", [(5, 6, 7), (9, 67)])
-def test_layouts(shape):
-    matrix, nd = make(len(shape), torch.float32), len(shape)
-    grad = torch.randn(2, nd, *shape)
-    expected = torch.autograd.grad(fastreg.affine_displacement(matrix, shape), matrix, grad)[0]
-    for name, g in layouts(grad).items():
-        for m in (matrix, matrix.detach().mT.contiguous().mT.requires_grad_()):
-            ours = torch.autograd.grad(fastreg.affine_displacement(m, shape), m, g)[0]
-            assert torch.equal(ours, expected), name
-
-
-@pytest.mark.skipif(not COMPILED, reason="a property of the compiled sums")
-def test_gradient_does_not_depend_on_threads():
-    grad, results = torch.randn(2, 3, 9, 10, 70), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(torch.ops.fastreg.affine_displacement_bwd(grad))
-    torch.set_num_threads(2)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize(("n", "shape"), [(0, (3, 4, 5)), (2, (3, 0, 5)), (2, (0, 4))])
-def test_empty(n, shape):
-    matrix = torch.rand(n, len(shape), len(shape) + 1, requires_grad=True)
-    result = fastreg.affine_displacement(matrix, shape)
-    assert result.shape == (n, len(shape), *shape)
-    assert torch.autograd.grad(result.sum(), matrix)[0].eq(0).all()
-
-
 def test_non_finite_stays_in_its_component():
     matrix = torch.eye(3, 4)[None].clone()
     matrix[0, 1, 3] = float("nan")
@@ -110,31 +74,6 @@ def test_singular_matrix():
     assert torch.equal(
         result[0], -torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij"))
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    matrix = make(3, dtype)
-    torch.library.opcheck(torch.ops.fastreg.affine_displacement.default, (matrix, (2, 3, 4), True))
-    grad = torch.rand(2, 3, 2, 3, 4, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-    torch.library.opcheck(torch.ops.fastreg.affine_displacement_bwd.default, (grad,))
-
-
-def test_compile():
-    def step(matrix, image):
-        return fastreg.affine_displacement(matrix * 2, image.shape[2:]).square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 1, 5, 6, 7), (1, 1, 8, 7, 6)]:
-        matrix, image = make(3, torch.float32), torch.zeros(shape)
-        expected = torch.autograd.grad(step(matrix, image), matrix)[0]
-        assert_close(torch.autograd.grad(compiled(matrix, image), matrix)[0], expected)
-
-
-def test_vmap():
-    matrix = torch.randn(4, 2, 3, 4)
-    expected = torch.stack([fastreg.affine_displacement(m, (3, 4, 5)) for m in matrix])
-    assert torch.equal(torch.vmap(lambda m: fastreg.affine_displacement(m, (3, 4, 5)))(matrix), expected)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +93,28 @@ def test_vmap():
 def test_errors(error, match, matrix, shape):
     with pytest.raises(error, match=f"fastreg::affine_displacement: {match}"):
         fastreg.affine_displacement(matrix, shape)
+
+
+def opcheck(dtype):
+    yield torch.ops.fastreg.affine_displacement.default, (make(3, dtype), (2, 3, 4), True)
+    grad = torch.rand(2, 3, 2, 3, 4, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    yield torch.ops.fastreg.affine_displacement_bwd.default, (grad,)
+
+
+CONTRACT = Contract(
+    cases={
+        "": Case(
+            lambda matrix, like: fastreg.affine_displacement(matrix, like.shape[2:]),
+            lambda n, spatial, dtype: (make(len(spatial), dtype, n), like(n, spatial)),
+        )
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

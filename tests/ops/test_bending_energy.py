@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from common import DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.bending_energy import bending_energy_ref
@@ -147,45 +148,6 @@ def test_what_is_not_finite_reaches_its_derivatives_and_its_sample(at, value):
     assert_close(grad[grad.isfinite()], truth_grad[grad.isfinite()], floor=0.1)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 5), (1, 2, 6, 5), (1, 3, 2, 1, 4)])
-def test_gradcheck(shape):
-    spacing = (1.0, 2.0, 3.0)[: len(shape) - 2]
-    assert torch.autograd.gradcheck(lambda u: fastreg.bending_energy(u, spacing=spacing), make(shape))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape):
-    u = torch.randn(shape)
-    plain = u.clone().requires_grad_()
-    expected = fastreg.bending_energy(plain)
-    (expected_grad,) = torch.autograd.grad(expected, plain)
-    for name in layouts(u):
-        t = layouts(u)[name].requires_grad_()
-        loss = fastreg.bending_energy(t)
-        assert torch.equal(loss, expected), name
-        assert torch.equal(torch.autograd.grad(loss, t)[0], expected_grad), name
-
-
-def test_deterministic():
-    u = torch.randn(2, 3, 9, 10, 70, requires_grad=True)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        loss = fastreg.bending_energy(u)
-        results.append((loss, *torch.autograd.grad(loss, u)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 2, 0, 4), (1, 2, 0, 1)])
-def test_empty(shape):
-    u = torch.zeros(shape, requires_grad=True)
-    loss = fastreg.bending_energy(u)
-    assert loss.isnan()  # the mean of nothing
-    assert torch.autograd.grad(loss, u)[0].shape == u.shape
-
-
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 1, 2)])
 def test_nothing_bends_on_short_axes(size):
     u = torch.full((1, 3, *size), float("nan"), requires_grad=True)
@@ -199,41 +161,6 @@ def test_one_slice_is_a_plane():
     plane = fastreg.bending_energy(u[:, 1:, 0])
     u = torch.cat([torch.zeros_like(u[:, :1]), u[:, 1:]], 1)
     assert_close(fastreg.bending_energy(u), plane * 2 / 3, 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u, grad = make((2, 3, 4, 5, 6), dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
-    torch.library.opcheck(torch.ops.fastreg.bending_energy.default, (u, [1.0, 2.0, 3.0]))
-    torch.library.opcheck(torch.ops.fastreg.bending_energy_bwd.default, (grad, u.detach(), [1.0, 2.0, 3.0]))
-
-
-def test_compile():
-    def step(u):
-        return fastreg.bending_energy(2 * u, spacing=(1.0, 2.0, 3.0))
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        u = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
-
-
-def test_vmap():
-    u = torch.rand(4, 2, 2, 5, 6)
-    out = torch.vmap(fastreg.bending_energy, in_dims=1)(u.movedim(0, 1))
-    assert_close(out, torch.stack([fastreg.bending_energy(t) for t in u]), 1e-6)
-
-
-def test_double_backward_raises():
-    u = make((1, 2, 4, 5))
-    (grad,) = torch.autograd.grad(fastreg.bending_energy(u), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastreg::bending_energy: double backward is not supported"):
-        grad.sum().backward()
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::bending_energy: torch\.func\.grad"):
-        torch.func.grad(fastreg.bending_energy)(torch.rand(1, 2, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -258,3 +185,34 @@ def test_errors(error, match, change):
     arguments = {"u": torch.zeros(1, 3, 3, 4, 5)} | change
     with pytest.raises(error, match=rf"fastreg::bending_energy: {match}"):
         fastreg.bending_energy(**arguments)
+
+
+def opcheck(dtype):
+    u, grad = make((2, 3, 4, 5, 6), dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
+    yield torch.ops.fastreg.bending_energy.default, (u, [1.0, 2.0, 3.0])
+    yield torch.ops.fastreg.bending_energy_bwd.default, (grad, u.detach(), [1.0, 2.0, 3.0])
+
+
+def made(n, spatial, dtype):
+    return (make((n, len(spatial), *spatial), dtype),)
+
+
+def spaced(u):
+    return (1.0, 2.0, 3.0)[: u.dim() - 2]
+
+
+CONTRACT = Contract(
+    cases={
+        "": Case(fastreg.bending_energy, made),
+        "spacing": Case(lambda u: fastreg.bending_energy(u, spacing=spaced(u)), made),
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

@@ -5,7 +5,8 @@ import pytest
 import scipy.interpolate
 import scipy.ndimage
 import torch
-from common import DTYPES, assert_close, check_against_reference, gradients, layouts
+from common import DTYPES, assert_close, check_against_reference, gradients
+from contract import Case, Contract, like
 
 import fastreg
 from fastreg.ops.bspline_displacement import bspline_displacement_ref, control_shape
@@ -130,100 +131,6 @@ def test_nan_reaches_its_support_only(order):
     assert torch.equal(~got.isfinite(), expected)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("shape", "spacing"), [((1, 3, 1, 4), 2), ((1, 4, 3), (3, 1))])
-def test_gradcheck(shape, spacing, order):
-    c = make(shape, spacing, order)
-
-    def field(t):
-        return fastreg.bspline_displacement(t, spacing, shape[1:], order)
-
-    assert torch.autograd.gradcheck(field, c, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda t: field(t).square(), c, fast_mode=True)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 6, 17), (2, 8, 9)])
-def test_layouts(shape):
-    c = make(shape, 3, 3, torch.float32).detach()
-    grad = torch.randn(shape[0], len(shape) - 1, *shape[1:])
-    plain = c.clone().requires_grad_()
-    expected = fastreg.bspline_displacement(plain, 3, shape[1:])
-    (expected_grad,) = torch.autograd.grad(expected, plain, grad)
-    for name in layouts(c):
-        t = layouts(c)[name].requires_grad_()
-        out = fastreg.bspline_displacement(t, 3, shape[1:])
-        assert torch.equal(out, expected), name
-        assert torch.equal(torch.autograd.grad(out, t, layouts(grad)[name])[0], expected_grad), name
-    # A gradient of stride 0.
-    ours = torch.autograd.grad(fastreg.bspline_displacement(plain, 3, shape[1:]).sum(), plain)[0]
-    dense = torch.autograd.grad(
-        fastreg.bspline_displacement(plain, 3, shape[1:]), plain, torch.ones_like(grad)
-    )[0]
-    assert torch.equal(ours, dense)
-
-
-def test_deterministic():
-    c, grad = make((1, 17, 19, 70), 3, 3, torch.float32), torch.randn(1, 3, 17, 19, 70)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = fastreg.bspline_displacement(c, 3, (17, 19, 70))
-        results.append((out, *torch.autograd.grad(out, c, grad)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_empty_batch():
-    c = torch.zeros(0, 3, 5, 5, 6, requires_grad=True)
-    out = fastreg.bspline_displacement(c, 4, (7, 8, 9))
-    assert out.shape == (0, 3, 7, 8, 9)
-    assert torch.autograd.grad(out.sum(), c)[0].shape == c.shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    c = make((2, 4, 5, 6), (1, 2, 3), 3, dtype)
-    torch.library.opcheck(torch.ops.fastreg.bspline_displacement.default, (c, [1, 2, 3], [4, 5, 6], 3))
-    grad = torch.randn(2, 3, 4, 5, 6).to(dtype).requires_grad_()
-    torch.library.opcheck(
-        torch.ops.fastreg.bspline_displacement_bwd.default, (grad, [1, 2, 3], list(c.shape[2:]), 3)
-    )
-
-
-def test_compile():
-    def step(c, moving):
-        field = fastreg.bspline_displacement(2 * c, 2, moving.shape[2:])
-        return fastreg.warp(moving, field).square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 4, 5, 6), (1, 7, 6, 5)]:
-        c, moving = make(shape, 2, 3, torch.float32), torch.rand(1, 1, *shape[1:])
-        expected = torch.autograd.grad(step(c, moving), c)[0]
-        assert_close(torch.autograd.grad(compiled(c, moving), c)[0], expected, floor=0.1)
-
-
-def test_vmap():
-    c = torch.randn(4, 2, 2, 5, 6, requires_grad=True)
-
-    def field(t):
-        return fastreg.bspline_displacement(t, 3, (5, 9))
-
-    out = torch.vmap(field, in_dims=2)(c.movedim(0, 2))
-    assert torch.equal(out, torch.stack([field(t) for t in c]))
-    vectors = torch.randn(5, *out.shape[1:])
-    single = field(c[0])
-    batched = torch.autograd.grad(single, c, vectors, is_grads_batched=True, retain_graph=True)[0]
-    assert torch.equal(
-        batched, torch.stack([torch.autograd.grad(single, c, v, retain_graph=True)[0] for v in vectors])
-    )
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::bspline_displacement: torch\.func\.grad"):
-        torch.func.grad(lambda c: fastreg.bspline_displacement(c, 2, (4, 4)).sum())(torch.rand(1, 2, 5, 5))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -262,3 +169,32 @@ def test_errors(error, match, change):
     } | change
     with pytest.raises(error, match=rf"fastreg::bspline_displacement: {match}"):
         fastreg.bspline_displacement(**arguments)
+
+
+def opcheck(dtype):
+    c = make((2, 4, 5, 6), (1, 2, 3), 3, dtype)
+    yield torch.ops.fastreg.bspline_displacement.default, (c, [1, 2, 3], [4, 5, 6], 3)
+    grad = torch.randn(2, 3, 4, 5, 6).to(dtype).requires_grad_()
+    yield torch.ops.fastreg.bspline_displacement_bwd.default, (grad, [1, 2, 3], list(c.shape[2:]), 3)
+
+
+def case(order, *spacing):
+    """Spacings of the last axes."""
+    return Case(
+        lambda c, like: fastreg.bspline_displacement(c, spacing[5 - c.dim() :], like.shape[2:], order),
+        lambda n, size, dtype: (make((n, *size), spacing[3 - len(size) :], order, dtype), like(n, size)),
+    )
+
+
+CONTRACT = Contract(
+    cases={"linear": case(1, 2, 3, 1), "quadratic": case(2, 1, 2, 3), "cubic": case(3, 3, 3, 3)},
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes="refused: a field of control points has a voxel",
+    repeats=True,
+)

@@ -1,11 +1,13 @@
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from common import BACKEND, COMPILED, DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.compose import compose_ref
@@ -17,13 +19,6 @@ SHAPES = [
     pytest.param((2, 2, 9, 67), id="n2h9w67"),
     pytest.param((1, 3, 1, 1, 5), id="one-voxel-axes"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes 0.1 s a program of any size."""
-    if BACKEND == "triton":
-        monkeypatch.setattr("fastreg.kernels.warp._TILE", (8, 16, 64))
 
 
 def make(shape, dtype=torch.float64):
@@ -81,15 +76,6 @@ def test_composition_is_warping_twice():
 
 
 @pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 3), (2, 2, 4, 3)])
-def test_gradcheck(shape):
-    for padding in PADDINGS:
-        function = lambda u, v, p=padding: fastreg.compose(u, v, padding=p)  # noqa: E731
-        assert torch.autograd.gradcheck(function, make(shape), fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, make(shape), fast_mode=True)
-
-
-@pytest.mark.usefixtures("reproducible")
 def test_one_gradient_at_a_time():
     u, v = make((2, 3, 4, 5, 6))
     both = torch.autograd.grad(fastreg.compose(u, v).square().sum(), (u, v))
@@ -132,68 +118,6 @@ def test_non_finite_and_far(padding):
     assert torch.equal(fastreg.compose(u, v), u)
 
 
-@pytest.mark.usefixtures("reproducible")
-def test_layouts():
-    u, v = (t.detach() for t in make((2, 3, 5, 6, 7), torch.float32))
-    expected, grad = fastreg.compose(u, v), torch.randn(u.shape)
-    plain = [t.clone().requires_grad_() for t in (u, v)]
-    wanted = torch.autograd.grad(fastreg.compose(*plain), plain, grad)
-    for name in layouts(u):
-        fields = [layouts(t)[name].requires_grad_() for t in (u, v)]
-        out = fastreg.compose(*fields)
-        assert torch.equal(out, expected), name
-        for ours, theirs in zip(torch.autograd.grad(out, fields, layouts(grad)[name]), wanted, strict=True):
-            assert torch.equal(ours, theirs), name
-
-
-@pytest.mark.skipif(not COMPILED, reason="a property of the compiled scatter")
-def test_gradients_do_not_depend_on_threads():
-    fields = [t.requires_grad_() for t in (torch.randn(1, 3, 17, 9, 40), 6 * torch.randn(1, 3, 17, 9, 40))]
-    grad, results = torch.randn(1, 3, 17, 9, 40), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(torch.autograd.grad(fastreg.compose(*fields), fields, grad))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 3, 4, 5), (2, 3, 0, 4, 5), (1, 2, 4, 0)])
-def test_empty(shape):
-    fields = [torch.zeros(shape, requires_grad=True) for _ in range(2)]
-    out = fastreg.compose(*fields)
-    assert [g.shape for g in torch.autograd.grad(out.sum(), fields)] == [shape, shape]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u, v = make((2, 2, 4, 5), dtype)
-    torch.library.opcheck(torch.ops.fastreg.compose.default, (u, v, "border"))
-    # Without requires_grad: test_gradcheck has the double backward, which takes long to trace.
-    tensors = [t.detach() for t in (torch.rand_like(u), u, v)]
-    for needs in ((True, True), (False, True)):
-        torch.library.opcheck(torch.ops.fastreg.compose_bwd.default, (*tensors, "zeros", *needs))
-
-
-@pytest.mark.usefixtures("reproducible")
-def test_compile():
-    def step(u, v):
-        return fastreg.compose(u * 2, v).square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 5, 6, 7), (1, 3, 8, 7, 6)]:
-        fields = make(shape, torch.float32)
-        expected = torch.autograd.grad(step(*fields), fields)
-        for ours, theirs in zip(torch.autograd.grad(compiled(*fields), fields), expected, strict=True):
-            assert_close(ours, theirs)
-
-
-def test_vmap():
-    u, v = torch.randn(4, 2, 2, 5, 6), torch.randn(4, 2, 2, 5, 6)
-    expected = torch.stack([fastreg.compose(a, b) for a, b in zip(u, v, strict=True)])
-    assert torch.equal(torch.vmap(fastreg.compose)(u, v), expected)
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -209,3 +133,37 @@ def test_errors(error, match, change):
     arguments = {"u": torch.zeros(1, 2, 4, 5), "v": torch.zeros(1, 2, 4, 5)} | change
     with pytest.raises(error, match=f"fastreg::compose: {match}"):
         fastreg.compose(**arguments)
+
+
+def opcheck(dtype):
+    u, v = make((2, 2, 4, 5), dtype)
+    yield torch.ops.fastreg.compose.default, (u, v, "border")
+    # Without requires_grad: gradgradcheck has the double backward, which takes long to trace.
+    tensors = [t.detach() for t in (torch.rand_like(u), u, v)]
+    for needs in ((True, True), (False, True)):
+        yield torch.ops.fastreg.compose_bwd.default, (*tensors, "zeros", *needs)
+
+
+def far(shape, dtype):
+    return torch.randn(shape).to(dtype).requires_grad_(), (6 * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+CONTRACT = Contract(
+    cases={
+        padding: Case(
+            partial(fastreg.compose, padding=padding),
+            lambda n, spatial, dtype: make((n, len(spatial), *spatial), dtype),
+        )
+        for padding in PADDINGS
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats={"far": Case(fastreg.compose, lambda n, spatial, dtype: far((n, len(spatial), *spatial), dtype))},
+    large=((17, 9, 40), (33, 70)),
+)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from common import DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.diffusion import NORMS, diffusion_ref
@@ -93,82 +94,9 @@ def test_nan_reaches_its_neighbours_and_its_sample(norm):
     assert grad.isnan().nonzero().tolist() == (expected if norm == "l2" else [])
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shape", [(2, 3, 2, 3, 2), (1, 2, 4, 1)])
-def test_gradcheck(shape, norm):
-    assert torch.autograd.gradcheck(lambda u: fastreg.diffusion(u, norm=norm, spacing=2.0), make(shape))
-
-
 def test_slope_of_l1_at_zero_is_zero():
     u = torch.zeros(1, 2, 3, 20, requires_grad=True)
     assert torch.autograd.grad(fastreg.diffusion(u, norm="l1"), u)[0].eq(0).all()
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape):
-    u = torch.randn(shape)
-    plain = u.clone().requires_grad_()
-    expected = fastreg.diffusion(plain)
-    (expected_grad,) = torch.autograd.grad(expected, plain)
-    for name in layouts(u):
-        t = layouts(u)[name].requires_grad_()
-        loss = fastreg.diffusion(t)
-        assert torch.equal(loss, expected), name
-        assert torch.equal(torch.autograd.grad(loss, t)[0], expected_grad), name
-
-
-def test_deterministic():
-    u = torch.randn(2, 3, 9, 10, 70, requires_grad=True)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        loss = fastreg.diffusion(u)
-        results.append((loss, *torch.autograd.grad(loss, u)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_empty():
-    u = torch.zeros(0, 3, 4, 5, 6, requires_grad=True)
-    loss = fastreg.diffusion(u)
-    assert loss.isnan()  # the mean of nothing
-    assert torch.autograd.grad(loss, u)[0].shape == u.shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u, grad = make((2, 3, 4, 5, 6), dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
-    torch.library.opcheck(torch.ops.fastreg.diffusion.default, (u, "l2", [1.0, 2.0, 3.0]))
-    torch.library.opcheck(torch.ops.fastreg.diffusion_bwd.default, (grad, u.detach(), "l1", [1.0, 2.0, 3.0]))
-
-
-def test_compile():
-    def step(u):
-        return fastreg.diffusion(2 * u, spacing=(1.0, 2.0, 3.0))
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        u = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
-
-
-def test_vmap():
-    u = torch.rand(4, 2, 2, 5, 6)
-    out = torch.vmap(fastreg.diffusion, in_dims=1)(u.movedim(0, 1))
-    assert_close(out, torch.stack([fastreg.diffusion(t) for t in u]), 1e-6)
-
-
-def test_double_backward_raises():
-    u = make((1, 2, 4, 5))
-    (grad,) = torch.autograd.grad(fastreg.diffusion(u), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastreg::diffusion: double backward is not supported"):
-        grad.sum().backward()
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::diffusion: torch\.func\.grad"):
-        torch.func.grad(fastreg.diffusion)(torch.rand(1, 2, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -194,3 +122,34 @@ def test_errors(error, match, change):
     arguments = {"u": torch.zeros(1, 3, 3, 4, 5)} | change
     with pytest.raises(error, match=rf"fastreg::diffusion: {match}"):
         fastreg.diffusion(**arguments)
+
+
+def opcheck(dtype):
+    u, grad = make((2, 3, 4, 5, 6), dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
+    yield torch.ops.fastreg.diffusion.default, (u, "l2", [1.0, 2.0, 3.0])
+    yield torch.ops.fastreg.diffusion_bwd.default, (grad, u.detach(), "l1", [1.0, 2.0, 3.0])
+
+
+def made(n, spatial, dtype):
+    return (make((n, len(spatial), *spatial), dtype),)
+
+
+def spaced(u):
+    return (1.0, 2.0, 3.0)[: u.dim() - 2]
+
+
+CONTRACT = Contract(
+    cases={
+        "l2": Case(fastreg.diffusion, made),
+        "l1": Case(lambda u: fastreg.diffusion(u, norm="l1", spacing=spaced(u)), made),
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

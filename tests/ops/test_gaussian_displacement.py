@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import COMPILED, DTYPES, assert_close, check_against_reference, layouts
+from common import COMPILED, DTYPES, assert_close, check_against_reference
+from contract import Case, Contract, like
 
 import fastreg
 from fastreg.ops.gaussian_displacement import SIGMA_IS, gaussian_displacement_ref
@@ -157,86 +158,6 @@ def test_infinite_extent_is_a_translation():
     assert torch.equal(out, torch.tensor([-2.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 9, 17))
 
 
-@pytest.mark.parametrize("sigma_is", SIGMA_IS)
-@pytest.mark.parametrize("shape", [(4, 5), (1, 3)])
-def test_gradcheck(shape, sigma_is):
-    assert torch.autograd.gradcheck(
-        lambda p: fastreg.gaussian_displacement(p, shape, sigma_is=sigma_is), make(1, 2, sigma_is=sigma_is)
-    )
-
-
-def test_double_backward_raises():
-    params = make(1, 2)
-    grad = torch.autograd.grad(
-        fastreg.gaussian_displacement(params, (4, 5)).sum(), params, create_graph=True
-    )[0]
-    with pytest.raises(RuntimeError, match="fastreg::gaussian_displacement: double backward"):
-        grad.sum().backward()
-
-
-def test_layouts():
-    params, grad = make(2, 3, torch.float32), torch.randn(2, 2, 6, 19)
-    expected = fastreg.gaussian_displacement(params, (6, 19))
-    (expected_grad,) = torch.autograd.grad(expected, params, grad)
-    strided = params.detach().mT.contiguous().mT.requires_grad_()
-    for other in layouts(grad).values():
-        out = fastreg.gaussian_displacement(strided, (6, 19))
-        assert torch.equal(out, expected)
-        grad_ = torch.autograd.grad(out, strided, other)[0]
-        assert torch.equal(grad_, expected_grad) if COMPILED else torch.allclose(grad_, expected_grad)
-    # A gradient of stride 0.
-    ours = torch.autograd.grad(fastreg.gaussian_displacement(params, (6, 19)).sum(), params)[0]
-    dense = torch.autograd.grad(
-        fastreg.gaussian_displacement(params, (6, 19)), params, torch.ones_like(grad)
-    )[0]
-    assert torch.equal(ours, dense)
-
-
-def test_deterministic():
-    params, grad = make(2, 5, torch.float32), torch.randn(2, 2, 37, 70)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = fastreg.gaussian_displacement(params, (37, 70))
-        results.append((out, *torch.autograd.grad(out, params, grad)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    params = make(2, 3, dtype)
-    torch.library.opcheck(torch.ops.fastreg.gaussian_displacement.default, (params, [4, 5], "std"))
-    grad = torch.randn(2, 2, 4, 5).to(dtype)
-    torch.library.opcheck(torch.ops.fastreg.gaussian_displacement_bwd.default, (grad, params.detach(), "var"))
-
-
-def test_compile():
-    def step(params, moving):
-        field = fastreg.gaussian_displacement(params, moving.shape[2:])
-        return fastreg.warp(moving, field).square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for n, t, shape in [(1, 4, (5, 6)), (2, 3, (7, 9))]:
-        params, moving = make(n, t, torch.float32), torch.rand(n, 1, *shape)
-        expected = torch.autograd.grad(step(params, moving), params)[0]
-        assert_close(torch.autograd.grad(compiled(params, moving), params)[0], expected, floor=0.1)
-
-
-def test_vmap():
-    params = make(6, 4, torch.float32).detach().view(2, 3, 4, 7)
-    out = torch.vmap(lambda p: fastreg.gaussian_displacement(p, (5, 6)), in_dims=1, out_dims=1)(params)
-    assert torch.equal(
-        out, torch.stack([fastreg.gaussian_displacement(params[:, i], (5, 6)) for i in range(3)], 1)
-    )
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::gaussian_displacement: torch\.func\.grad"):
-        torch.func.grad(lambda p: fastreg.gaussian_displacement(p, (4, 4)).sum())(torch.rand(1, 2, 7))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -262,3 +183,32 @@ def test_errors(error, match, change):
     arguments = {"params": torch.zeros(1, 2, 7), "shape": (4, 5)} | change
     with pytest.raises(error, match=rf"fastreg::gaussian_displacement: {match}"):
         fastreg.gaussian_displacement(**arguments)
+
+
+def opcheck(dtype):
+    params = make(2, 3, dtype)
+    yield torch.ops.fastreg.gaussian_displacement.default, (params, [4, 5], "std")
+    grad = torch.randn(2, 2, 4, 5).to(dtype)
+    yield torch.ops.fastreg.gaussian_displacement_bwd.default, (grad, params.detach(), "var")
+
+
+CONTRACT = Contract(
+    cases={
+        sigma_is: Case(
+            lambda p, like, s=sigma_is: fastreg.gaussian_displacement(p, like.shape[2:], sigma_is=s),
+            lambda n, size, dtype, s=sigma_is: (make(n, 3, dtype, s), like(n, size)),
+        )
+        for sigma_is in SIGMA_IS
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes="refused: an image has a voxel",
+    repeats=True,
+    dimensions=(2,),
+    large=((37, 70),),
+)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from common import DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.integrate_gradients import integrate_gradients_bwd_ref, integrate_gradients_ref
@@ -81,75 +82,6 @@ def test_what_is_not_finite_reaches_what_follows_on_its_line(value):
     assert torch.equal(~torch.autograd.grad(out, phi, grad)[0].isfinite(), before)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 2), (2, 2, 4, 3)])
-def test_gradcheck(shape):
-    assert torch.autograd.gradcheck(fastreg.integrate_gradients, make(shape))
-    assert torch.autograd.gradgradcheck(fastreg.integrate_gradients, make(shape))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape):
-    phi, grad = torch.rand(shape), torch.randn(shape)
-    plain = phi.clone().requires_grad_()
-    expected = fastreg.integrate_gradients(plain)
-    (expected_grad,) = torch.autograd.grad(expected, plain, grad)
-    for name in layouts(phi):
-        t = layouts(phi)[name].requires_grad_()
-        out = fastreg.integrate_gradients(t)
-        assert torch.equal(out, expected), name
-        assert torch.equal(torch.autograd.grad(out, t, layouts(grad)[name])[0], expected_grad), name
-
-
-def test_deterministic():
-    phi, grad = torch.rand(2, 3, 9, 10, 70, requires_grad=True), torch.randn(2, 3, 9, 10, 70)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = fastreg.integrate_gradients(phi)
-        results.append((out, *torch.autograd.grad(out, phi, grad)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (1, 2, 0, 4), (1, 2, 4, 0)])
-def test_empty(shape):
-    phi = torch.zeros(shape, requires_grad=True)
-    out = fastreg.integrate_gradients(phi)
-    assert out.shape == shape
-    assert torch.autograd.grad(out.sum(), phi)[0].shape == shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    phi = make((2, 3, 4, 5, 6), dtype)
-    torch.library.opcheck(torch.ops.fastreg.integrate_gradients.default, (phi,))
-    for reverse in (True, False):
-        torch.library.opcheck(torch.ops.fastreg.integrate_gradients_bwd.default, (phi, reverse))
-
-
-def test_compile():
-    def step(phi):
-        return fastreg.integrate_gradients(2 * phi).square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        phi = make(shape, torch.float32)
-        expected = torch.autograd.grad(step(phi), phi)[0]
-        assert_close(torch.autograd.grad(compiled(phi), phi)[0], expected, floor=0.1)
-
-
-def test_vmap():
-    phi = torch.rand(4, 2, 2, 5, 6)
-    out = torch.vmap(fastreg.integrate_gradients, in_dims=1)(phi.movedim(0, 1))
-    assert torch.equal(out, torch.stack([fastreg.integrate_gradients(t) for t in phi]))
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::integrate_gradients: torch\.func\.grad"):
-        torch.func.grad(lambda phi: fastreg.integrate_gradients(phi).sum())(torch.rand(1, 2, 4, 5))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "phi"),
     [
@@ -165,3 +97,29 @@ def test_transforms_without_a_derivative_raise():
 def test_errors(error, match, phi):
     with pytest.raises(error, match=f"fastreg::integrate_gradients: {match}"):
         fastreg.integrate_gradients(phi)
+
+
+def opcheck(dtype):
+    phi = make((2, 3, 4, 5, 6), dtype)
+    yield torch.ops.fastreg.integrate_gradients.default, (phi,)
+    for reverse in (True, False):
+        yield torch.ops.fastreg.integrate_gradients_bwd.default, (phi, reverse)
+
+
+CONTRACT = Contract(
+    cases={
+        "": Case(
+            fastreg.integrate_gradients,
+            lambda n, spatial, dtype: (make((n, len(spatial), *spatial), dtype),),
+        )
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

@@ -6,13 +6,12 @@ import scipy.ndimage
 import torch
 from common import (
     BACKEND,
-    COMPILED,
     DTYPES,
     assert_close,
     check_against_reference,
-    layouts,
     skip_where_the_interpreter_truncates,
 )
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.integrate_velocity import MAX_STEPS, integrate_velocity_ref
@@ -25,13 +24,6 @@ SHAPES = [
     pytest.param((1, 3, 1, 1, 5), id="one-voxel-axes"),
     pytest.param((1, 2, 1, 4), id="one-voxel-axis-2d"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes 0.1 s a program of any size."""
-    if BACKEND == "triton":
-        monkeypatch.setattr("fastreg.kernels.warp._TILE", (8, 16, 64))
 
 
 def make(shape, dtype=torch.float64, amplitude=4.0):
@@ -110,17 +102,6 @@ def test_affine_velocity_is_the_matrix_exponential(nd):
 
 
 @pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 3), (2, 2, 4, 3)])
-def test_gradcheck(shape):
-    for padding, checkpoint in itertools.product(PADDINGS, (False, True)):
-        assert torch.autograd.gradcheck(
-            lambda v, p=padding, c=checkpoint: fastreg.integrate_velocity(v, 4, padding=p, checkpoint=c),
-            (make(shape),),
-            fast_mode=True,
-        )
-
-
-@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 7, 9])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_checkpoint_gives_the_same_bits(shape, steps):
@@ -187,88 +168,12 @@ def test_far_velocities():
         check_against_reference(lambda t, p=padding: fastreg.integrate_velocity(t, 3, padding=p), reference(3, padding), (v,))  # fmt: skip
 
 
-@pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 2, 9, 12)])
-def test_layouts(shape):
-    v, weight = make(shape, torch.float32), torch.randn(shape)
-    expected, wanted = fastreg.integrate_velocity(v, 3), grad_of(v, weight, 3)
-    for name, t in layouts(v.detach()).items():
-        t.requires_grad_()
-        assert torch.equal(fastreg.integrate_velocity(t, 3), expected), name
-        assert torch.equal(grad_of(t, layouts(weight)[name], 3), wanted), name
-    summed = torch.autograd.grad(fastreg.integrate_velocity(v, 3).sum(), v)[0]  # gradient of stride 0
-    assert torch.equal(summed, grad_of(v, torch.ones(shape), 3))
-
-
-@pytest.mark.skipif(not COMPILED, reason="a property of the compiled scatter")
-@pytest.mark.parametrize("shape", [(1, 3, 17, 9, 40), (2, 2, 33, 70)])
-def test_gradient_does_not_depend_on_threads(shape):
-    v, weight, results = make(shape, torch.float32, 8.0), torch.randn(shape), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(grad_of(v, weight))
-    torch.set_num_threads(2)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 3, 4, 5), (2, 3, 0, 4, 5), (1, 2, 4, 0)])
-def test_empty(shape):
-    v = torch.zeros(shape, requires_grad=True)
-    out = fastreg.integrate_velocity(v)
-    assert out.shape == shape
-    assert torch.autograd.grad(out.sum(), v)[0].shape == shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    v = make((2, 3, 4, 5, 6), dtype)
-    for keep in (True, False):
-        torch.library.opcheck(torch.ops.fastreg.integrate_velocity.default, (v, 3, "border", keep))
-        fields = torch.ops.fastreg.integrate_velocity(v.detach(), 3, "border", keep)[1]
-        args = (torch.rand_like(v), v.detach(), fields, 3, "border")
-        torch.library.opcheck(torch.ops.fastreg.integrate_velocity_bwd.default, args)
-
-
 def test_kept_fields_are_those_of_the_reference():
     for shape in ((2, 3, 4, 5, 6), (2, 2, 5, 6)):
         v = make(shape).detach()
         ours = torch.ops.fastreg.integrate_velocity(v, 4, "border", True)
         for a, b in zip(ours, integrate_velocity_ref(v, 4, "border", True), strict=True):
             assert_close(a, b, 1e-9)
-
-
-@pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_compile(checkpoint):
-    def step(v):
-        return fastreg.integrate_velocity(v * 2, 3, checkpoint=checkpoint).square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 5, 6, 7), (1, 3, 8, 7, 6)]:
-        v = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(v), v)[0], torch.autograd.grad(step(v), v)[0])
-
-
-@pytest.mark.usefixtures("reproducible")
-def test_vmap():
-    v = torch.randn(4, 2, 2, 5, 6)
-    expected = torch.stack([fastreg.integrate_velocity(t) for t in v])
-    assert torch.equal(torch.vmap(fastreg.integrate_velocity)(v), expected)
-    v.requires_grad_()
-    out = torch.vmap(fastreg.integrate_velocity)(v)
-    weight = torch.randn(v.shape)
-    for n in range(4):
-        assert torch.equal(
-            torch.autograd.grad(out, v, weight, retain_graph=True)[0][n], grad_of(v[n], weight[n])
-        )
-
-
-def test_double_backward_raises():
-    v = make((1, 2, 4, 5))
-    grad = torch.autograd.grad(fastreg.integrate_velocity(v).square().sum(), v, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="fastreg::integrate_velocity: double backward is not supported"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -288,3 +193,37 @@ def test_double_backward_raises():
 def test_errors(error, match, change):
     with pytest.raises(error, match=f"fastreg::integrate_velocity: {match}"):
         fastreg.integrate_velocity(**({"v": torch.zeros(1, 2, 4, 5)} | change))
+
+
+def opcheck(dtype):
+    v = make((2, 3, 4, 5, 6), dtype)
+    for keep in (True, False):
+        yield torch.ops.fastreg.integrate_velocity.default, (v, 3, "border", keep)
+        fields = torch.ops.fastreg.integrate_velocity(v.detach(), 3, "border", keep)[1]
+        arguments = (torch.rand_like(v), v.detach(), fields, 3, "border")
+        yield torch.ops.fastreg.integrate_velocity_bwd.default, arguments
+
+
+def case(amplitude=4.0, **options):
+    return Case(
+        lambda v: fastreg.integrate_velocity(v, 4, **options),
+        lambda n, spatial, dtype: (make((n, len(spatial), *spatial), dtype, amplitude),),
+    )
+
+
+CONTRACT = Contract(
+    cases={
+        f"{padding}{'-checkpoint' if checkpoint else ''}": case(padding=padding, checkpoint=checkpoint)
+        for padding, checkpoint in itertools.product(PADDINGS, (False, True))
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats={"far": case(8.0), "far-checkpoint": case(8.0, checkpoint=True)},
+    large=((17, 9, 40), (33, 70)),
+)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from common import DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.jacobian_determinant import jacobian_determinant_ref
@@ -109,80 +110,6 @@ def test_no_difference_along_an_axis_of_one_voxel(shape, value):
     assert torch.autograd.grad(out.sum(), alone)[0].eq(0).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 3), (1, 2, 3, 5), (1, 3, 2, 1, 4)])
-def test_gradcheck(shape):
-    assert torch.autograd.gradcheck(fastreg.jacobian_determinant, make(shape, amplitude=1.0))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape):
-    u, grad = torch.randn(shape), torch.randn(shape)[:, :1]
-    plain = u.clone().requires_grad_()
-    expected = fastreg.jacobian_determinant(plain)
-    (expected_grad,) = torch.autograd.grad(expected, plain, grad)
-    for name in layouts(u):
-        t = layouts(u)[name].requires_grad_()
-        out = fastreg.jacobian_determinant(t)
-        assert torch.equal(out, expected), name
-        assert torch.equal(torch.autograd.grad(out, t, layouts(grad)[name])[0], expected_grad), name
-
-
-def test_deterministic():
-    u, grad = torch.randn(2, 3, 9, 10, 70, requires_grad=True), torch.randn(2, 1, 9, 10, 70)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = fastreg.jacobian_determinant(u)
-        results.append((out, *torch.autograd.grad(out, u, grad)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (1, 2, 0, 4)])
-def test_empty(shape):
-    u = torch.zeros(shape, requires_grad=True)
-    out = fastreg.jacobian_determinant(u)
-    assert out.shape == (shape[0], 1, *shape[2:])
-    assert torch.autograd.grad(out.sum(), u)[0].shape == shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u = make((2, 3, 4, 5, 6), dtype)
-    torch.library.opcheck(torch.ops.fastreg.jacobian_determinant.default, (u,))
-    grad = torch.rand_like(fastreg.jacobian_determinant(u).detach())
-    torch.library.opcheck(torch.ops.fastreg.jacobian_determinant_bwd.default, (grad, u.detach()))
-
-
-def test_compile():
-    def step(u):
-        return fastreg.jacobian_determinant(2 * u).square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        u = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
-
-
-def test_vmap():
-    u = torch.randn(4, 2, 2, 5, 6)
-    out = torch.vmap(fastreg.jacobian_determinant, in_dims=1)(u.movedim(0, 1))
-    assert torch.equal(out, torch.stack([fastreg.jacobian_determinant(t) for t in u]))
-
-
-def test_double_backward_raises():
-    u = make((1, 2, 4, 5))
-    (grad,) = torch.autograd.grad(fastreg.jacobian_determinant(u).sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastreg::jacobian_determinant: double backward is not supported"):
-        grad.sum().backward()
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::jacobian_determinant: torch\.func\.grad"):
-        torch.func.grad(lambda u: fastreg.jacobian_determinant(u).sum())(torch.rand(1, 2, 4, 5))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "u"),
     [
@@ -198,3 +125,29 @@ def test_transforms_without_a_derivative_raise():
 def test_errors(error, match, u):
     with pytest.raises(error, match=f"fastreg::jacobian_determinant: {match}"):
         fastreg.jacobian_determinant(u)
+
+
+def opcheck(dtype):
+    u = make((2, 3, 4, 5, 6), dtype)
+    yield torch.ops.fastreg.jacobian_determinant.default, (u,)
+    grad = torch.rand_like(fastreg.jacobian_determinant(u).detach())
+    yield torch.ops.fastreg.jacobian_determinant_bwd.default, (grad, u.detach())
+
+
+CONTRACT = Contract(
+    cases={
+        "": Case(
+            fastreg.jacobian_determinant,
+            lambda n, spatial, dtype: (make((n, len(spatial), *spatial), dtype, 1.0),),
+        )
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

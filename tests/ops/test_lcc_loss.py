@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import BACKEND, DTYPES, assert_close, check_against_reference, double, layouts
+from common import BACKEND, DTYPES, assert_close, check_against_reference, double
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.lcc_loss import DENOMINATORS, KERNELS, PADDINGS, lcc_loss_ref, lcc_map_ref
@@ -531,123 +532,12 @@ def test_same_numbers_as_icon():
         assert_close(grad, expected, 1e-7)
 
 
-def test_gradcheck():
-    for shape, padding, mask in (
-        ((1, 2, 3, 4, 3), "zeros", None),
-        ((2, 1, 4, 3), "valid", torch.rand(2, 1, 4, 3).double()),
-    ):
-        cases = itertools.product((True, False), DENOMINATORS, KERNELS)
-        for squared, denominator, kernel in list(cases)[:: 5 if QUICK else 1]:
-            for reduction in ("mean", "none"):
-                o = {"squared": squared, "denominator": denominator, "reduction": reduction, "kernel": kernel}
-                assert torch.autograd.gradcheck(
-                    lambda f, m, o=o, p=padding, k=mask: fastreg.lcc_loss(
-                        f, m, 5, padding=p, mask=k, smooth_dr=1e-2, **o
-                    ),
-                    pair(shape), fast_mode=True,
-                )  # fmt: skip
-
-
-@pytest.mark.parametrize("kernel", ["gaussian", "triangular"])
-def test_threads_do_not_change_weighted_windows(kernel):
-    fixed, moved = pair((1, 2, 7, 6, 9) if QUICK else (1, 2, 70, 9, 23), torch.float32)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            loss = fastreg.lcc_loss(fixed, moved, 7, kernel=kernel)
-            results.append((loss, *torch.autograd.grad(loss, (fixed, moved))))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_layouts_and_repeats(kernel):
-    fixed, moved = (x.detach().float() for x in pair((2, 2, 6, 7, 9)))
-    mask = torch.rand(2, 1, 6, 7, 9)
-    expected = fastreg.lcc_loss(fixed, moved, 5, kernel=kernel, mask=mask)
-    for name in layouts(fixed):
-        f, m = layouts(fixed)[name].requires_grad_(), layouts(moved)[name].requires_grad_()
-        loss = fastreg.lcc_loss(f, m, 5, kernel=kernel, mask=layouts(mask)[name])
-        assert_close(loss, expected.double(), 1e-6)
-        first = torch.autograd.grad(loss, (f, m), retain_graph=True)
-        again = torch.autograd.grad(2 * loss, (f, m))
-        for a, b in zip(first, again, strict=True):
-            assert torch.equal(2 * a, b)
-    shared = fixed[:1].expand(2, -1, -1, -1, -1)
-    assert torch.equal(fastreg.lcc_loss(shared, moved), fastreg.lcc_loss(shared.contiguous(), moved))
-
-
 def test_mixed_dtypes_are_promoted():
     fixed, moved = pair((1, 1, 8, 8, 8))
     f, m = fixed.detach().bfloat16().requires_grad_(), moved.detach().float().requires_grad_()
     loss = fastreg.lcc_loss(f, m)
     assert torch.equal(loss, fastreg.lcc_loss(f.float(), m))
     assert [g.dtype for g in torch.autograd.grad(loss, (f, m))] == [torch.bfloat16, torch.float32]
-
-
-def test_opcheck():
-    fixed, moved = pair((2, 1, 4, 5, 6), torch.float32)
-    mask = torch.rand(2, 1, 4, 5, 6)
-    for m, kernel in ((None, "box"), (mask, "gaussian"), (None, "triangular")):
-        options = op_options(kernel=kernel)
-        torch.library.opcheck(torch.ops.fastreg.lcc_map.default, (fixed, moved, m, *options))
-        torch.library.opcheck(torch.ops.fastreg.lcc_map_bwd.default, (torch.rand_like(mask), fixed.detach(), moved.detach(), m, *options, True, False))  # fmt: skip
-        torch.library.opcheck(
-            torch.ops.fastreg.lcc_loss.default, (fixed, moved.detach(), m, *options, True, False),
-            # The unit gradients it also returns have no derivative: asking for one raises.
-            test_utils=("test_schema", "test_faketensor"),
-        )  # fmt: skip
-
-
-def test_compile():
-    def step(fixed, moved):
-        return (
-            fastreg.lcc_loss(fixed, moved * 2, 5)
-            + fastreg.lcc_loss(fixed, moved, 3, reduction="none").mean()
-            + fastreg.lcc_loss(fixed, moved, 5, kernel="gaussian", sigma=1.5)
-        )
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in ((1, 1, 6, 7, 8), (1, 1, 9, 8, 7)):
-        fixed, moved = pair(shape, torch.float32)
-        assert_close(compiled(fixed, moved), step(fixed, moved).double())
-        expected = torch.autograd.grad(step(fixed, moved), (fixed, moved))
-        for grad, true in zip(
-            torch.autograd.grad(compiled(fixed, moved), (fixed, moved)), expected, strict=True
-        ):
-            assert_close(grad, true.double())
-
-
-def test_vmap():
-    fixed, moved = (x.detach() for x in pair((3, 2, 1, 6, 7)))
-    for reduction, kernel in (("mean", "box"), ("none", "box"), ("mean", "gaussian"), ("none", "triangular")):
-
-        def loss(f, m, r=reduction, k=kernel):
-            return fastreg.lcc_loss(f, m, 5, reduction=r, kernel=k)
-
-        expected = torch.stack([loss(f, m) for f, m in zip(fixed, moved, strict=True)])
-        assert_close(torch.vmap(loss)(fixed, moved), expected, 1e-12)
-        expected = torch.stack([loss(fixed[0], m) for m in moved])
-        assert_close(torch.vmap(loss, in_dims=(None, 0))(fixed[0], moved), expected, 1e-12)
-
-
-def test_vmap_passes_gradients():
-    fixed, moved = pair((3, 1, 1, 6, 7))
-    for reduction, kernel in (("mean", "box"), ("none", "box"), ("mean", "gaussian"), ("none", "triangular")):
-
-        def loss(f, m, r=reduction, k=kernel):
-            return fastreg.lcc_loss(f, m, 5, reduction=r, kernel=k)
-
-        grads = torch.autograd.grad(torch.vmap(loss)(fixed, moved).sum(), (fixed, moved))
-        expected = torch.autograd.grad(
-            sum(loss(f, m).sum() for f, m in zip(fixed, moved, strict=True)), (fixed, moved)
-        )
-        for grad, true in zip(grads, expected, strict=True):
-            assert_close(grad, true, 1e-9)
 
 
 def test_numpy_numbers_and_odd_masks():
@@ -681,25 +571,6 @@ def test_the_shift_of_an_image_without_a_middle(monkeypatch):
         far = ((1e3 + x).to(dtype) for x in (fixed, moved))
         got = fastreg.lcc_loss(*far, 5, mask=mask.to(dtype), padding="valid", reduction="none")
         assert_close(got, expected, 1e-4)
-
-
-def test_double_backward_raises():
-    fixed, moved = pair((1, 1, 5, 6, 7))
-    for reduction in ("mean", "none"):
-        loss = fastreg.lcc_loss(fixed, moved, 3, reduction=reduction).sum()
-        (grad,) = torch.autograd.grad(loss, moved, create_graph=True)
-        with pytest.raises(RuntimeError, match="double backward is not supported"):
-            torch.autograd.grad(grad.sum(), moved)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_empty_batch(kernel):
-    fixed = torch.zeros(0, 1, 4, 5, 6, requires_grad=True)
-    assert fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel, reduction="sum") == 0
-    assert fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel, reduction="none").shape == (0, 1, 4, 5, 6)
-    assert fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel).isnan()  # as torch's mean over nothing
-    loss = fastreg.lcc_loss(fixed, fixed.detach(), kernel=kernel, reduction="sum")
-    assert torch.autograd.grad(loss, fixed)[0].shape == fixed.shape
 
 
 @pytest.mark.parametrize(
@@ -767,3 +638,58 @@ def test_weighted_windows_have_a_limit():
     image = torch.rand(1, 1, 4, 4)
     with pytest.raises(ValueError, match="window must be at most 65537"):
         fastreg.lcc_loss(image, image, 2**16 + 3, kernel="gaussian")
+
+
+def opcheck(dtype):
+    fixed, moved = pair((2, 1, 4, 5, 6), dtype)
+    mask = torch.rand(2, 1, 4, 5, 6)
+    for m, kernel in ((None, "box"), (mask, "gaussian"), (None, "triangular")):
+        options = op_options(kernel=kernel)
+        plain = fixed.detach(), moved.detach()
+        yield torch.ops.fastreg.lcc_map.default, (fixed, moved, m, *options)
+        yield torch.ops.fastreg.lcc_map_bwd.default, (torch.rand_like(mask), *plain, m, *options, True, False)
+        # The unit gradients it also returns have no derivative: asking for one raises.
+        arguments = (fixed, plain[1], m, *options, True, False)
+        yield torch.ops.fastreg.lcc_loss.default, arguments, ("test_schema", "test_faketensor")
+
+
+def case(masked=False, **options):
+    def make(n, spatial, dtype):
+        images = pair((n, 1, *spatial), dtype)
+        return (*images, torch.rand(n, 1, *spatial).to(dtype)) if masked else images
+
+    return Case(lambda f, m, mask=None: fastreg.lcc_loss(f, m, 5, mask=mask, **options), make)
+
+
+CONTRACT = Contract(
+    cases={
+        "box": case(),
+        "gaussian": case(kernel="gaussian", reduction="sum"),
+        "triangular-masked": case(True, kernel="triangular"),
+        "map": case(reduction="none"),
+        "gaussian-map-masked": case(True, kernel="gaussian", reduction="none", padding="valid"),
+        "triangular-map": case(kernel="triangular", reduction="none"),
+    },
+    opcheck=opcheck,
+    gradcheck={
+        "-".join(str(o) for o in options.values()): case(
+            mask, padding="valid" if mask else "zeros", smooth_dr=1e-2, **options
+        )
+        for mask in (False, True)
+        for options in [
+            {"squared": squared, "denominator": denominator, "kernel": kernel, "reduction": reduction}
+            for squared, denominator, kernel, reduction in itertools.product(
+                (True, False), DENOMINATORS, KERNELS, ("mean", "none")
+            )
+        ][:: 5 if QUICK else 1]
+    },
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+    tolerance=1e-6,
+    large=((7, 6, 9),) if QUICK else ((70, 9, 23), (40, 33)),
+)

@@ -11,9 +11,9 @@ from common import (
     check_against_reference,
     double,
     gradients,
-    layouts,
     skip_where_the_interpreter_truncates,
 )
+from contract import Case, Contract
 from scipy.ndimage import map_coordinates
 
 import fastreg
@@ -177,15 +177,6 @@ def test_finds_a_shift():
     assert best.eq(3 * 25 + 0 * 5 + 4).all()
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalize"])
-@pytest.mark.parametrize("displaced", [False, True], ids=["still", "displaced"])
-@pytest.mark.parametrize(("shape", "radius"), [((1, 2, 2, 3, 2), (1, 0, 1)), ((2, 2, 3, 2), 1)])
-def test_gradcheck(shape, radius, displaced, normalize, padding):
-    inputs = make(shape, displaced=displaced)
-    assert torch.autograd.gradcheck(correlate(radius, normalize=normalize, padding=padding), inputs)
-
-
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalize"])
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
 def test_any_choice_of_gradients(wanted, normalize):
@@ -293,50 +284,6 @@ def test_nan_gradient_reaches_what_made_it(padding):
     assert grad_moving[0, 0].isnan().nonzero().tolist() == reached
 
 
-@pytest.mark.parametrize("displaced", [False, True], ids=["still", "displaced"])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 17), (2, 3, 8, 9)])
-def test_layouts(shape, displaced):
-    plain = make(shape, torch.float32, displaced)
-    f = correlate(1, normalize=True)
-    expected = f(*plain)
-    weight = torch.randn_like(expected)
-    expected_grads = torch.autograd.grad(expected, plain, weight)
-    for name in layouts(plain[0].detach()):
-        given = [layouts(t.detach())[name].requires_grad_() for t in plain]
-        out = f(*given)
-        assert torch.equal(out, expected), name
-        for a, b in zip(torch.autograd.grad(out, given, weight), expected_grads, strict=True):
-            assert torch.equal(a, b), name
-
-
-@pytest.mark.skipif(not COMPILED, reason="PyTorch's own sums depend on the thread count")
-@pytest.mark.parametrize("shape", [(2, 3, 9, 10, 70), (1, 4, 40, 33)])
-def test_deterministic(shape):
-    inputs = make(shape, torch.float32, displaced=True)
-    f = correlate(2, normalize=True)
-    weight = torch.randn_like(f(*inputs))
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = f(*inputs)
-        results.append((out, *torch.autograd.grad(out, inputs, weight)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalize"])
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 3, 0, 4, 5), (1, 2, 0, 4)])
-def test_empty(shape, normalize):
-    for displaced, padding in itertools.product((False, True), PADDINGS):
-        inputs = make(shape, torch.float32, displaced)
-        out = correlate(1, normalize=normalize, padding=padding)(*inputs)
-        assert out.shape == (shape[0], 3 ** (len(shape) - 2), *shape[2:])
-        assert out.eq(0).all()
-        grads = torch.autograd.grad(out.sum(), inputs)
-        assert all(g.shape == i.shape and g.eq(0).all() for g, i in zip(grads, inputs, strict=True))
-
-
 def test_mixed_dtypes():
     fixed, moving, u = make((1, 2, 4, 5, 6), torch.float32, displaced=True)
     out = fastreg.local_correlation(fixed.bfloat16(), moving, 1)
@@ -349,57 +296,6 @@ def test_mixed_dtypes():
     out = fastreg.local_correlation(*halves, 1, displacement=narrow)
     assert out.dtype == torch.float16
     assert [g.dtype for g in torch.autograd.grad(out.sum(), (*halves, narrow))] == [torch.float16] * 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("displaced", "normalize"), [(False, False), (False, True), (True, True)])
-def test_opcheck(dtype, displaced, normalize):
-    shape = (2, 2, 3, 4, 5)
-    fixed, moving, *u = make(shape, dtype, displaced)
-    u = u[0] if displaced else None
-    arguments = ([1, 0, 1], u, normalize, "mean", "border")
-    op, bwd = torch.ops.fastreg.local_correlation, torch.ops.fastreg.local_correlation_bwd
-    torch.library.opcheck(op.default, (fixed, moving, *arguments))
-    out, statistics = (t.detach() for t in op(fixed, moving, *arguments))
-    tensors = (torch.rand_like(out), fixed.detach(), moving.detach(), statistics)
-    arguments = ([1, 0, 1], None if u is None else u.detach(), normalize, "mean", "border")
-    for needs in ((True, True), (False, True)):
-        torch.library.opcheck(bwd.default, (*tensors, *arguments, *needs))
-
-
-def test_compile():
-    def step(fixed, moving, u):
-        return fastreg.local_correlation(3 * fixed, moving, 1, displacement=u, normalize=True).square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        inputs = make(shape, torch.float32, displaced=True)
-        for a, b in zip(
-            torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(step(*inputs), inputs), strict=True
-        ):  # fmt: skip
-            assert_close(a, b, floor=0.1)
-
-
-@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalize"])
-def test_vmap(normalize):
-    fixed, moving, u = (torch.rand(4, 2, c, 5, 6) for c in (3, 3, 2))
-    f = correlate(1, normalize=normalize)
-    out = torch.vmap(f, in_dims=(1, 0, 0))(fixed.movedim(0, 1), moving, u)
-    assert_close(out, torch.stack([f(*t) for t in zip(fixed, moving, u, strict=True)]), 1e-6)
-    out = torch.vmap(f, in_dims=(0, None))(fixed, moving[0])
-    assert_close(out, torch.stack([f(t, moving[0]) for t in fixed]), 1e-6)
-
-
-def test_double_backward_raises():
-    inputs = make((1, 2, 4, 5))
-    grads = torch.autograd.grad(fastreg.local_correlation(*inputs, 1).sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastreg::local_correlation: double backward is not supported"):
-        grads[0].sum().backward()
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::local_correlation: torch\.func\.grad"):
-        torch.func.grad(lambda f: fastreg.local_correlation(f, f, 1).sum())(torch.rand(1, 2, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -458,3 +354,36 @@ def test_a_radius_far_beyond_the_image_costs_what_it_writes():
     out = fastreg.local_correlation(image, image.detach(), (0, 4000))
     assert torch.autograd.grad(out.sum(), image)[0].shape == image.shape
     assert out.count_nonzero() == 36
+
+
+def opcheck(dtype):
+    op, bwd = torch.ops.fastreg.local_correlation, torch.ops.fastreg.local_correlation_bwd
+    for displaced, normalize in ((False, False), (False, True), (True, True)):
+        fixed, moving, *u = make((2, 2, 3, 4, 5), dtype, displaced)
+        options = ([1, 0, 1], u[0] if displaced else None, normalize, "mean", "border")
+        yield op.default, (fixed, moving, *options)
+        out, statistics = (t.detach() for t in op(fixed, moving, *options))
+        tensors = (torch.rand_like(out), fixed.detach(), moving.detach(), statistics)
+        options = (options[0], u[0].detach() if displaced else None, *options[2:])
+        for needs in ((True, True), (False, True)):
+            yield bwd.default, (*tensors, *options, *needs)
+
+
+CONTRACT = Contract(
+    cases={
+        f"{'displaced' if displaced else 'still'}-{'normalize' if normalize else 'raw'}-{padding}": Case(
+            correlate(1, normalize=normalize, padding=padding),
+            lambda n, spatial, dtype, d=displaced: make((n, 3, *spatial), dtype, d),
+        )
+        for displaced, normalize, padding in itertools.product((False, True), (False, True), PADDINGS)
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.mse_loss import mse_loss_ref, mse_map_ref
@@ -150,99 +153,6 @@ def test_long_sums_keep_their_digits():
     assert_close(fastreg.mse_loss(fixed, moved), F.mse_loss(fixed.double(), moved.double()), 1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(reduction):
-    fixed, moved = make((2, 2, 3, 4))
-    for mask in (None, make_mask(fixed.shape).double()):
-        assert torch.autograd.gradcheck(
-            lambda f, m, k=mask: fastreg.mse_loss(f, m, mask=k, reduction=reduction), (fixed, moved)
-        )
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape):
-    fixed, moved, mask = torch.randn(shape), torch.randn(shape), make_mask(shape)
-    plain = [t.clone().requires_grad_() for t in (fixed, moved)]
-    for reduction in ("sum", "none"):
-        expected = fastreg.mse_loss(*plain, mask=mask, reduction=reduction)
-        expected_grads = torch.autograd.grad(expected.sum(), plain)
-        for name in layouts(fixed):
-            f, m = (layouts(t)[name].requires_grad_() for t in (fixed, moved))
-            loss = fastreg.mse_loss(f, m, mask=layouts(mask)[name], reduction=reduction)
-            assert torch.equal(loss, expected), name
-            for ours, theirs in zip(torch.autograd.grad(loss.sum(), (f, m)), expected_grads, strict=True):
-                assert torch.equal(ours, theirs), name
-
-
-def test_deterministic():
-    fixed, moved = make((2, 2, 9, 10, 70), torch.float32)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        loss = fastreg.mse_loss(fixed, moved)
-        results.append((loss, *torch.autograd.grad(loss, (fixed, moved))))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_empty():
-    fixed, moved = torch.zeros(0, 2, 4, 5, requires_grad=True), torch.zeros(0, 2, 4, 5)
-    assert fastreg.mse_loss(fixed, moved).isnan()  # the mean of nothing
-    assert fastreg.mse_loss(fixed, moved, reduction="none").shape == (0, 1, 4, 5)
-    loss = fastreg.mse_loss(fixed, moved, reduction="sum")
-    assert loss == 0
-    assert torch.autograd.grad(loss, fixed)[0].shape == fixed.shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    inputs, mask = make((2, 3, 4, 5, 6), dtype), make_mask((2, 3, 4, 5, 6))
-    plain = [t.detach() for t in inputs]
-    for op in (torch.ops.fastreg.mse_loss.default, torch.ops.fastreg.mse_map.default):
-        torch.library.opcheck(op, (*inputs, None))
-        torch.library.opcheck(op, (*inputs, mask))
-        grad = torch.rand_like(op(*plain, mask))
-        torch.library.opcheck(torch.ops.fastreg.mse_loss_bwd.default, (grad, *plain, mask, True, False))
-
-
-def test_compile():
-    def step(fixed, moved):
-        return fastreg.mse_loss(2 * fixed, moved, mask=moved.detach().abs()[:, :1])
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        inputs = make(shape, torch.float32)
-        expected = torch.autograd.grad(step(*inputs), inputs)
-        for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
-            assert_close(ours, theirs, floor=0.1)
-
-
-def test_vmap():
-    fixed, moved, mask = torch.rand(4, 2, 2, 5, 6), torch.rand(4, 2, 2, 5, 6), torch.rand(4, 2, 1, 5, 6)
-    for reduction in ("mean", "none"):
-        out = torch.vmap(lambda f, m, k, r=reduction: fastreg.mse_loss(f, m, mask=k, reduction=r))(
-            fixed, moved, mask
-        )
-        expected = [
-            fastreg.mse_loss(f, m, mask=k, reduction=reduction)
-            for f, m, k in zip(fixed, moved, mask, strict=True)
-        ]
-        assert_close(out, torch.stack(expected), 1e-6)
-
-
-def test_double_backward_raises():
-    fixed, moved = make((1, 2, 4, 5))
-    (grad,) = torch.autograd.grad(fastreg.mse_loss(fixed, moved), moved, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastreg::mse_loss: double backward is not supported"):
-        grad.sum().backward()
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::mse_loss: torch\.func\.grad"):
-        torch.func.grad(fastreg.mse_loss)(torch.rand(1, 2, 4, 5), torch.rand(1, 2, 4, 5))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -278,3 +188,38 @@ def test_errors(error, match, change):
     arguments = {"fixed": torch.zeros(2, 3, 4, 5), "moved": torch.zeros(2, 3, 4, 5)} | change
     with pytest.raises(error, match=f"fastreg::mse_loss: {match}"):
         fastreg.mse_loss(**arguments)
+
+
+def opcheck(dtype):
+    inputs, mask = make((2, 3, 4, 5, 6), dtype), make_mask((2, 3, 4, 5, 6))
+    plain = [t.detach() for t in inputs]
+    for op in (torch.ops.fastreg.mse_loss.default, torch.ops.fastreg.mse_map.default):
+        yield op, (*inputs, None)
+        yield op, (*inputs, mask)
+        grad = torch.rand_like(op(*plain, mask))
+        yield torch.ops.fastreg.mse_loss_bwd.default, (grad, *plain, mask, True, False)
+
+
+def case(reduction, masked=False):
+    def make_(n, spatial, dtype):
+        images = make((n, 2, *spatial), dtype)
+        return (*images, make_mask((n, 2, *spatial)).to(dtype)) if masked else images
+
+    return Case(lambda f, m, mask=None: fastreg.mse_loss(f, m, mask=mask, reduction=reduction), make_)
+
+
+CONTRACT = Contract(
+    cases={
+        f"{reduction}{'-masked' if masked else ''}": case(reduction, masked)
+        for reduction, masked in itertools.product(("mean", "sum", "none"), (False, True))
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

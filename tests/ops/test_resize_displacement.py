@@ -1,7 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, assert_close, check_against_reference, gradients, layouts
+from common import DTYPES, assert_close, check_against_reference, gradients
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.resize_displacement import resize_displacement_ref
@@ -124,95 +125,6 @@ def test_one_voxel_axes():
     assert_close(faces[:, 0], 5 * u[:, 0].expand(1, 5, 4, 6))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 2, 1, 3), (1, 2, 3, 2)])
-@pytest.mark.parametrize("align_corners", [True, False])
-def test_gradcheck(shape, align_corners):
-    u, size = make(shape), [s + 1 for s in shape[2:]]
-
-    def resize(t):
-        return fastreg.resize_displacement(t, size, align_corners=align_corners)
-
-    assert torch.autograd.gradcheck(resize, u)
-    assert torch.autograd.gradgradcheck(lambda t: resize(t).square(), u, fast_mode=True)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 2, 8, 9)])
-def test_layouts(shape):
-    u, size = torch.randn(shape), [11, 4, 9][: len(shape) - 2]
-    grad = torch.randn(*shape[:2], *size)
-    plain = u.clone().requires_grad_()
-    expected = fastreg.resize_displacement(plain, size)
-    (expected_grad,) = torch.autograd.grad(expected, plain, grad)
-    for name in layouts(u):
-        t = layouts(u)[name].requires_grad_()
-        out = fastreg.resize_displacement(t, size)
-        assert torch.equal(out, expected), name
-        assert torch.equal(torch.autograd.grad(out, t, layouts(grad)[name])[0], expected_grad), name
-    # A gradient of stride 0.
-    ours = torch.autograd.grad(fastreg.resize_displacement(plain, size).sum(), plain)[0]
-    dense = torch.autograd.grad(fastreg.resize_displacement(plain, size), plain, torch.ones_like(grad))[0]
-    assert torch.equal(ours, dense)
-
-
-def test_deterministic():
-    u, grad = torch.randn(1, 3, 9, 10, 37, requires_grad=True), torch.randn(1, 3, 17, 19, 70)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = fastreg.resize_displacement(u, (17, 19, 70))
-        results.append((out, *torch.autograd.grad(out, u, grad)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_empty_batch():
-    u = torch.zeros(0, 3, 4, 5, 6, requires_grad=True)
-    out = fastreg.resize_displacement(u, (2, 3, 4))
-    assert out.shape == (0, 3, 2, 3, 4)
-    assert torch.autograd.grad(out.sum(), u)[0].shape == u.shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u = make((2, 3, 4, 5, 6), dtype)
-    torch.library.opcheck(torch.ops.fastreg.resize_displacement.default, (u, [3, 7, 8], True, None))
-    torch.library.opcheck(
-        torch.ops.fastreg.resize_displacement_bwd.default, (u, [3, 7, 8], False, [1.0, 2.0, 3.0])
-    )
-
-
-def test_compile():
-    def step(u):
-        return fastreg.resize_displacement(2 * u, [2 * s for s in u.shape[2:]]).square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        u = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
-
-
-def test_vmap():
-    u = torch.rand(4, 2, 2, 5, 6, requires_grad=True)
-
-    def resize(t):
-        return fastreg.resize_displacement(t, (8, 9))
-
-    out = torch.vmap(resize, in_dims=2)(u.movedim(0, 2))
-    assert torch.equal(out, torch.stack([resize(t) for t in u]))
-    basis = torch.randn(5, *out.shape[1:])
-    single = resize(u[0])
-    batched = torch.autograd.grad(single, u, basis, is_grads_batched=True, retain_graph=True)[0]
-    assert torch.equal(
-        batched, torch.stack([torch.autograd.grad(single, u, b, retain_graph=True)[0] for b in basis])
-    )
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::resize_displacement: torch\.func\.grad"):
-        torch.func.grad(lambda u: fastreg.resize_displacement(u, (3, 4)).sum())(torch.rand(1, 2, 4, 5))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -240,3 +152,32 @@ def test_errors(error, match, change):
     arguments = {"u": torch.zeros(1, 3, 3, 4, 5), "size": (3, 4, 5)} | change
     with pytest.raises(error, match=rf"fastreg::resize_displacement: {match}"):
         fastreg.resize_displacement(**arguments)
+
+
+def opcheck(dtype):
+    u = make((2, 3, 4, 5, 6), dtype)
+    yield torch.ops.fastreg.resize_displacement.default, (u, [3, 7, 8], True, None)
+    yield torch.ops.fastreg.resize_displacement_bwd.default, (u, [3, 7, 8], False, [1.0, 2.0, 3.0])
+
+
+def case(**options):
+    """To a larger size along the first axis, to smaller ones along the others."""
+
+    def call(u):
+        return fastreg.resize_displacement(u, (2 * u.shape[2] + 1, *(s - 1 for s in u.shape[3:])), **options)
+
+    return Case(call, lambda n, spatial, dtype: (make((n, len(spatial), *spatial), dtype),))
+
+
+CONTRACT = Contract(
+    cases={"corners": case(), "faces": case(align_corners=False), "scale": case(scale=2)},
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes="refused: nothing to interpolate",
+    repeats=True,
+)

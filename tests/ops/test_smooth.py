@@ -1,8 +1,11 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from common import DTYPES, assert_close, check_against_reference, gradients, layouts
+from common import DTYPES, assert_close, check_against_reference, gradients
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.smooth import smooth_ref
@@ -101,81 +104,6 @@ def test_nan_reaches_its_window_only(padding):
     assert torch.equal(grad.isnan(), expected)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("shape", [(1, 1, 3, 4, 2), (1, 2, 6, 4)])
-def test_gradcheck(shape, padding):
-    u = make(shape)
-    assert torch.autograd.gradcheck(lambda t: fastreg.smooth(t, 0.6, padding=padding), u)
-    assert torch.autograd.gradgradcheck(
-        lambda t: fastreg.smooth(t, 0.6, padding=padding).square(), u, fast_mode=True
-    )
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape):
-    u, grad = torch.randn(shape), torch.randn(shape)
-    plain = u.clone().requires_grad_()
-    expected = fastreg.smooth(plain, 0.7)
-    (expected_grad,) = torch.autograd.grad(expected, plain, grad)
-    for name in layouts(u):
-        t = layouts(u)[name].requires_grad_()
-        out = fastreg.smooth(t, 0.7)
-        assert torch.equal(out, expected), name
-        assert torch.equal(torch.autograd.grad(out, t, layouts(grad)[name])[0], expected_grad), name
-    # A gradient of stride 0.
-    ours = torch.autograd.grad(fastreg.smooth(plain, 0.7).sum(), plain)[0]
-    dense = torch.autograd.grad(fastreg.smooth(plain, 0.7), plain, torch.ones_like(grad))[0]
-    assert torch.equal(ours, dense)
-
-
-def test_deterministic():
-    u, grad = torch.randn(1, 3, 9, 10, 70, requires_grad=True), torch.randn(1, 3, 9, 10, 70)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        out = fastreg.smooth(u, 1.2)
-        results.append((out, *torch.autograd.grad(out, u, grad)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 0, 4, 5), (1, 1, 0, 4)])
-def test_empty(shape):
-    u = torch.zeros(shape, requires_grad=True)
-    out = fastreg.smooth(u, 1.0)
-    assert out.shape == shape
-    assert torch.autograd.grad(out.sum(), u)[0].shape == shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u = make((2, 1, 4, 5, 6), dtype)
-    torch.library.opcheck(torch.ops.fastreg.smooth.default, (u, [1.0, 0.5, 0.0], "border", 4.0))
-    torch.library.opcheck(torch.ops.fastreg.smooth_bwd.default, (u, [1.0, 0.5, 0.0], "reflection", 3.0))
-
-
-def test_compile():
-    def step(u):
-        return fastreg.smooth(2 * u, 0.9, padding="zeros").square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        u = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
-
-
-def test_vmap():
-    u = torch.rand(4, 2, 2, 5, 6)
-    out = torch.vmap(lambda t: fastreg.smooth(t, 1.0), in_dims=1, out_dims=1)(u)
-    assert torch.equal(out, torch.stack([fastreg.smooth(u[:, i], 1.0) for i in range(2)], 1))
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::smooth: torch\.func\.grad"):
-        torch.func.grad(lambda u: fastreg.smooth(u, 1.0).sum())(torch.rand(1, 2, 4, 5))
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -201,3 +129,29 @@ def test_errors(error, match, change):
     arguments = {"u": torch.zeros(1, 3, 3, 4, 5), "sigma": 1.0} | change
     with pytest.raises(error, match=rf"fastreg::smooth: {match}"):
         fastreg.smooth(**arguments)
+
+
+def opcheck(dtype):
+    u = make((2, 1, 4, 5, 6), dtype)
+    yield torch.ops.fastreg.smooth.default, (u, [1.0, 0.5, 0.0], "border", 4.0)
+    yield torch.ops.fastreg.smooth_bwd.default, (u, [1.0, 0.5, 0.0], "reflection", 3.0)
+
+
+CONTRACT = Contract(
+    cases={
+        padding: Case(
+            partial(fastreg.smooth, sigma=0.7, padding=padding),
+            lambda n, spatial, dtype: (make((n, 2, *spatial), dtype),),
+        )
+        for padding in PADDINGS
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from common import DTYPES, assert_close, check_against_reference, layouts
+from common import DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.total_variation import total_variation_ref
@@ -144,93 +145,11 @@ def test_what_is_not_finite_reaches_its_differences_and_its_sample(at, value, is
 
 
 @ISOTROPIC
-@pytest.mark.parametrize("shape", [(2, 3, 2, 3, 2), (1, 2, 4, 1)])
-def test_gradcheck(shape, isotropic):
-    def loss(u):
-        return fastreg.total_variation(u, isotropic=isotropic, spacing=(1.0, 2.0, 3.0)[: len(shape) - 2])
-
-    assert torch.autograd.gradcheck(loss, make(shape))
-
-
-@ISOTROPIC
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 17), (2, 2, 8, 9)])
-def test_layouts(shape, isotropic):
-    u = torch.randn(shape)
-    plain = u.clone().requires_grad_()
-    expected = fastreg.total_variation(plain, isotropic=isotropic)
-    (expected_grad,) = torch.autograd.grad(expected, plain)
-    for name in layouts(u):
-        t = layouts(u)[name].requires_grad_()
-        loss = fastreg.total_variation(t, isotropic=isotropic)
-        assert torch.equal(loss, expected), name
-        assert torch.equal(torch.autograd.grad(loss, t)[0], expected_grad), name
-
-
-@ISOTROPIC
-def test_deterministic(isotropic):
-    u = torch.randn(2, 3, 9, 10, 70, requires_grad=True)
-    results = []
-    for threads in (1, 2, 3, 2):
-        torch.set_num_threads(threads)
-        loss = fastreg.total_variation(u, isotropic=isotropic)
-        results.append((loss, *torch.autograd.grad(loss, u)))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@ISOTROPIC
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 2, 0, 4), (1, 2, 0, 1)])
-def test_empty(shape, isotropic):
-    u = torch.zeros(shape, requires_grad=True)
-    loss = fastreg.total_variation(u, isotropic=isotropic)
-    assert loss.isnan()  # the mean of nothing
-    assert torch.autograd.grad(loss, u)[0].shape == u.shape
-
-
-@ISOTROPIC
 def test_one_voxel_is_constant(isotropic):
     u = torch.full((1, 3, 1, 1, 1), float("nan"), requires_grad=True)
     loss = fastreg.total_variation(u, isotropic=isotropic)
     assert loss.item() == 0
     assert torch.autograd.grad(loss, u)[0].eq(0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    u, grad = make((2, 3, 4, 5, 6), dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
-    torch.library.opcheck(torch.ops.fastreg.total_variation.default, (u, False, [1.0, 2.0, 3.0]))
-    torch.library.opcheck(
-        torch.ops.fastreg.total_variation_bwd.default, (grad, u.detach(), True, [1.0, 2.0, 3.0])
-    )
-
-
-def test_compile():
-    def step(u):
-        return fastreg.total_variation(2 * u, isotropic=True, spacing=(1.0, 2.0, 3.0))
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 3, 4, 5, 6), (1, 3, 7, 6, 5)]:
-        u = make(shape, torch.float32)
-        assert_close(torch.autograd.grad(compiled(u), u)[0], torch.autograd.grad(step(u), u)[0], floor=0.1)
-
-
-def test_vmap():
-    u = torch.rand(4, 2, 2, 5, 6)
-    out = torch.vmap(fastreg.total_variation, in_dims=1)(u.movedim(0, 1))
-    assert_close(out, torch.stack([fastreg.total_variation(t) for t in u]), 1e-6)
-
-
-def test_double_backward_raises():
-    u = make((1, 2, 4, 5))
-    (grad,) = torch.autograd.grad(fastreg.total_variation(u), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastreg::total_variation: double backward is not supported"):
-        grad.sum().backward()
-
-
-def test_transforms_without_a_derivative_raise():
-    with pytest.raises(RuntimeError, match=r"fastreg::total_variation: torch\.func\.grad"):
-        torch.func.grad(fastreg.total_variation)(torch.rand(1, 2, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -256,3 +175,34 @@ def test_errors(error, match, change):
     arguments = {"u": torch.zeros(1, 3, 3, 4, 5)} | change
     with pytest.raises(error, match=rf"fastreg::total_variation: {match}"):
         fastreg.total_variation(**arguments)
+
+
+def opcheck(dtype):
+    u, grad = make((2, 3, 4, 5, 6), dtype), torch.ones(2, dtype=torch.promote_types(dtype, torch.float32))
+    yield torch.ops.fastreg.total_variation.default, (u, False, [1.0, 2.0, 3.0])
+    yield torch.ops.fastreg.total_variation_bwd.default, (grad, u.detach(), True, [1.0, 2.0, 3.0])
+
+
+def made(n, spatial, dtype):
+    return (make((n, len(spatial), *spatial), dtype),)
+
+
+def spaced(u):
+    return (1.0, 2.0, 3.0)[: u.dim() - 2]
+
+
+CONTRACT = Contract(
+    cases={
+        "anisotropic": Case(lambda u: fastreg.total_variation(u, spacing=spaced(u)), made),
+        "isotropic": Case(lambda u: fastreg.total_variation(u, isotropic=True, spacing=spaced(u)), made),
+    },
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=False,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats=True,
+)

@@ -1,9 +1,12 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from common import BACKEND, COMPILED, DTYPES, assert_close, check_against_reference, layouts
+from common import BACKEND, COMPILED, DTYPES, assert_close, check_against_reference
+from contract import Case, Contract
 
 import fastreg
 from fastreg.ops.warp import MODES, PADDINGS, warp_ref
@@ -14,13 +17,6 @@ SHAPES = [
     pytest.param((2, 2, 9, 67), id="n2c2h9w67"),
     pytest.param((1, 2, 1, 1, 5), id="one-voxel-axes"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes 0.1 s a program of any size."""
-    if BACKEND == "triton":
-        monkeypatch.setattr("fastreg.kernels.warp._TILE", (8, 16, 64))
 
 
 def make(shape, dtype=torch.float64, amplitude=2.0):
@@ -145,17 +141,6 @@ def test_reference_is_scipy():
         assert_close(warp_ref(image, u, None, "linear", padding)[0, 0], torch.from_numpy(expected), 1e-9)
 
 
-@pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("shape", [(1, 2, 3, 4, 3), (1, 2, 4, 3)])
-def test_gradcheck(shape):
-    inputs = make(shape)
-    assert torch.autograd.gradcheck(fastreg.warp, inputs)
-    for padding in PADDINGS:
-        assert torch.autograd.gradgradcheck(
-            lambda i, u, p=padding: fastreg.warp(i, u, padding=p), inputs, fast_mode=True
-        )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_displacement_is_the_identity(dtype):
     rows = 66 if BACKEND == "cpu" else 6
@@ -244,19 +229,6 @@ def test_affine_is_affine_grid():
     assert_close(fastreg.warp(image, None, affine=affine), expected, 1e-9)
 
 
-@pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("shape", [(2, 1, 3, 4, 3), (1, 2, 4, 3)])
-def test_affine_gradcheck(shape):
-    image, u = make(shape)
-    affine = make_affine(shape, amount=0.01)
-    for padding in PADDINGS:
-        function = lambda i, d, a, p=padding: fastreg.warp(i, d, affine=a, padding=p)  # noqa: E731
-        assert torch.autograd.gradcheck(function, (image, u, affine), fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, (image, u, affine), fast_mode=True)
-    only = lambda i, a: fastreg.warp(i, u.detach(), affine=a)  # noqa: E731
-    assert torch.autograd.gradcheck(only, (image, affine), fast_mode=True)
-
-
 def test_affine_accuracy_does_not_depend_on_the_size():
     n = 3000
     image = torch.rand(1, 1, 4, n)
@@ -314,39 +286,6 @@ def test_far_affine():
     assert torch.equal(fastreg.warp(image, None, affine=affine)[0, 0, 1:], torch.zeros(3, 5))
 
 
-@pytest.mark.skipif(not COMPILED, reason="a property of the compiled sums")
-def test_affine_gradients_do_not_depend_on_threads():
-    shape = (2, 1, 13, 9, 70)
-    image, affine = torch.rand(shape, requires_grad=True), make_affine(shape, torch.float32)
-    grad, results = torch.randn(shape), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        out = fastreg.warp(image, None, affine=affine, padding="border")
-        results.append(torch.autograd.grad(out, (image, affine), grad))
-    torch.set_num_threads(2)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_affine_opcheck(given):
-    image, u = make((2, 2, 4, 5), torch.bfloat16)
-    u, affine = u if given else None, make_affine(image.shape, torch.bfloat16)
-    torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, affine, "linear", "zeros"))
-    # Without requires_grad: test_affine_gradcheck has the double backward, which takes long to trace.
-    tensors = [t if t is None else t.detach() for t in (torch.rand_like(image), image, u, affine)]
-    # Alone too: results that were not asked for must not be one tensor.
-    for needs in ((True, given, True), (True, False, False), (False, given, False), (False, False, True)):
-        torch.library.opcheck(torch.ops.fastreg.warp_bwd.default, (*tensors, "linear", "zeros", *needs))
-
-
-def test_affine_vmap_and_compile():
-    image, affine = make((2, 2, 4, 5, 6))[0], make_affine((2, 2, 4, 5, 6))
-    step = lambda i, a: fastreg.warp(i, None, affine=a)  # noqa: E731
-    assert torch.equal(torch.vmap(step)(image[:, None], affine[:, None])[:, 0], step(image, affine))
-    assert torch.equal(torch.compile(step, fullgraph=True)(image, affine), step(image, affine))
-
-
 def test_composition():
     grid = torch.stack(torch.meshgrid(*[torch.linspace(0, 3, 24)] * 3, indexing="ij"))
     image = torch.sin(grid.sum(0))[None, None].double()
@@ -355,31 +294,6 @@ def test_composition():
     once = fastreg.warp(image, v + fastreg.warp(u, v))
     assert (twice - once)[..., 3:-3, 3:-3, 3:-3].abs().max() < 0.02 * image.abs().max()
     assert (twice - image)[..., 3:-3, 3:-3, 3:-3].abs().max() > 0.1
-
-
-@pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6, 7), (2, 3, 8, 9)])
-def test_layouts(shape):
-    image, u = (t.detach() for t in make(shape, torch.float32))
-    expected, grad = fastreg.warp(image, u), torch.randn(shape)
-    for name in layouts(image):
-        i, d, g = (
-            layouts(image)[name].requires_grad_(),
-            layouts(u)[name].requires_grad_(),
-            layouts(grad)[name],
-        )
-        out = fastreg.warp(i, d)
-        assert torch.equal(out, expected), name
-        plain = [t.clone().requires_grad_() for t in (image, u)]
-        wanted = torch.autograd.grad(fastreg.warp(*plain), plain, grad)
-        for ours, theirs in zip(torch.autograd.grad(out, (i, d), g), wanted, strict=True):
-            assert torch.equal(ours, theirs), name
-    image, u = image.requires_grad_(), u.requires_grad_()
-    expanded = torch.autograd.grad(fastreg.warp(image, u).sum(), (image, u))  # gradient of stride 0
-    for ours, theirs in zip(
-        expanded, torch.autograd.grad(fastreg.warp(image, u), (image, u), torch.ones(shape)), strict=True
-    ):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -420,77 +334,6 @@ def test_mixed_dtypes(image_dtype, u_dtype):
     check_against_reference(fastreg.warp, reference("linear", "zeros"), (image, u))
 
 
-@pytest.mark.skipif(not COMPILED, reason="a property of the compiled scatter")
-def test_image_gradient_does_not_depend_on_threads():
-    image = torch.rand(1, 2, 33, 20, 40, requires_grad=True)
-    u = 6 * torch.randn(1, 3, 33, 20, 40)
-    grad = torch.randn(image.shape)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(torch.autograd.grad(fastreg.warp(image, u), image, grad)[0])
-    torch.set_num_threads(2)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 1, 0, 4, 5), (1, 1, 4, 0)])
-def test_empty(shape):
-    image = torch.zeros(shape, requires_grad=True)
-    u = torch.zeros(shape[0], len(shape) - 2, *shape[2:], requires_grad=True)
-    out = fastreg.warp(image, u)
-    assert out.shape == image.shape
-    grads = torch.autograd.grad(out.sum(), (image, u))
-    assert [g.shape for g in grads] == [image.shape, u.shape]
-    assert all(g.eq(0).all() for g in grads)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    image, u = make((2, 2, 4, 5, 6), dtype)
-    torch.library.opcheck(torch.ops.fastreg.warp.default, (image, u, None, "linear", "zeros"))
-    torch.library.opcheck(torch.ops.fastreg.warp_bwd.default,
-                          (torch.rand_like(image), image, u, None, "linear", "border", True, True, False))  # fmt: skip
-
-
-@pytest.mark.usefixtures("reproducible")
-def test_compile():
-    def step(image, u):
-        return fastreg.warp(image * 2, u, padding="border").square().mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(1, 1, 5, 6, 7), (1, 1, 8, 7, 6)]:
-        image, u = make(shape, torch.float32)
-        expected = torch.autograd.grad(step(image, u), (image, u))
-        for ours, theirs in zip(torch.autograd.grad(compiled(image, u), (image, u)), expected, strict=True):
-            assert_close(ours, theirs)
-
-
-def test_vmap_over_nothing():
-    image, u = torch.rand(0, 2, 1, 5, 6), torch.rand(0, 2, 2, 5, 6)
-    assert torch.vmap(fastreg.warp)(image, u).shape == image.shape
-
-
-def test_vmap():
-    image, u = torch.rand(4, 2, 3, 5, 6), torch.randn(4, 2, 2, 5, 6)
-    expected = torch.stack([fastreg.warp(i, d) for i, d in zip(image, u, strict=True)])
-    assert torch.equal(torch.vmap(fastreg.warp)(image, u), expected)
-    shared = torch.stack([fastreg.warp(image[0], d) for d in u])
-    assert torch.equal(torch.vmap(fastreg.warp, in_dims=(None, 1))(image[0], u.movedim(0, 1)), shared)
-
-
-def test_transforms_without_a_derivative_raise():
-    image, u = torch.rand(1, 1, 4, 5), torch.rand(1, 2, 4, 5)
-    with pytest.raises(RuntimeError, match=r"fastreg::warp: torch\.func\.grad"):
-        torch.func.grad(lambda d: fastreg.warp(image, d).sum())(u)
-    with pytest.raises(RuntimeError, match=r"fastreg::warp: torch\.func\.grad"):
-        torch.func.jvp(lambda d: fastreg.warp(image, d), (u,), (u,))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(u, u)
-        with pytest.raises(RuntimeError, match="fastreg::warp: forward-mode"):
-            fastreg.warp(image, dual)
-
-
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
@@ -515,3 +358,62 @@ def test_errors(error, match, change):
     arguments = {"image": torch.zeros(2, 1, 3, 4, 5), "displacement": torch.zeros(2, 3, 3, 4, 5)} | change
     with pytest.raises(error, match=f"fastreg::warp: .*{match}" if "must be on" not in match else match):
         fastreg.warp(arguments.pop("image"), arguments.pop("displacement"), **arguments)
+
+
+def opcheck(dtype):
+    op, bwd = torch.ops.fastreg.warp.default, torch.ops.fastreg.warp_bwd.default
+    image, u = make((2, 2, 4, 5, 6), dtype)
+    yield op, (image, u, None, "linear", "zeros")
+    yield (
+        bwd,
+        (torch.rand_like(image), image.detach(), u.detach(), None, "linear", "border", True, True, False),
+    )
+    image, u = make((2, 2, 4, 5), dtype)
+    # The double backward, which takes long to trace, once.
+    yield bwd, (torch.rand_like(image), image, u, None, "linear", "border", True, True, False)
+    for given in (True, False):
+        image, u = make((2, 2, 4, 5), dtype)
+        u, affine = u if given else None, make_affine(image.shape, dtype)
+        yield op, (image, u, affine, "linear", "zeros")
+        tensors = [t if t is None else t.detach() for t in (torch.rand_like(image), image, u, affine)]
+        # Alone too: results that were not asked for must not be one tensor.
+        for needs in ((True, given, True), (True, False, False), (False, given, False), (False, False, True)):
+            yield bwd, (*tensors, "linear", "zeros", *needs)
+
+
+def made(n, spatial, dtype, amplitude=2.0):
+    return make((n, 2, *spatial), dtype, amplitude)
+
+
+def made_affine(n, spatial, dtype):
+    return make_affine((n, 2, *spatial), dtype)
+
+
+CASES = {padding: Case(partial(fastreg.warp, padding=padding), made) for padding in PADDINGS} | {
+    "nearest": Case(partial(fastreg.warp, mode="nearest"), made),
+    "affine": Case(lambda image, u, affine: fastreg.warp(image, u, affine=affine),
+                   lambda *size: (*made(*size), made_affine(*size))),
+    "affine-border": Case(lambda image, u, affine: fastreg.warp(image, u, affine=affine, padding="border"),
+                          lambda *size: (*made(*size), made_affine(*size))),
+    "affine-alone": Case(lambda image, affine: fastreg.warp(image, None, affine=affine, padding="reflection"),
+                         lambda *size: (made(*size)[0], made_affine(*size))),
+    "affine-of-a-fixed-field": Case(lambda image, u, affine: fastreg.warp(image, u, affine=affine),
+                                    lambda *size: (made(*size)[0], made(*size)[1].detach(), made_affine(*size))),
+}  # fmt: skip
+CONTRACT = Contract(
+    cases=CASES,
+    opcheck=opcheck,
+    gradcheck=True,
+    double_backward=True,
+    layouts=True,
+    vmap=True,
+    compiled=True,
+    empty_batch=True,
+    empty_axes=True,
+    repeats={
+        "far": Case(fastreg.warp, lambda *size: made(*size, 6.0)),
+        "affine": CASES["affine-border"],
+        "affine-alone": CASES["affine-alone"],
+    },
+    large=((33, 20, 40), (33, 70)),
+)

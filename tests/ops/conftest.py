@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import pytest
+from common import BACKEND
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of an op are of its kernels; of the contract, those marked there; no error is."""
+    for item in items:
+        mine = item.path.parent == Path(__file__).parent
+        if mine and not (item.get_closest_marker("contract") or item.originalname == "test_errors"):
+            item.add_marker(pytest.mark.kernel)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes 0.1 s a program of any size."""
+    if BACKEND == "triton":
+        monkeypatch.setattr("fastreg.kernels.warp._TILE", (8, 16, 64))

@@ -1,0 +1,68 @@
+"""What every op promises, whatever it computes: one record an op, CONTRACT in its test_<op>.py, checked by test_contract.py.
+
+python tests/ops/contract.py    the records as a table
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fastreg.ops
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to call an op."""
+
+    call: Callable  # of tensors, any size of them
+    make: Callable  # (n, spatial, dtype) -> those tensors, N first in each; those with gradients require them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """A property is True (it holds for `cases`), a dict of the cases it holds for, or the reason why it does not apply."""
+
+    cases: dict
+    opcheck: Callable  # dtype -> an iterable of what the op registers: (op, arguments) or (op, arguments, test_utils)
+    gradcheck: bool | dict | str
+    double_backward: bool  # gradgradcheck; False: it raises
+    layouts: bool | dict | str
+    vmap: bool | dict | str
+    compiled: bool | dict | str
+    empty_batch: bool | dict | str
+    empty_axes: bool | dict | str
+    repeats: bool | dict | str  # the same bits in every run, by any number of threads
+    dimensions: tuple = (3, 2)
+    tolerance: float = 0.0  # relative, between layouts of the same values: 0 for the same bits
+    large: tuple = ((9, 10, 70), (40, 33))  # beyond one thread's piece of work
+
+
+PROPERTIES = (
+    "gradcheck",
+    "layouts",
+    "vmap",
+    "compiled",
+    "empty_batch",
+    "empty_axes",
+    "repeats",
+)
+# These no longer trace the backward: of what takes long to trace, or has no double backward.
+WITHOUT_AOT = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def like(n, spatial):
+    """A tensor that carries the size an op is asked for."""
+    return torch.zeros(n, 1, *spatial)
+
+
+def contracts():
+    """{op: Contract} of every public op."""
+    return {op: importlib.import_module(f"test_{op}").CONTRACT for op in fastreg.ops.__all__}
+
+
+def held(contract, name):
+    """{case id: Case} for which a property holds."""
+    cases = getattr(contract, name)
+    return contract.cases if cases is True else cases if isinstance(cases, dict) else {}
