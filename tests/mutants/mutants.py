@@ -363,37 +363,37 @@ MUTANTS = [
         "mind_ties_take_all", "ties", COMMON,
         "const V to_least = -(six ? sum : sum + to_variance) / ties;",
         "const V to_least = -(six ? sum : sum + to_variance);",
-        "mind", "tie or constant or reference", "channels that are least together share what returns",
+        "mind mind_loss", "tie or constant or reference", "channels that are least together share what returns",
     ),
     Mutant(
         "mind_border_column", "border", CPU,
         "std::fill_n(in + right(), width - right(), in[right() - 1]);",
         "std::fill_n(in + right(), width - right(), in[right() - 2]);",
-        "mind", "reference", "squares outside repeat those of the last voxel",
+        "mind mind_loss", "reference", "squares outside repeat those of the last voxel",
     ),
     Mutant(
         "mind_l1_ignores_the_mask", "mask", COMMON,
         "error += by * sign, g[k] = w * sign;",
         "error += by * sign, g[k] = sign;",
-        "mind", "loss", "gradient of absolute differences",
+        "mind mind_loss", "loss", "gradient of absolute differences",
     ),
     Mutant(
         "mind_six_lifts_its_variance", "option", COMMON,
         "const V origin = six ? V{} : least;",
         "const V origin = least;",
-        "mind", "reference", "V of \"six\" is of D, not of D - min D",
+        "mind mind_loss", "reference", "V of \"six\" is of D, not of D - min D",
     ),
     Mutant(
         "mind_prepared_image_is_the_callers", "stale", ALL,
         'self.register_buffer("fixed", fixed.detach().clone(), persistent=False)',
         'self.register_buffer("fixed", fixed.detach(), persistent=False)',
-        "mind nn", "prepare", "a buffer that is filled anew changes the loss's fixed image",
+        "mind mind_loss nn", "prepare", "a buffer that is filled anew changes the loss's fixed image",
     ),
     Mutant(
         "mind_prepared_mean_in_half", "dtype", ALL,
         "self.variance = variance.to(self.fixed.device)",
         "self.variance = self.variance.to(self.fixed.device)",
-        "mind nn", "prepare or half", "half() rounds the mean of V, which overflows one",
+        "mind mind_loss nn", "prepare or half", "half() rounds the mean of V, which overflows one",
     ),
     # mse_loss
     Mutant(

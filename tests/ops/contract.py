@@ -66,3 +66,28 @@ def held(contract, name):
     """{case id: Case} for which a property holds."""
     cases = getattr(contract, name)
     return contract.cases if cases is True else cases if isinstance(cases, dict) else {}
+
+
+def table():
+    """Markdown: a row an op, what it promises; below it why a property does not apply."""
+    names = ["opcheck", *PROPERTIES, "double_backward"]
+    head = ["op", "cases", *(n.replace("_", " ") for n in names)]
+    rows, reasons = [head, ["---"] * len(head)], []
+    for op, contract in contracts().items():
+        cells = []
+        for name in names:
+            value = getattr(contract, name)
+            if isinstance(value, str):
+                reasons.append(f"{op}, {name.replace('_', ' ')}: {value}")
+            cells.append("-" if isinstance(value, str) else "raises" if value is False else "yes")
+        rows.append([f"`{op}`", str(len(contract.cases)), *cells])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {r}" for r in reasons)])
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+    print(table())

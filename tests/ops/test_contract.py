@@ -155,7 +155,7 @@ def test_vmap(contract, case):
 @pytest.mark.usefixtures("reproducible")
 @ops(lambda contract: held(contract, "compiled"))
 def test_compile(op):
-    check_compiled(CONTRACTS[op], held(CONTRACTS[op], "compiled").values(), "aot_eager")
+    check_compiled(CONTRACTS[op], list(held(CONTRACTS[op], "compiled").values()), "aot_eager")
 
 
 @pytest.mark.usefixtures("reproducible")
