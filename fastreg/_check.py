@@ -6,23 +6,45 @@ from numbers import Integral, Real
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What labels may be, and the type that passes them through arithmetic unchanged (int64 up to 2^53).
+WHOLE = dict.fromkeys((torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16), torch.float32)
+WHOLE |= dict.fromkeys((torch.int32, torch.uint32, torch.int64), torch.float64)
 AXES = {2: "H, W", 3: "D, H, W"}
+IMAGES = ("image", "fixed", "moving", "moved", "mask")
 
 
 def fail(op, argument, rule, got, error=ValueError):
     raise error(f"fastreg::{op}: {argument} must {rule}, got {got}")
 
 
+def tensor(op, name, t):
+    if isinstance(t, torch.Tensor):
+        return
+    hint = ""
+    if type(t).__module__ == "numpy":
+        shape = getattr(t, "shape", ())
+        axes = "[None]" if shape and len(shape) == shape[0] + 1 else ""
+        if name in IMAGES:
+            axes = "[None, None]" if len(shape) in AXES else ""
+        hint = f": pass torch.from_numpy({name}){axes}"
+    fail(op, name, "be a tensor", f"{type(t).__name__}{hint}", TypeError)
+
+
 def floating(op, **tensors):
-    """Real floating tensors on one device, outside the transforms through which ops have no derivative."""
+    """Real floating tensors on one device, outside the transforms through which ops have no derivative.
+
+    A mask may be missing, or of bool.
+    """
     device = None
     for name, t in tensors.items():
         if t is None and name == "mask":
             continue
-        if not isinstance(t, torch.Tensor):
-            fail(op, name, "be a tensor", type(t).__name__, TypeError)
-        if t.dtype not in FLOATS:
-            fail(op, name, "be fp64, fp32, fp16 or bf16", t.dtype, TypeError)
+        tensor(op, name, t)
+        if t.dtype not in FLOATS and not (name == "mask" and t.dtype == torch.bool):
+            rule = "be fp64, fp32, fp16 or bf16" + (" or bool" if name == "mask" else "")
+            fail(
+                op, name, rule, f"{t.dtype}: pass {name}.float()" if t.dtype in WHOLE else t.dtype, TypeError
+            )
         if t.layout != torch.strided or t.is_nested:
             fail(op, name, "be a dense tensor", t.layout)
         device = device or t.device
@@ -67,7 +89,9 @@ def image(op, name, t, nd=None):
     """(N, C, *spatial) of 2 or 3 axes; returns the number of axes."""
     rule = f"have shape (N, C, {AXES[nd]})" if nd else "have shape (N, C, D, H, W) or (N, C, H, W)"
     if t.dim() not in ((nd + 2,) if nd else (4, 5)):
-        fail(op, name, rule, tuple(t.shape))
+        hint = f": pass {name}[None, None] for ({AXES[t.dim()]})" if t.dim() in AXES else ""
+        hint += f", {name}[None] for (C, H, W)" if t.dim() == 3 else ""
+        fail(op, name, rule, f"{tuple(t.shape)}{hint}")
     return t.dim() - 2
 
 
@@ -76,11 +100,13 @@ def displacement(op, name, t, spatial=None, batch=None):
     nd = len(spatial) if spatial is not None else t.dim() - 2
     rule = f"have shape (N, {nd}, {AXES[nd]})" if nd in AXES else "have shape (N, 3, D, H, W) or (N, 2, H, W)"
     if nd not in AXES or t.dim() != nd + 2 or t.shape[1] != nd:
-        fail(op, name, rule, tuple(t.shape))
+        one = t.dim() in (3, 4) and t.shape[0] == t.dim() - 1 and nd in (t.shape[0], t.dim() - 2)
+        fail(op, name, rule, f"{tuple(t.shape)}{f': pass {name}[None]' if one else ''}")
     if spatial is not None and t.shape[2:] != spatial:
         fail(op, name, f"{rule} with the spatial shape {tuple(spatial)}", tuple(t.shape))
     if batch is not None and t.shape[0] != batch:
-        fail(op, name, f"{rule} with N = {batch}", tuple(t.shape))
+        many = f": pass {name}.expand({batch}, *{name}.shape[1:])" if t.shape[0] == 1 else ""
+        fail(op, name, f"{rule} with N = {batch}", f"{tuple(t.shape)}{many}")
     return nd
 
 
@@ -108,15 +134,15 @@ def same_device(op, name, t, other_name, other):
 
 def scan(op, name, image):
     """A finite image of one sample, detached; fp32, or fp64 where fp32 could round a small range on a large offset away."""
-    if not isinstance(image, torch.Tensor):
-        fail(op, name, "be a tensor", type(image).__name__, TypeError)
+    tensor(op, name, image)
     if image.layout != torch.strided or image.device.type == "meta":
         kind = "meta" if image.device.type == "meta" else str(image.layout).removeprefix("torch.")
         fail(op, name, "be a dense tensor with data", f"a {kind} one", TypeError)
-    if image.dtype.is_complex or image.dtype == torch.bool:
+    if image.dtype.is_complex or (image.dtype == torch.bool and name != "mask"):
         fail(op, name, "have a real dtype", image.dtype, TypeError)
     if image.ndim not in (4, 5) or image.shape[0] != 1:
-        fail(op, name, "have shape (1, C, D, H, W) or (1, C, H, W)", tuple(image.shape))
+        hint = f": pass {name}[None, None]" if image.ndim in AXES else ""
+        fail(op, name, "have shape (1, C, D, H, W) or (1, C, H, W)", f"{tuple(image.shape)}{hint}")
     if image.numel() == 0:
         fail(op, name, "not be empty", tuple(image.shape))
     image = image.detach()
@@ -127,14 +153,15 @@ def scan(op, name, image):
 
 
 def mask(op, t, image):
-    """(N, 1, *spatial) weights without a gradient."""
+    """(N, 1, *spatial) weights without a gradient; bool ones as 0 and 1 in the dtype of the image."""
     if t is None:
-        return
+        return None
     shape = (image.shape[0], 1, *image.shape[2:])
     if t.shape != shape:
         fail(op, "mask", f"have shape {tuple(shape)}", tuple(t.shape))
     if _requires_grad(t):
         fail(op, "mask", "not require a gradient", "requires_grad=True")
+    return t.to(image.dtype) if t.dtype == torch.bool else t
 
 
 def odd_window(op, value):

@@ -15,6 +15,7 @@ affine    (before the others) x -> M x + b in mm, M and b about the centre of th
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,10 @@ from . import _check, nn
 from . import ops as _fused
 from .ops.bspline_displacement import control_shape
 
-SIMILARITIES = ("lcc", "mind", "mse")
-TRANSFORMS = ("dense", "velocity", "bspline")
+SimilarityName = Literal["lcc", "mind", "mse"]
+SIMILARITIES = get_args(SimilarityName)
+TransformName = Literal["dense", "velocity", "bspline"]
+TRANSFORMS = get_args(TransformName)
 STEPS = 5  # squarings of a velocity; 7 and 9 gave the same folds
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}

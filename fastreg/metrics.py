@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreg._check import fail
-from fastreg.ops import jacobian_determinant
+from fastreg._check import fail, tensor
+from fastreg.ops.jacobian_determinant import jacobian_determinant
 
 __all__ = ["TRE", "Dice", "Distance", "assd", "dice", "folding", "hd95", "move_points", "sdlogj", "tre"]
 
@@ -40,14 +40,9 @@ class TRE(NamedTuple):
     q75: float
 
 
-def _tensor(op, name, value):
-    if not isinstance(value, Tensor):
-        fail(op, name, "be a tensor", type(value).__name__, TypeError)
-
-
 def _check_labels(op, fixed_labels, moved_labels):
     for name, value in (("fixed_labels", fixed_labels), ("moved_labels", moved_labels)):
-        _tensor(op, name, value)
+        tensor(op, name, value)
         if value.is_floating_point() or value.is_complex():
             fail(op, name, "be integer or bool", value.dtype, TypeError)
     shape = tuple(fixed_labels.shape)
@@ -58,11 +53,25 @@ def _check_labels(op, fixed_labels, moved_labels):
 
 
 def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Iterable[int] | None = None) -> Dice:
-    """Overlap 2 |A and B| / (|A| + |B|) of each label.
+    """Overlap of each label: ``2 |A and B| / (|A| + |B|)``. Dice 1945.
 
-    Args: fixed_labels, moved_labels: integer or bool, of one shape. labels: the ones to score; all but the
-    background 0 when None. A label absent from both is left out, absent from one it scores 0.
-    Raises: TypeError for floating labels, ValueError for unequal shapes.
+    Args:
+        fixed_labels (Tensor): integer or bool, any shape.
+        moved_labels (Tensor): integer or bool, of the same shape.
+        labels (iterable of int, optional): the ones to score; all but the background 0 when None. A label absent from
+            both is left out, absent from one it scores 0.
+
+    Returns:
+        Dice: the mean over labels and a dict of each.
+
+    Raises:
+        TypeError: labels are floating.
+        ValueError: shapes or devices differ.
+
+    Example:
+        >>> fixed, moved = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 0, 1, 2, 2, 2])
+        >>> fastreg.metrics.dice(fixed, moved)
+        Dice(mean=0.8333333333333333, per_label={1: 0.6666666666666666, 2: 1.0})
     """
     _check_labels("dice", fixed_labels, moved_labels)
     fixed, moved = fixed_labels.reshape(-1).long(), moved_labels.reshape(-1).long()
@@ -96,9 +105,26 @@ def assd(
 
     A surface voxel has a face neighbour (or the image's end) outside of the label.
 
-    Args: fixed_labels, moved_labels: integer or bool, (*spatial) or with leading axes of 1. spacing: per axis, or one
-    number. labels: as for `dice`. A label absent from both is left out, absent from one it is at an infinite distance.
-    Raises: TypeError, ValueError; ImportError without SimpleITK.
+    Args:
+        fixed_labels (Tensor): integer or bool, (*spatial) or with leading axes of 1.
+        moved_labels (Tensor): integer or bool, of the same shape.
+        spacing (number or sequence): voxel size, one or one per axis; its unit is that of the distances.
+        labels (iterable of int, optional): as for `dice`. A label absent from both is left out, absent from one it is at an
+            infinite distance.
+
+    Returns:
+        Distance: the mean over labels and a dict of each.
+
+    Raises:
+        TypeError: labels are floating.
+        ValueError: shapes, devices or spacing do not fit.
+        ImportError: without SimpleITK.
+
+    Example:
+        >>> fixed = torch.zeros(8, 8, dtype=torch.uint8)
+        >>> fixed[2:5, 2:5] = 1
+        >>> fastreg.metrics.assd(fixed, fixed.roll(1, 0), spacing=2.0)
+        Distance(mean=1.0, per_label={1: 1.0})
     """
     return _surfaces(
         "assd", fixed_labels, moved_labels, spacing, labels, lambda a, b: np.concatenate([a, b]).mean()
@@ -113,7 +139,25 @@ def hd95(
 ) -> Distance:
     """95th percentile of the Hausdorff distance of each label: the larger of both directions, of the distances of `assd`.
 
-    Args, Raises: as for `assd`.
+    Args:
+        fixed_labels (Tensor): integer or bool, (*spatial) or with leading axes of 1.
+        moved_labels (Tensor): integer or bool, of the same shape.
+        spacing (number or sequence): voxel size, one or one per axis; its unit is that of the distances.
+        labels (iterable of int, optional): as for `assd`.
+
+    Returns:
+        Distance: the mean over labels and a dict of each.
+
+    Raises:
+        TypeError: labels are floating.
+        ValueError: shapes, devices or spacing do not fit.
+        ImportError: without SimpleITK.
+
+    Example:
+        >>> fixed = torch.zeros(8, 8, dtype=torch.uint8)
+        >>> fixed[2:5, 2:5] = 1
+        >>> fastreg.metrics.hd95(fixed, fixed.roll(1, 0), spacing=2.0).mean
+        2.0
     """
     return _surfaces(
         "hd95",
@@ -163,14 +207,28 @@ def _surfaces(op, fixed_labels, moved_labels, spacing, labels, summary):
 
 
 def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) -> TRE:
-    """Statistics of the distances ||(a - b) * spacing||.
+    """Target registration error: statistics of the distances ``||(a - b) * spacing||`` of landmarks.
 
-    Args: points_a, points_b: (P, nd) in voxels, row i of one matching row i of the other, P >= 1.
-    spacing: per axis, in the points' axis order, or one number.
-    Raises: TypeError, ValueError.
+    Args:
+        points_a (Tensor): (P, nd) in voxels, P >= 1.
+        points_b (Tensor): (P, nd) in voxels, row i matching row i of points_a.
+        spacing (number or sequence): voxel size, one or one per axis, in the points' axis order.
+
+    Returns:
+        TRE: mean, standard deviation (of the population) and quartiles, in the unit of the spacing.
+
+    Raises:
+        TypeError: a tensor is missing.
+        ValueError: shapes or spacing do not fit.
+
+    Example:
+        >>> points = torch.tensor([[10.0, 20.0, 30.0], [5.0, 6.0, 7.0]])
+        >>> found = points + torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+        >>> fastreg.metrics.tre(points, found, spacing=(2.5, 1.0, 1.0))
+        TRE(mean=2.75, sd=0.25, q25=2.625, median=2.75, q75=2.875)
     """
     for name, value in (("points_a", points_a), ("points_b", points_b)):
-        _tensor("tre", name, value)
+        tensor("tre", name, value)
         if value.ndim != 2 or value.numel() == 0:
             fail("tre", name, "have shape (P, nd), P >= 1", tuple(value.shape))
     if points_a.shape != points_b.shape:
@@ -184,28 +242,73 @@ def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) ->
 
 
 def folding(u: Tensor) -> float:
-    """Share of voxels of u (N, nd, *spatial), in voxels, at which x + u(x) folds: Jacobian determinant <= 0.
+    """Share of voxels at which ``x + u(x)`` folds: Jacobian determinant <= 0. A NaN counts as folded.
 
-    A NaN counts as folded.
+    Args:
+        u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x).
+
+    Returns:
+        float: from 0 to 1.
+
+    Raises:
+        TypeError: u is not floating.
+        ValueError: its shape does not fit.
+
+    Example:
+        >>> u = torch.zeros(1, 2, 4, 4)
+        >>> u[:, 1, :, 1] = 2.0  # beyond the voxels to its right
+        >>> fastreg.metrics.folding(u)
+        0.25
     """
     determinant = jacobian_determinant(u)
     return (~(determinant > 0)).double().mean().item()
 
 
 def sdlogj(u: Tensor) -> float:
-    """Standard deviation over voxels of log(max(det, 1e-9)), det the Jacobian determinant of x + u(x)."""
+    """Standard deviation over voxels of ``log(max(det, 1e-9))``, det the Jacobian determinant of ``x + u(x)``.
+
+    Args:
+        u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x).
+
+    Returns:
+        float: 0 where volume changes alike everywhere.
+
+    Raises:
+        TypeError: u is not floating.
+        ValueError: its shape does not fit.
+
+    Example:
+        >>> u = torch.zeros(1, 2, 2, 3)
+        >>> u[:, 1] = torch.tensor([0.0, 0.0, 1.0])
+        >>> round(fastreg.metrics.sdlogj(u), 4)
+        0.2843
+    """
     return jacobian_determinant(u).double().clamp(min=1e-9).log().std(correction=0).item()
 
 
 def move_points(points: Tensor, u: Tensor) -> Tensor:
-    """p + u(p): where a displacement sends points of its own grid. Linear; outside, u of the nearest border.
+    """``p + u(p)``: where a displacement sends points of its own grid. Linear; outside, u of the nearest border.
 
-    Args: points: (P, nd) in voxels, axis order of u. u: (1, nd, *spatial) or (nd, *spatial), in voxels.
-    Returns: (P, nd), the wider dtype of both, at least fp32.
-    Raises: TypeError, ValueError.
+    Args:
+        points (Tensor): (P, nd) in voxels, axis order of u.
+        u (Tensor): (1, nd, *spatial) or (nd, *spatial), in voxels.
+
+    Returns:
+        Tensor: (P, nd), the wider dtype of both, at least fp32.
+
+    Raises:
+        TypeError: u is not floating.
+        ValueError: shapes or devices do not fit.
+
+    Example:
+        >>> u = torch.zeros(1, 2, 4, 4)
+        >>> u[:, 1] = torch.arange(4.0)  # x moves by itself
+        >>> fastreg.metrics.move_points(torch.tensor([[0.0, 1.0], [2.0, 2.5]]), u)
+        tensor([[0., 2.],
+                [2., 5.]])
     """
     for name, value in (("points", points), ("u", u)):
-        _tensor("move_points", name, value)
+        tensor("move_points", name, value)
     if not u.is_floating_point():
         fail("move_points", "u", "be floating point", u.dtype, TypeError)
     field = u[0] if u.ndim in (4, 5) and u.shape[0] == 1 and u.shape[1] == u.ndim - 2 else u

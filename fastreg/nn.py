@@ -5,101 +5,153 @@ loss(fixed, warp(moving, displacement), mask=mask)
 """
 
 import inspect
+import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastreg import ops
 from fastreg.ops.mind_loss import check_mind_loss, mind_loss_prepared, prepare_mind
 
 
 class _Op(torch.nn.Module):
-    """Has the signature of its op: unknown options fail at construction, values are checked at the call."""
+    """Has the signature of its op: unknown options fail at construction, values are checked at the call.
 
-    def __init_subclass__(cls, op, inputs):
+    The tensors of the op are arguments of ``forward``, in their order; the rest are options. Docstrings are the op's.
+    """
+
+    op: Callable[..., Tensor]
+    inputs: tuple[str, ...]
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls, op: Callable[..., Tensor]) -> None:
         super().__init_subclass__()
-        cls.op, cls.inputs = staticmethod(op), inputs
-        options = [p for name, p in inspect.signature(op).parameters.items() if name not in inputs]
+        parameters = inspect.signature(op).parameters.values()
+        tensors = [p for p in parameters if p.annotation in (Tensor, Tensor | None)]
+        cls.op, cls.inputs = staticmethod(op), tuple(p.name for p in tensors)
+        options = [p for p in parameters if p not in tensors]
         cls.__signature__ = inspect.Signature(options)
 
-    def __init__(self, *args, **options):
+        def forward(self: _Op, *tensors: Tensor, **named: Tensor) -> Tensor:
+            if len(tensors) > len(self.inputs):
+                raise TypeError(
+                    f"{type(self).__name__} takes {', '.join(self.inputs)}, got {len(tensors)} tensors"
+                )
+            return self.op(**dict(zip(self.inputs, tensors, strict=False)), **named, **self.options)
+
+        # None stands at its place: mask and affine may be given by position too.
+        order = [
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in tensors),
+        ]
+        vars(forward)["__signature__"] = inspect.Signature(order, return_annotation=Tensor)
+        about, arguments, rest = _parts(op)
+        call = ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in order[1:])
+        own = inspect.cleandoc(cls.__doc__ or "")
+        forward.__doc__ = _joined(about[:1], arguments, cls.inputs, rest)
+        forward.__qualname__ = f"{cls.__qualname__}.forward"
+        cls.forward = forward
+        about = [
+            *about[:1],
+            f"``forward({call})`` is :func:`fastreg.{op.__name__}` with these options.",
+            own,
+            *about[1:],
+        ]
+        cls.__doc__ = _joined(about, arguments, [p.name for p in options], [])
+
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
         self.options = self.__signature__.bind(*args, **options).arguments
 
-    def forward(self, *tensors, **named):
-        if len(tensors) > len(self.inputs):
-            raise TypeError(
-                f"{type(self).__name__} takes {', '.join(self.inputs)}, got {len(tensors)} tensors"
-            )
-        return self.op(**dict(zip(self.inputs, tensors, strict=False)), **named, **self.options)
-
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class Warp(_Op, op=ops.warp, inputs=("image", "displacement", "affine")):
-    """``forward(image, displacement, affine=None)``: see fastreg.warp."""
+def _parts(op: Callable[..., Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Of a docstring: the paragraphs before its sections, the entries of Args, the sections Returns and Raises."""
+    text, *sections = re.split(r"\n\n(?=\w+:\n)", inspect.getdoc(op) or "")
+    named = {s.split(":", 1)[0]: s for s in sections}
+    entries = re.split(r"\n(?=    \S)", named.get("Args", ""))[1:]
+    return text.split("\n\n"), entries, [named[name] for name in ("Returns", "Raises") if name in named]
 
 
-class Compose(_Op, op=ops.compose, inputs=("u", "v")):
-    """``forward(u, v)``: see fastreg.compose."""
+def _joined(about: list[str], arguments: list[str], names: Any, rest: list[str]) -> str:
+    """A docstring with the entries of these arguments."""
+    kept = [a for a in arguments if set(re.findall(r"\w+", re.split(r"[:(]", a)[0])) & set(names)]
+    return "\n\n".join([*filter(None, about), *(["\n".join(["Args:", *kept])] if kept else []), *rest])
 
 
-class IntegrateVelocity(_Op, op=ops.integrate_velocity, inputs=("v",)):
-    """``forward(v)``: see fastreg.integrate_velocity."""
+class Warp(_Op, op=ops.warp): ...
 
 
-class ResizeDisplacement(_Op, op=ops.resize_displacement, inputs=("u",)):
-    """``forward(u)``: see fastreg.resize_displacement."""
+class Compose(_Op, op=ops.compose): ...
 
 
-class Smooth(_Op, op=ops.smooth, inputs=("u",)):
-    """``forward(u)``: see fastreg.smooth."""
+class IntegrateVelocity(_Op, op=ops.integrate_velocity): ...
 
 
-class BSplineDisplacement(_Op, op=ops.bspline_displacement, inputs=("coefficients",)):
-    """``forward(coefficients)``: see fastreg.bspline_displacement."""
+class ResizeDisplacement(_Op, op=ops.resize_displacement): ...
 
 
-class GaussianDisplacement(_Op, op=ops.gaussian_displacement, inputs=("params",)):
-    """``forward(params)``: see fastreg.gaussian_displacement."""
+class Smooth(_Op, op=ops.smooth): ...
 
 
-class JacobianDeterminant(_Op, op=ops.jacobian_determinant, inputs=("u",)):
-    """``forward(u)``: see fastreg.jacobian_determinant."""
+class AffineDisplacement(_Op, op=ops.affine_displacement): ...
 
 
-class IntegrateGradients(_Op, op=ops.integrate_gradients, inputs=("phi",)):
-    """``forward(phi)``: see fastreg.integrate_gradients."""
+class BSplineDisplacement(_Op, op=ops.bspline_displacement): ...
 
 
-class LocalCorrelation(_Op, op=ops.local_correlation, inputs=("fixed", "moving", "displacement")):
-    """``forward(fixed, moving, displacement=None)``: see fastreg.local_correlation."""
+class GaussianDisplacement(_Op, op=ops.gaussian_displacement): ...
 
 
-class LCCLoss(_Op, op=ops.lcc_loss, inputs=("fixed", "moved", "mask")):
-    """``forward(fixed, moved, mask=None)``: see fastreg.lcc_loss."""
+class IntegrateGradients(_Op, op=ops.integrate_gradients): ...
 
 
-class MIND(_Op, op=ops.mind, inputs=("image",)):
-    """``forward(image)``: see fastreg.mind."""
+class JacobianDeterminant(_Op, op=ops.jacobian_determinant): ...
 
 
-class MINDLoss(_Op, op=ops.mind_loss, inputs=("fixed", "moved", "mask")):
-    """``forward(fixed, moved, mask=None)``: see fastreg.mind_loss. For one fixed image and many moved ones:
+class LocalCorrelation(_Op, op=ops.local_correlation): ...
 
-    loss = fastreg.nn.MINDLoss(radius=2).prepare(fixed)
-    loss(moved, mask=mask)  # the bits of fastreg.nn.MINDLoss(radius=2)(fixed, moved, mask)
+
+class MIND(_Op, op=ops.mind): ...
+
+
+class LCCLoss(_Op, op=ops.lcc_loss): ...
+
+
+class MINDLoss(_Op, op=ops.mind_loss):
+    """For one fixed image and many moved ones, what depends on the fixed one alone is computed once:
+
+    >>> fixed, moved = torch.rand(2, 1, 1, 8, 8)
+    >>> loss = fastreg.nn.MINDLoss(radius=1)
+    >>> torch.equal(loss.prepare(fixed)(moved), loss(fixed, moved))
+    True
     """
 
-    def prepare(self, fixed):
+    def prepare(self, fixed: Tensor) -> torch.nn.Module:
         """torch.nn.Module: ``forward(moved, mask=None)`` against this image, to which no gradient flows."""
         return _PreparedMINDLoss(fixed, self.options)
+
+
+class MSELoss(_Op, op=ops.mse_loss): ...
+
+
+class Diffusion(_Op, op=ops.diffusion): ...
+
+
+class TotalVariation(_Op, op=ops.total_variation): ...
+
+
+class BendingEnergy(_Op, op=ops.bending_energy): ...
 
 
 class _PreparedMINDLoss(torch.nn.Module):
     """Holds the fixed image and one number per sample: the mean that bounds V, which costs a pass over the image."""
 
-    def __init__(self, fixed, options):
+    def __init__(self, fixed: Tensor, options: dict[str, Any]) -> None:
         super().__init__()
         self.options = dict(options)
         check_mind_loss(**{k: v for k, v in options.items() if k in ("norm", "reduction")})
@@ -109,31 +161,19 @@ class _PreparedMINDLoss(torch.nn.Module):
         self.register_buffer("fixed", fixed.detach().clone(), persistent=False)
         self.register_buffer("variance", variance.detach(), persistent=False)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> torch.nn.Module:
         # half() must not touch the mean: V of CT units overflows one.
         variance = self.variance
         super()._apply(fn, recurse)
         self.variance = variance.to(self.fixed.device)
         return self
 
-    def forward(self, moved, mask=None):
+    def forward(self, moved: Tensor, mask: Tensor | None = None) -> Tensor:
         return mind_loss_prepared(self.fixed, self.variance, moved, mask=mask, **self.options)
 
 
-class MSELoss(_Op, op=ops.mse_loss, inputs=("fixed", "moved", "mask")):
-    """``forward(fixed, moved, mask=None)``: see fastreg.mse_loss."""
-
-
-class Diffusion(_Op, op=ops.diffusion, inputs=("u",)):
-    """``forward(u)``: see fastreg.diffusion."""
-
-
-class TotalVariation(_Op, op=ops.total_variation, inputs=("u",)):
-    """``forward(u)``: see fastreg.total_variation."""
-
-
-class BendingEnergy(_Op, op=ops.bending_energy, inputs=("u",)):
-    """``forward(u)``: see fastreg.bending_energy."""
-
-
-__all__ = [name for name, value in globals().items() if inspect.isclass(value) and not name.startswith("_")]
+__all__ = [
+    name
+    for name, value in globals().items()
+    if inspect.isclass(value) and issubclass(value, _Op) and value is not _Op
+]

@@ -8,9 +8,12 @@ with the diffusion in mm over mm. What a level minimises, and over which paramet
 import functools
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _check, _descent
 from . import ops as _fused
@@ -28,23 +31,24 @@ _AFFINE_STEP = 0.1  # voxels
 class Registration:
     """What `register` found.
 
-    displacement (Tensor): (1, nd, *spatial) fp32, voxels of the fixed grid; all of the motion.
-    moved (Tensor): (1, C, *spatial) fp32, warp(moving, displacement).
-    levels (list[dict]): coarse to fine: shape, spacing_mm, iterations, loss_first, loss_last, similarity,
-        regularity, seconds.
-    seconds (float): all of it, wall clock.
-    affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion.
-    velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
-        with transform="velocity". Integrated in 5 steps and resized it is the motion before the affine part, but for
-        places that folded.
+    Attributes:
+        displacement (Tensor): (1, nd, *spatial) fp32, voxels of the fixed grid; all of the motion.
+        moved (Tensor): (1, C, *spatial) fp32, warp(moving, displacement).
+        levels (list[dict]): coarse to fine: shape, spacing_mm, iterations, loss_first, loss_last, similarity,
+            regularity, seconds.
+        seconds (float): all of it, wall clock.
+        affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion.
+        velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
+            with transform="velocity". Integrated in 5 steps and resized it is the motion before the affine part, but for
+            places that folded.
     """
 
-    displacement: torch.Tensor
-    moved: torch.Tensor
-    levels: list
+    displacement: Tensor
+    moved: Tensor
+    levels: list[dict[str, Any]]
     seconds: float
-    affine: torch.Tensor | None = None
-    velocity: torch.Tensor | None = None
+    affine: Tensor | None = None
+    velocity: Tensor | None = None
 
     __repr__ = shapes
 
@@ -135,28 +139,31 @@ def _fit_affine(images, shapes, spacing, similarity, window, report):
 
 
 def register(
-    fixed,
-    moving,
+    fixed: Tensor,  # (1, C, *spatial)
+    moving: Tensor,  # (1, C, *spatial)
     *,
-    spacing=1.0,
-    mask=None,
-    similarity="lcc",
-    transform="dense",
-    affine=False,
-    window=9,
-    regularization=2.0,
-    smoothing=None,
-    levels=None,
-    iterations=(100, 100, 60, 30),
-    learning_rate=0.3,
-    progress=None,
-):
-    """Finds u such that moving(p + u(p)) looks like fixed(p). Runs on the device of the images, in fp32.
+    spacing: float | Sequence[float] = 1.0,
+    mask: Tensor | None = None,  # (1, 1, *spatial)
+    similarity: _descent.SimilarityName = "lcc",
+    transform: _descent.TransformName = "dense",
+    affine: bool = False,
+    window: int = 9,
+    regularization: float = 2.0,
+    smoothing: float | None = None,
+    levels: int | None = None,
+    iterations: int | Sequence[int] = (100, 100, 60, 30),
+    learning_rate: float = 0.3,
+    progress: Callable[[int, int, int, int, float], object] | None = None,
+) -> Registration:
+    """Finds u such that ``moving(p + u(p))`` looks like ``fixed(p)``. Runs on the device of the images, in fp32.
+
+    ``minimise over u: similarity(fixed, warp(moving, u)) + regularization * diffusion(u)``, coarse to fine, by Adam; the
+    diffusion in mm over mm.
 
     Args:
         fixed, moving (Tensor): (1, C, D, H, W) or (1, C, H, W), of one shape, finite, any real dtype.
         spacing (float or sequence): voxel size, mm, (z, y, x).
-        mask (Tensor or None): (1, 1, *spatial) >= 0, weight of each voxel of fixed.
+        mask (Tensor, optional): (1, 1, *spatial) >= 0, or bool: weight of each voxel of fixed.
         similarity (str): "lcc"; "mind" for images of different kinds (MIND-SSC); "mse" for intensities that
             mean the same. Channels are rescaled to their range first.
         transform (str): "dense" displacement; "velocity", stationary and integrated: invertible up to
@@ -165,21 +172,33 @@ def register(
             does not see it.
         window (int): LCC window, voxels of the level, odd.
         regularization (float): weight of the mean squared strain (mm over mm).
-        smoothing (float or None): standard deviation, mm, of the Gaussian on the finest level's updates; for
+        smoothing (float, optional): standard deviation, mm, of the Gaussian on the finest level's updates; for
             "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
             spacing of each level's displacement grid; 4 voxels between control points.
-        levels (int or None): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
+        levels (int, optional): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
         iterations (int or sequence): at most, of every level or coarse to fine (the affine part takes up to 100 a
-            level of its own); where there are more levels
-            than numbers the first serves the coarser ones, where fewer the first ones go unused. A flat
-            loss ends a level.
+            level of its own); where there are more levels than numbers the first serves the coarser ones, where fewer the
+            first ones go unused. A flat loss ends a level.
         learning_rate (float): of Adam, in voxels of the displacement grid.
-        progress (callable or None): progress(level, n_levels, iteration, n_iterations, loss); the affine
+        progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.
 
-    Returns: Registration.
+    Returns:
+        Registration: the displacement, the moved image and what each level did.
 
-    Errors: TypeError, ValueError.
+    Raises:
+        TypeError: what is not a tensor, a number or a flag where one is needed.
+        ValueError: shapes, devices or values do not fit; images that are not finite; a descent that diverges.
+
+    Example:
+        >>> y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+        >>> fixed = torch.exp(-((y - 11) ** 2 + (x - 12) ** 2) / 30)[None, None]  # a blob
+        >>> moving = fixed.roll(2, -1)  # two voxels further to the right
+        >>> result = fastreg.register(fixed, moving, similarity="mse")
+        >>> result.displacement[0, 1, 11, 12].round()  # along x, in the middle of the blob
+        tensor(2.)
+        >>> fastreg.mse_loss(fixed, result.moved) < 0.01 * fastreg.mse_loss(fixed, moving)
+        tensor(True)
     """
     start = time.perf_counter()
     op = "register"
@@ -190,8 +209,7 @@ def register(
     nd = len(full)
     spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
     if mask is not None:
-        mask = _check.scan(op, "mask", mask)
-        _check.mask(op, mask, fixed)
+        mask = _check.mask(op, _check.scan(op, "mask", mask), fixed)
         _check.same_device(op, "mask", mask, "fixed", fixed)
         if (mask < 0).any():
             _check.fail(op, "mask", "be at least 0", f"{float(mask.min()):g}")

@@ -46,6 +46,13 @@ CASES = [
         id="smooth-options",
     ),
     pytest.param(
+        nn.AffineDisplacement((4, 5, 6)),
+        fastreg.affine_displacement,
+        (torch.randn(2, 3, 4), (4, 5, 6)),
+        {},
+        id="affine",
+    ),
+    pytest.param(
         nn.BSplineDisplacement(4, (10, 11, 12), order=2),
         fastreg.bspline_displacement,
         (torch.randn(2, 3, 5, 5, 5), 4, (10, 11, 12), 2),

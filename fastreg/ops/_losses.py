@@ -4,22 +4,25 @@ A loss op returns one sum per sample and, from the same pass, the gradients of t
 op returns the loss of each voxel, (N, 1, *spatial). The mean is taken outside.
 """
 
+from typing import Literal, get_args
+
 import torch
 
 from fastreg import _check, _ext
 
-REDUCTIONS = ("mean", "sum", "none")
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
 
 
 def images(op, fixed, moved, mask, reduction):
-    """What every loss checks; the images in the wider dtype of both."""
+    """Checked: the images in the wider dtype of both, and the mask."""
     _check.floating(op, fixed=fixed, moved=moved, mask=mask)
     _check.image(op, "fixed", fixed)
     _check.same_shape(op, "moved", moved, "fixed", fixed)
-    _check.mask(op, mask, fixed)
     _check.choice(op, "reduction", reduction, REDUCTIONS)
     dtype = torch.promote_types(fixed.dtype, moved.dtype)
-    return fixed.to(dtype), moved.to(dtype)
+    fixed, moved = fixed.to(dtype), moved.to(dtype)
+    return fixed, moved, _check.mask(op, mask, fixed)
 
 
 def mean_of(total, image, mask):

@@ -1,17 +1,22 @@
-"""Affine displacement: ``out(p) = A [p, 1] - p``, p in voxels (z, y, x), origin at index 0.
+"""The displacement of an affine map."""
 
-Computed as ``(A - I) [p, 1]`` in fp64: a matrix near the identity loses nothing to the size of the volume. Gradient:
-``dL/dA = sum_p g(p) [p, 1]^T``. Both are linear, each the backward of the other.
-"""
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _linear
 
 
-def affine_displacement(matrix, shape):
-    """The displacement of an affine map: ``out(p) = matrix [p, 1] - p``.
+def affine_displacement(
+    matrix: Tensor,  # (N, nd, nd + 1)
+    shape: Sequence[int],
+) -> Tensor:  # (N, nd, *shape)
+    """The displacement of an affine map: ``out(p) = matrix [p, 1] - p``, p in voxels (z, y, x), origin at index 0.
+
+    Computed as ``(matrix - I) [p, 1]`` in fp64: a matrix near the identity loses nothing to the size of the volume.
+    Gradient: ``dL/dmatrix = sum_p g(p) [p, 1]^T``. Both are linear, each the backward of the other.
 
     Args:
         matrix (Tensor): (N, 3, 4) or (N, 2, 3), fp64 / fp32 / fp16 / bf16: voxels (z, y, x, 1) to voxels (z, y, x). Any
@@ -23,10 +28,17 @@ def affine_displacement(matrix, shape):
         Differentiable (any number of times) in matrix.
 
     Raises:
-        TypeError: matrix is not floating, shape no integers. ValueError: the shape of matrix or `shape` does not fit.
+        TypeError: matrix is not floating, shape no integers.
+        ValueError: the shape of matrix or `shape` does not fit.
 
     Notes:
         Deterministic: the gradient is summed in fp64, row by row.
+
+    Example:
+        >>> matrix = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 2.0, 0.0]]])  # half a voxel down, twice as wide
+        >>> fastreg.affine_displacement(matrix, (2, 3))[0, 1]  # along x
+        tensor([[0., 1., 2.],
+                [0., 1., 2.]])
     """
     _check.floating("affine_displacement", matrix=matrix)
     nd = _check.affine("affine_displacement", "matrix", matrix)

@@ -1,14 +1,9 @@
-"""B-spline displacement: ``u(p) = sum_k c_k prod_i b((p_i / s_i) - k_i + (order - 1) / 2)``, b the centred
-cardinal B-spline.
+"""The displacement of a grid of B-spline control points."""
 
-Control point k of an axis sits at voxel ``(k - (order - 1) / 2) s``: the polynomial pieces begin at the voxels
-0, s, 2s, ... in every order, and the ``ceil(n / s) + order`` control points of an axis of n voxels are exactly
-those that reach it. Equal coefficients give a constant field up to the border.
-Linear: the backward is the transposed matrix of each axis, and the backward of that is the forward again.
-Rueckert et al. 1999.
-"""
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _linear
@@ -16,13 +11,25 @@ from fastreg.ops import _linear
 ORDERS = (1, 2, 3)
 
 
-def bspline_displacement(coefficients, spacing, shape, order=3):
-    """Displacement field of a grid of B-spline control points.
+def bspline_displacement(
+    coefficients: Tensor,  # (N, nd, *control)
+    spacing: int | Sequence[int],
+    shape: Sequence[int],
+    order: int = 3,
+) -> Tensor:  # (N, nd, *shape)
+    """The displacement of a grid of B-spline control points.
+
+    ``u(p) = sum_k c_k prod_i b(p_i / s_i - k_i + (order - 1) / 2)``, b the centred cardinal B-spline. Control point k of an
+    axis sits at voxel ``(k - (order - 1) / 2) s``: the polynomial pieces begin at the voxels 0, s, 2s, ... in every order, and
+    the ``ceil(n / s) + order`` control points of an axis of n voxels are exactly those that reach it. Equal coefficients
+    give a constant field up to the border.
+    Linear: the backward is the transposed matrix of each axis, and the backward of that is the forward again.
+    Rueckert et al. 1999.
 
     Args:
         coefficients (Tensor): (N, nd, *control) in voxels of the field, channels in axis order (z, y, x),
             fp64 / fp32 / fp16 / bf16; ``ceil(n / spacing) + order`` control points along an axis of n voxels
-            (``control_shape(shape, spacing, order)`` of this module).
+            (``fastreg.ops.bspline_displacement.control_shape(shape, spacing, order)``).
         spacing (int or sequence of int): voxels between control points, one or one per axis, >= 1.
         shape (sequence of int): spatial shape of the field.
         order (int): 1 (linear), 2 (quadratic) or 3 (cubic).
@@ -31,13 +38,17 @@ def bspline_displacement(coefficients, spacing, shape, order=3):
         Tensor: (N, nd, *shape), dtype of coefficients. Differentiable (any number of times) in coefficients.
 
     Raises:
-        TypeError: coefficients is not floating, spacing, shape or order are not integers. ValueError: shapes
-        or values do not fit.
+        TypeError: coefficients is not floating; spacing, shape or order are not integers.
+        ValueError: shapes or values do not fit.
 
     Notes:
-        Control point k of an axis sits at voxel (k - (order - 1) / 2) * spacing; equal coefficients give a
-        constant field up to the border. A coefficient reaches the voxels less than (order + 1) / 2 spacings
-        away and no others. Deterministic.
+        A coefficient reaches the voxels less than (order + 1) / 2 spacings away and no others. Deterministic.
+
+    Example:
+        >>> coefficients = torch.zeros(1, 2, 4, 5)  # (1 or 4 voxels) / 4 + 3 control points
+        >>> coefficients[:, 1, :, 2] = 6.0  # all along y
+        >>> fastreg.bspline_displacement(coefficients, 4, (1, 8))[0, 1]
+        tensor([[1.0000, 1.8906, 2.8750, 3.6719, 4.0000, 3.6719, 2.8750, 1.8906]])
     """
     _check.floating("bspline_displacement", coefficients=coefficients)
     nd = _check.displacement("bspline_displacement", "coefficients", coefficients)

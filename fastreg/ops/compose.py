@@ -1,13 +1,22 @@
 """Composition of displacements."""
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
-from fastreg.ops.warp import PADDINGS, warp_ref
+from fastreg.ops.warp import PADDINGS, Padding, warp_ref
 
 
-def compose(u, v, *, padding="border"):
+def compose(
+    u: Tensor,  # (N, nd, *spatial)
+    v: Tensor,  # (N, nd, *spatial)
+    *,
+    padding: Padding = "border",
+) -> Tensor:  # (N, nd, *spatial)
     """Composes two displacements: ``out(x) = v(x) + u(x + v(x))``, what warping by u and then by v amounts to.
+
+    ``warp(warp(I, u), v) == warp(I, compose(u, v))`` up to interpolation. Gradient: to u the image gradient of warp, to v
+    ``g`` plus its displacement gradient.
 
     Args:
         u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x), fp64 / fp32 / fp16 / bf16.
@@ -19,11 +28,18 @@ def compose(u, v, *, padding="border"):
         Tensor: (N, nd, *spatial), the wider dtype of u and v. Differentiable (twice) in u and v.
 
     Raises:
-        TypeError: a tensor is not floating. ValueError: shapes, devices or padding do not fit.
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or padding do not fit.
 
     Notes:
         One pass, computed in fp32 (fp64 where one of them is). A NaN of v makes its voxel NaN and no other.
         Deterministic on CPU.
+
+    Example:
+        >>> u = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 2, 1, 4)
+        >>> v = torch.zeros(1, 2, 1, 4).index_fill(1, torch.tensor(1), 0.5)  # half a voxel along x
+        >>> fastreg.compose(u, v)[0, 1]
+        tensor([[1.0000, 2.0000, 3.0000, 3.5000]])
     """
     _check.floating("compose", u=u, v=v)
     _check.displacement("compose", "u", u)

@@ -1,21 +1,29 @@
-"""Gaussian displacement (R2N2): ``u(p) = sum_t v_t exp(-d^T Sigma_t^-1 d / 2)``, ``d = p - (x_t, y_t)``,
-``Sigma = R(alpha) diag(sx^2, sy^2) R(alpha)^T`` (``sigma_is="std"``; "var": ``diag(sx, sy)``) with
-``R = [[cos, -sin], [sin, cos]]`` on (x, y).
+"""The displacement that is a sum of Gaussian-shaped motions (R2N2)."""
 
-p runs over [-1, 1] with voxel centres at the ends (an axis of one voxel lies at 0). The sum, times
-(size - 1) / 2, is in voxels. Gradients go to all seven parameters.
-Sandkuehler et al. 2019, eq. 5 (their variances are "var", their code's are "std").
-"""
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 
-SIGMA_IS = ("std", "var")
+SigmaIs = Literal["std", "var"]
+SIGMA_IS = get_args(SigmaIs)
 
 
-def gaussian_displacement(params, shape, *, sigma_is="std"):
+def gaussian_displacement(
+    params: Tensor,  # (N, T, 7)
+    shape: Sequence[int],
+    *,
+    sigma_is: SigmaIs = "std",
+) -> Tensor:  # (N, 2, H, W)
     """2D displacement field that is a sum of T Gaussian-shaped motions.
+
+    ``u(p) = sum_t v_t exp(-d^T Sigma_t^-1 d / 2)``, ``d = p - (x_t, y_t)``, ``Sigma = R(alpha) diag(sx^2, sy^2) R(alpha)^T``
+    (``sigma_is="std"``; "var": ``diag(sx, sy)``) with ``R = [[cos, -sin], [sin, cos]]`` on (x, y). p runs over [-1, 1] with
+    voxel centres at the ends (an axis of one voxel lies at 0). The sum, times (size - 1) / 2, is in voxels. Gradients go to
+    all seven parameters. Sandkuehler et al. 2019, eq. 5 (their variances are "var", their code's are "std").
 
     Args:
         params (Tensor): (N, T, 7): centre x, y, extents sx, sy along the rotated axes, angle alpha in radians
@@ -28,12 +36,20 @@ def gaussian_displacement(params, shape, *, sigma_is="std"):
         Tensor: (N, 2, H, W) in voxels, channels (y, x), dtype of params. Differentiable (once) in params.
 
     Raises:
-        TypeError: params is not floating, shape holds no integers. ValueError: shapes or values do not fit.
+        TypeError: params is not floating, shape holds no integers.
+        ValueError: shapes or values do not fit.
 
     Notes:
         sx and sy must be > 0. They are data, which no op reads back to check: a Gaussian of any other extent,
         or of a NaN parameter, makes the field of its sample NaN. One pass over all T Gaussians, nothing kept
         but params. Deterministic, whatever the thread count.
+
+    Example:
+        >>> params = torch.tensor([[[0.0, 0.0, 0.5, 0.5, 0.0, 1.0, 0.0]]])  # in the middle, along x
+        >>> fastreg.gaussian_displacement(params, (3, 5))[0, 1]
+        tensor([[0.0366, 0.1642, 0.2707, 0.1642, 0.0366],
+                [0.2707, 1.2131, 2.0000, 1.2131, 0.2707],
+                [0.0366, 0.1642, 0.2707, 0.1642, 0.0366]])
     """
     _check.floating("gaussian_displacement", params=params)
     if params.dim() != 3 or params.shape[2] != 7:

@@ -1,17 +1,19 @@
-"""Displacement from the derivative of each coordinate along its own axis.
-
-``u_i(p) = sum over q <= p along axis i of (phi_i(q) - 1)``: phi = 1 everywhere is exactly the identity, and
-phi >= 0 keeps the voxels of each line in order.
-Gradient: ``dL/dphi_i(q) = sum over p >= q along axis i of g_i(p)``, the same sums from the other end.
-"""
+"""The displacement that has given derivatives along its axes."""
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 
 
-def integrate_gradients(phi):
-    """Cumulative sum of ``phi - 1``, component i along its own axis i: gives a displacement.
+def integrate_gradients(
+    phi: Tensor,  # (N, nd, *spatial)
+) -> Tensor:  # (N, nd, *spatial)
+    """The displacement from the derivative of each coordinate along its own axis: cumulative sums of ``phi - 1``.
+
+    ``u_i(p) = sum over q <= p along axis i of (phi_i(q) - 1)``: phi = 1 everywhere is exactly the identity, and phi >= 0
+    keeps the voxels of each line in order.
+    Gradient: ``dL/dphi_i(q) = sum over p >= q along axis i of g_i(p)``, the same sums from the other end.
 
     Args:
         phi (Tensor): (N, nd, *spatial), channels in axis order (z, y, x), fp64 / fp32 / fp16 / bf16.
@@ -21,10 +23,17 @@ def integrate_gradients(phi):
         Tensor: u, shape and dtype of phi, in voxels. Differentiable (any number of times) in phi.
 
     Raises:
-        TypeError: phi is not floating. ValueError: its shape does not fit.
+        TypeError: phi is not floating.
+        ValueError: its shape does not fit.
 
     Notes:
         Sums in fp64, rounded once per voxel. A NaN reaches the voxels after it on its line. Deterministic.
+
+    Example:
+        >>> phi = torch.ones(1, 2, 1, 4)
+        >>> phi[:, 1, :, 2] = 1.5  # x stretches at the third voxel
+        >>> fastreg.integrate_gradients(phi)[0, 1]
+        tensor([[0.0000, 0.0000, 0.5000, 0.5000]])
     """
     _check.floating("integrate_gradients", phi=phi)
     _check.displacement("integrate_gradients", "phi", phi)

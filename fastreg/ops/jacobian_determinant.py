@@ -1,12 +1,18 @@
 """Determinant of the Jacobian of ``x + u(x)``."""
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 
 
-def jacobian_determinant(u):
+def jacobian_determinant(
+    u: Tensor,  # (N, nd, *spatial)
+) -> Tensor:  # (N, 1, *spatial)
     """Determinant of the Jacobian of ``x + u(x)``: 1 without motion, <= 0 where it folds.
+
+    ``det(I + du/dx)``, central differences inside, one-sided at the faces, 0 along an axis of one voxel.
+    Gradient: ``dL/du_c = sum_j D_j^T (g cofactor_cj)`` with D_j the difference along j.
 
     Args:
         u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x), fp64 / fp32 / fp16 / bf16.
@@ -15,10 +21,18 @@ def jacobian_determinant(u):
         Tensor: (N, 1, *spatial), fp32 (fp64 for fp64). Differentiable (once) in u.
 
     Raises:
-        TypeError: u is not floating. ValueError: its shape does not fit.
+        TypeError: u is not floating.
+        ValueError: its shape does not fit.
 
     Notes:
-        Central differences inside, one-sided at the faces, 0 along an axis of one voxel. Deterministic.
+        Deterministic.
+
+    Example:
+        >>> u = torch.zeros(1, 2, 2, 3)
+        >>> u[:, 1] = torch.tensor([0.0, 0.5, 1.0])  # x stretches by a half
+        >>> fastreg.jacobian_determinant(u)[0, 0]
+        tensor([[1.5000, 1.5000, 1.5000],
+                [1.5000, 1.5000, 1.5000]])
     """
     _check.floating("jacobian_determinant", u=u)
     _check.displacement("jacobian_determinant", "u", u)

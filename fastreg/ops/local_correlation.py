@@ -1,31 +1,44 @@
-"""Local correlation (cost volume): ``out(x, o) = scale * sum_c fixed_c(x) moving_c(x + o)`` for all o with |o_k| <= radius_k.
-
-Offsets run in lexicographic (z, y, x) order, last axis fastest. With a displacement, moving is warped first and then shifted:
-``M~(x + o)`` with ``M~ = warp(moving, displacement)``, as in PWC-Net (Sun et al. 2018) and the Recursive Refinement Network
-(He et al. 2021). ``normalize`` (RRN): per sample, mean and unbiased deviation over (C, *spatial) of each map, averaged over the
-two maps; both become ``(x - mu) / (sigma + 1e-6)``. A sample that lies outside moving counts as 0 before the normalisation, an
-offset that leads outside the map reads 0 (or the border value) after it.
-Gradients, all gathers: ``d fixed(x, c) = scale sum_o g(x, o) M(x + o, c)``, ``d M(q, c) = scale sum_o g(q - o, o) fixed(q - o, c)``.
-"""
+"""Local correlation of two feature maps (cost volume)."""
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops.warp import warp_ref
 
-SCALES = ("mean", "sum", "sqrt")
-PADDINGS = ("zeros", "border")
+Scale = Literal["mean", "sum", "sqrt"]
+SCALES = get_args(Scale)
+Padding = Literal["zeros", "border"]
+PADDINGS = get_args(Padding)
 EPSILON = 1e-6
 
 
 def local_correlation(
-    fixed, moving, radius=2, *, displacement=None, normalize=False, scale="mean", padding="zeros"
-):
-    """Correlates each voxel of fixed with the (2 radius + 1)^nd neighbours of the same voxel in moving.
+    fixed: Tensor,  # (N, C, *spatial)
+    moving: Tensor,  # (N, C, *spatial)
+    radius: int | Sequence[int] = 2,
+    *,
+    displacement: Tensor | None = None,  # (N, nd, *spatial)
+    normalize: bool = False,
+    scale: Scale = "mean",
+    padding: Padding = "zeros",
+) -> Tensor:  # (N, prod(2 radius + 1), *spatial)
+    """Correlates each voxel of fixed with the (2 radius + 1)^nd neighbours of the same voxel in moving (cost volume).
+
+    ``out(x, o) = scale * sum_c fixed_c(x) moving_c(x + o)`` for all o with |o_k| <= radius_k, in lexicographic (z, y, x)
+    order, last axis fastest. With a displacement, moving is warped first and then shifted: ``M~(x + o)`` with
+    ``M~ = warp(moving, displacement)``, as in PWC-Net (Sun et al. 2018) and the Recursive Refinement Network (He et al.
+    2021). ``normalize`` (RRN): per sample, mean and unbiased deviation over (C, *spatial) of each map, averaged over the two
+    maps; both become ``(x - mu) / (sigma + 1e-6)``. A sample that lies outside moving counts as 0 before the normalisation,
+    an offset that leads outside the map reads 0 (or the border value) after it.
+    Gradients, all gathers: ``d fixed(x, c) = scale sum_o g(x, o) M(x + o, c)``,
+    ``d M(q, c) = scale sum_o g(q - o, o) fixed(q - o, c)``.
 
     Args:
         fixed, moving (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
@@ -41,13 +54,22 @@ def local_correlation(
         displacement, through the statistics too.
 
     Raises:
-        TypeError: a tensor is not floating, radius is not whole. ValueError: shapes, devices, radius, scale or padding.
+        TypeError: a tensor is not floating, radius is not whole.
+        ValueError: shapes, devices, radius, scale or padding.
 
     Notes:
         Deterministic on CPU whatever the thread count. A deviation of 0 has derivative 0, so constant maps have finite
         gradients. A NaN reaches the outputs that read it; with ``normalize``, its sample.
         CPU: no shifted, normalised or warped copy of a map; extra memory per thread is some 2 radius + 1 planes of moving,
         at most a few MB. The backward holds the gradient of the warped moving (and halves: what they are rounded from).
+
+    Example:
+        >>> fixed = torch.tensor([[[[0.0, 1.0, 0.0, 0.0]]]])
+        >>> moving = torch.tensor([[[[0.0, 0.0, 1.0, 0.0]]]])
+        >>> fastreg.local_correlation(fixed, moving, (0, 1))[0, :, 0]  # found one voxel to the right
+        tensor([[0., 0., 0., 0.],
+                [0., 0., 0., 0.],
+                [0., 1., 0., 0.]])
     """
     op = "local_correlation"
     given = {} if displacement is None else {"displacement": displacement}

@@ -1,22 +1,17 @@
-"""MIND: what an image looks like around each voxel, as distances between its patches; comparable across modalities.
-
-Channel k compares the patches at two offsets (a, b) of a voxel p, in units of ``dilation``:
-``D_k(p) = sum_q w(q) S_k(p + q)``, ``S_k(p) = sum_c (I_c(p + dilation a) - I_c(p + dilation b))^2``, with weights w of
-(2 radius + 1)^nd samples that sum to 1; the image is replicated at the border for the offsets, S for the patch.
-``descriptor = exp(-(D - min D) / V)``: the minimum and V are over channels, V of D - min D ("ssc") or of D ("six"), and V is
-kept within [1e-3, 1e3] of its mean over the sample, and above the smallest normal number.
-Gradient: through D, the minimum (shared evenly by channels that tie) and V, not through the bounds of V.
-Heinrich et al. 2012 ("six": MIND) and 2013 ("ssc": MIND-SSC).
-"""
+"""MIND descriptors of an image."""
 
 import math
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 
-NEIGHBOURHOODS = ("ssc", "six")
-PATCHES = ("box", "gaussian")
+Neighbourhood = Literal["ssc", "six"]
+NEIGHBOURHOODS = get_args(Neighbourhood)
+Patch = Literal["box", "gaussian"]
+PATCHES = get_args(Patch)
 _SSC = {
     3: "+z-y +y-z -y-z +y+z -y-x +y+x -x-z +z+x +y-x +x-y +z-x +x-z",
     2: "-y-x +x-y +y-x +x+y",
@@ -48,8 +43,24 @@ def patch_weights(radius, patch, sigma):
     return [w / math.fsum(weights) for w in weights]
 
 
-def mind(image, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma=0.5):
-    """MIND descriptors of an image.
+def mind(
+    image: Tensor,  # (N, C, *spatial)
+    *,
+    radius: int = 2,
+    dilation: int = 2,
+    neighbourhood: Neighbourhood = "ssc",
+    patch: Patch = "box",
+    sigma: float = 0.5,
+) -> Tensor:  # (N, channels, *spatial)
+    """What an image looks like around each voxel, as distances between its patches; comparable across modalities.
+
+    Channel k compares the patches at two offsets (a, b) of a voxel p, in units of ``dilation``:
+    ``D_k(p) = sum_q w(q) S_k(p + q)``, ``S_k(p) = sum_c (I_c(p + dilation a) - I_c(p + dilation b))^2``, with weights w of
+    (2 radius + 1)^nd samples that sum to 1; the image is replicated at the border for the offsets, S for the patch.
+    ``descriptor = exp(-(D - min D) / V)``: the minimum and V are over channels, V of D - min D ("ssc") or of D ("six"), and V is
+    kept within [1e-3, 1e3] of its mean over the sample, and above the smallest normal number.
+    Gradient: through D, the minimum (shared evenly by channels that tie) and V, not through the bounds of V.
+    Heinrich et al. 2012 ("six": MIND) and 2013 ("ssc": MIND-SSC).
 
     Args:
         image (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; distances are summed over C.
@@ -65,12 +76,19 @@ def mind(image, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma
         -x +x). Differentiable (once) in image.
 
     Raises:
-        TypeError: not floating. ValueError: shapes, a radius out of range, a dilation below 1, a bad option.
+        TypeError: not floating.
+        ValueError: shapes, a radius out of range, a dilation below 1, a bad option.
 
     Notes:
-        Borders: the image is replicated for the offsets, the squared differences for the patch. Halves are computed in fp32.
-        V is bounded by its mean over each sample, so a NaN or an infinity makes all descriptors of its sample NaN, and no
-        other sample's. A constant image gives 1 with gradient 0. Squares that overflow the arithmetic type count as infinite.
+        Halves are computed in fp32. V is bounded by its mean over each sample, so a NaN or an infinity makes all descriptors of
+        its sample NaN, and no other sample's. A constant image gives 1 with gradient 0. Squares that overflow the arithmetic
+        type count as infinite.
+
+    Example:
+        >>> image = torch.zeros(1, 1, 5, 5)
+        >>> image[..., 3:] = 1.0  # an edge to the right of the middle
+        >>> fastreg.mind(image, radius=0, dilation=1, neighbourhood="six")[0, :, 2, 2]  # as above, below and left, not right
+        tensor([1.0000, 1.0000, 1.0000, 0.0183])
     """
     _check.floating("mind", image=image)
     options = checked_options("mind", image, "image", radius, dilation, neighbourhood, patch, sigma)

@@ -1,29 +1,47 @@
-"""Difference of the MIND descriptors of two images, which are never stored.
+"""Difference of the MIND descriptors of two images.
 
 The ops return one sum per sample and, computed in the same call, the gradient of that sum; or the map.
 """
 
+from typing import Literal, get_args
+
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _losses
-from fastreg.ops.mind import channels, checked_options, descriptors
+from fastreg.ops.mind import Neighbourhood, Patch, channels, checked_options, descriptors
 
-NORMS = ("l2", "l1")
+Norm = Literal["l2", "l1"]
+NORMS = get_args(Norm)
 
 
 def mind_loss(
-    fixed, moved, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma=0.5, norm="l2", mask=None,
-    reduction="mean",
-):  # fmt: skip
+    fixed: Tensor,  # (N, C, *spatial)
+    moved: Tensor,  # (N, C, *spatial)
+    *,
+    radius: int = 2,
+    dilation: int = 2,
+    neighbourhood: Neighbourhood = "ssc",
+    patch: Patch = "box",
+    sigma: float = 0.5,
+    norm: Norm = "l2",
+    mask: Tensor | None = None,  # (N, 1, *spatial)
+    reduction: _losses.Reduction = "mean",
+) -> Tensor:  # () or (N, 1, *spatial)
     """Mean squared (or absolute) difference of the MIND descriptors of two images, which are never stored.
+
+    ``sum(m |mind(f) - mind(w)|^k) / sum(m)`` over voxels, channels and batch, k = 2 ("l2") or 1 ("l1"), m = 1 without a mask;
+    the descriptors are those of :func:`fastreg.mind`. Heinrich et al. 2012 and 2013.
 
     Args:
         fixed, moved (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
-        radius, dilation, neighbourhood, patch, sigma: of the descriptors, see fastreg.mind.
+        radius, dilation (int): of the descriptors, see fastreg.mind.
+        neighbourhood, patch (str): of the descriptors, see fastreg.mind.
+        sigma (float): of the descriptors, see fastreg.mind.
         norm (str): "l2" squared, "l1" absolute differences.
-        mask (Tensor, optional): (N, 1, *spatial), >= 0: weights of the voxels in the average. No gradient. It does not enter
-            the descriptors: these see the image outside, and so does the mean of V that bounds V.
+        mask (Tensor, optional): (N, 1, *spatial), >= 0, or bool: weights of the voxels in the average. No gradient. It does
+            not enter the descriptors: these see the image outside, and so does the mean of V that bounds V.
         reduction (str): "mean" over voxels, channels and batch (weighted by the mask), "sum", or "none": the difference
             averaged over channels, times the mask.
 
@@ -31,13 +49,21 @@ def mind_loss(
         Tensor: scalar, or (N, 1, *spatial) for "none"; fp32 (fp64 for fp64 inputs). Differentiable (once) in fixed and moved.
 
     Raises:
-        TypeError: not floating. ValueError: shapes, devices, a mask that requires a gradient, a bad option.
+        TypeError: not floating.
+        ValueError: shapes, devices, a mask that requires a gradient, a bad option.
 
     Notes:
         Constant images and all-zero masks give 0 with gradient 0. A NaN or an infinity makes its sample NaN, no other.
         Where two channels tie for the minimum within rounding, the gradient depends on which is less: it has a kink there.
-        CPU: deterministic, whatever the thread count; some MB a thread beside the gradients. fastreg.nn.MINDLoss(...).prepare(fixed) computes what only depends on fixed
-        once, for many calls.
+        CPU: deterministic, whatever the thread count; some MB a thread beside the gradients.
+        ``fastreg.nn.MINDLoss(...).prepare(fixed)`` computes what only depends on fixed once, for many calls.
+
+    Example:
+        >>> fixed = torch.arange(64.0).view(1, 1, 8, 8).sin()
+        >>> fastreg.mind_loss(fixed, 7 - 3 * fixed) < 1e-9  # a contrast turned around is the same picture
+        tensor(True)
+        >>> fastreg.mind_loss(fixed, fixed.roll(1, -1)) > 0.05
+        tensor(True)
     """
     options = {
         "radius": radius, "dilation": dilation, "neighbourhood": neighbourhood, "patch": patch, "sigma": sigma,
@@ -62,7 +88,7 @@ def mind_loss_prepared(
     norm="l2", mask=None, reduction="mean",
 ):  # fmt: skip
     """mind_loss with the result of prepare_mind(fixed) or None."""
-    fixed, moved = _losses.images("mind_loss", fixed, moved, mask, reduction)
+    fixed, moved, mask = _losses.images("mind_loss", fixed, moved, mask, reduction)
     options = checked_options("mind_loss", fixed, "fixed", radius, dilation, neighbourhood, patch, sigma)
     _check.choice("mind_loss", "norm", norm, NORMS)
     if reduction == "none":

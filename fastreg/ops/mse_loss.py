@@ -1,22 +1,28 @@
-"""Mean squared difference: ``sum(m (f - w)^2) / sum(m)`` over voxels, channels and batch, m = 1 without a
-mask.
-
-Gradient: ``2 m (w - f) / sum(m)`` for w, its negative for f. What is masked out (m <= 0) counts as 0 even
-where it is not finite; a NaN weight makes the loss NaN. The ops return one sum per sample, or the map; the mean is taken outside.
-"""
+"""Mean squared difference of two images."""
 
 import torch
+from torch import Tensor
 
 from fastreg import _ext
 from fastreg.ops import _losses
 
 
-def mse_loss(fixed, moved, *, mask=None, reduction="mean"):
+def mse_loss(
+    fixed: Tensor,  # (N, C, *spatial)
+    moved: Tensor,  # (N, C, *spatial)
+    *,
+    mask: Tensor | None = None,  # (N, 1, *spatial)
+    reduction: _losses.Reduction = "mean",
+) -> Tensor:  # () or (N, 1, *spatial)
     """Mean squared difference of two images, weighted by a mask.
 
+    ``sum(m (f - w)^2) / sum(m)`` over voxels, channels and batch, m = 1 without a mask. Gradient: ``2 m (w - f) / sum(m)`` for
+    w, its negative for f. What is masked out (m <= 0) counts as 0 even where it is not finite; a NaN weight makes the loss
+    NaN.
+
     Args:
-        fixed, moved (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16.
-        mask (Tensor, optional): (N, 1, *spatial), >= 0: weights of the voxels. No gradient.
+        fixed, moved (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
+        mask (Tensor, optional): (N, 1, *spatial), >= 0, or bool: weights of the voxels. No gradient.
         reduction (str): "mean" over voxels, channels and batch (weighted), "sum", or "none": the squared
             difference averaged over channels, times the mask.
 
@@ -25,14 +31,21 @@ def mse_loss(fixed, moved, *, mask=None, reduction="mean"):
         and moved. An all-zero mask gives 0 with gradient 0; the mean over an empty batch is NaN, as in torch.
 
     Raises:
-        TypeError: a tensor is not floating. ValueError: shapes, devices, a mask that requires a gradient, a
-        bad reduction.
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices, a mask that requires a gradient, a bad reduction.
 
     Notes:
         One pass forward and one backward, nothing kept but the inputs; blocks of terms summed in fp64. Deterministic, whatever
         the thread count.
+
+    Example:
+        >>> fixed, moved = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 1.0], [1.0, 3.0]]]])
+        >>> fastreg.mse_loss(fixed, moved)
+        tensor(3.)
+        >>> fastreg.mse_loss(fixed, moved, mask=moved < 2)
+        tensor(1.)
     """
-    fixed, moved = _losses.images("mse_loss", fixed, moved, mask, reduction)
+    fixed, moved, mask = _losses.images("mse_loss", fixed, moved, mask, reduction)
     if reduction == "none":
         return torch.ops.fastreg.mse_map(fixed, moved, mask)
     total = torch.ops.fastreg.mse_loss(fixed, moved, mask).sum()

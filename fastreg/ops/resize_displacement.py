@@ -1,13 +1,27 @@
-"""Resampling of a displacement to another grid, linear, in voxels of that grid."""
+"""Resampling of a displacement to another grid."""
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _linear
 
 
-def resize_displacement(u, size, *, align_corners=True, scale="exact"):
-    """Resamples a displacement to another grid (linear) and rescales it to that grid's voxels.
+def resize_displacement(
+    u: Tensor,  # (N, nd, *spatial)
+    size: Sequence[int],
+    *,
+    align_corners: bool = True,
+    scale: Literal["exact"] | float | Sequence[float] = "exact",
+) -> Tensor:  # (N, nd, *size)
+    """Resamples a displacement to another grid, linearly, and rescales it to that grid's voxels.
+
+    Component i is multiplied by the factor of its axis, ``(o_i - 1) / (i_i - 1)`` with align_corners and ``o_i / i_i``
+    without, so that it stays in voxels of its own grid. No anti-aliasing.
+    Linear: the backward is the transposed matrix of each axis, and the backward of that is the forward again.
 
     Args:
         u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x), fp64 / fp32 / fp16 / bf16.
@@ -21,11 +35,18 @@ def resize_displacement(u, size, *, align_corners=True, scale="exact"):
         Tensor: (N, nd, *size), dtype of u. Differentiable (any number of times) in u.
 
     Raises:
-        TypeError: u is not floating, size or scale are not numbers. ValueError: shapes or values do not fit.
+        TypeError: u is not floating, size or scale are not numbers.
+        ValueError: shapes or values do not fit.
 
     Notes:
         Positions are exact ratios of integers: resizing to the same size is exactly the identity.
         Deterministic.
+
+    Example:
+        >>> u = torch.tensor([0.0, 1.0, 2.0]).expand(1, 2, 3, 3)
+        >>> fastreg.resize_displacement(u, (3, 5))[0, :, 0]  # twice as many voxels along x: x moves twice as many
+        tensor([[0.0000, 0.5000, 1.0000, 1.5000, 2.0000],
+                [0.0000, 1.0000, 2.0000, 3.0000, 4.0000]])
     """
     _check.floating("resize_displacement", u=u)
     nd = _check.displacement("resize_displacement", "u", u)

@@ -1,19 +1,30 @@
 """Gaussian smoothing of displacements and images."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _linear
-from fastreg.ops.warp import PADDINGS
+from fastreg.ops.warp import PADDINGS, Padding
 
 MAX_RADIUS = 2**16
 
 
-def smooth(u, sigma, *, padding="border", truncate=4.0):
+def smooth(
+    u: Tensor,  # (N, C, *spatial)
+    sigma: float | Sequence[float],
+    *,
+    padding: Padding = "border",
+    truncate: float = 4.0,
+) -> Tensor:  # (N, C, *spatial)
     """Gaussian smoothing of a displacement or image, each channel by itself.
+
+    The sampled Gaussian ``exp(-x^2 / 2 sigma^2)`` normalised to sum 1, radius ``ceil(truncate sigma)``, axis by axis.
+    Linear: the backward is the transposed matrix of each axis, and the backward of that is the forward again.
 
     Args:
         u (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16.
@@ -27,10 +38,17 @@ def smooth(u, sigma, *, padding="border", truncate=4.0):
         Tensor: shape and dtype of u. Differentiable (any number of times) in u.
 
     Raises:
-        TypeError: u is not floating. ValueError: shape, sigma, padding or truncate do not fit.
+        TypeError: u is not floating.
+        ValueError: shape, sigma, padding or truncate do not fit.
 
     Notes:
         A NaN reaches the voxels whose kernel holds it and no others. Deterministic.
+
+    Example:
+        >>> u = torch.zeros(1, 1, 1, 7)
+        >>> u[..., 3] = 1.0
+        >>> fastreg.smooth(u, (0.0, 1.0))[0, 0]
+        tensor([[0.0044, 0.0540, 0.2420, 0.3989, 0.2420, 0.0540, 0.0044]])
     """
     _check.floating("smooth", u=u)
     nd = _check.image("smooth", "u", u)

@@ -1,32 +1,47 @@
-"""Warp: ``out(p) = image(A [p, 1] + u(p))``, linear or nearest, voxel centres on integers (align_corners=True).
+"""Warping of an image by a displacement, an affine map or both.
 
 Positions are split into the voxel index and the floor of ``(A - I) [p, 1] + u`` (integers) and what is left of it, so
 ``u = 0`` is exactly the identity and accuracy does not depend on the size of the volume; with a matrix the sum is taken
-in fp64. Gradient: ``dL/du_k = sum_c g_c d image_c / dx_k`` (one-sided at integer positions: towards larger indices),
-``dL/dA = sum_p dL/du(p) [p, 1]^T``, ``dL/dimage`` the transpose of the interpolation (STN: Jaderberg et al. 2015, eq.
-5-7, in voxel units). All of them, and the double backward, exist.
+in fp64.
 """
 
 import itertools
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _linear
 from fastreg.ops.affine_displacement import affine_displacement_ref
 
-PADDINGS = ("zeros", "border", "reflection")
-MODES = ("linear", "nearest")
+Padding = Literal["zeros", "border", "reflection"]
+PADDINGS = get_args(Padding)
+Mode = Literal["linear", "nearest"]
+MODES = get_args(Mode)
 
 
-def warp(image, displacement, *, affine=None, mode="linear", padding="zeros"):
+def warp(
+    image: Tensor,  # (N, C, *spatial)
+    displacement: Tensor | None,  # (N, nd, *spatial)
+    *,
+    affine: Tensor | None = None,  # (N, nd, nd + 1)
+    mode: Mode = "linear",
+    padding: Padding = "zeros",
+) -> Tensor:  # (N, C, *spatial)
     """Warps an image by a displacement: ``out(p) = image(p + displacement(p))``, or ``image(affine [p, 1] + ...)``.
 
+    Linear or nearest, voxel centres on integers (align_corners=True); zero displacement is exactly the identity.
+    Gradient: ``dL/du_k = sum_c g_c d image_c / dx_k`` (one-sided at integer positions: towards larger indices),
+    ``dL/dA = sum_p dL/du(p) [p, 1]^T``, ``dL/dimage`` the transpose of the interpolation (STN: Jaderberg et al. 2015, eq.
+    5-7, in voxel units).
+
     Args:
-        image (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16.
+        image (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; with mode "nearest" also labels, of
+            any integer dtype or bool.
         displacement (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x), any of the four dtypes; it is
-            never cast down. A NaN makes its voxel NaN and no other; beyond the image means outside. None with an
-            affine: zero.
+            never cast down. A NaN makes its voxel NaN (a label: 0) and no other; beyond the image means outside. None with
+            an affine: zero.
         affine (Tensor, optional): (N, nd, nd + 1), any of the four dtypes: voxels (z, y, x, 1) to voxels (z, y, x),
             origin at index 0. Any finite matrix, a singular one too: the image is only pulled through it. A sample
             whose matrix is not finite is NaN.
@@ -34,28 +49,60 @@ def warp(image, displacement, *, affine=None, mode="linear", padding="zeros"):
         padding (str): what lies outside: "zeros", "border" (nearest voxel) or "reflection" (about the outermost voxel centres).
 
     Returns:
-        Tensor: (N, C, *spatial), dtype of image. Differentiable (twice) in image, displacement and affine.
+        Tensor: (N, C, *spatial), dtype of image. Differentiable (twice) in image, displacement and affine; labels have no
+        gradient.
 
     Raises:
-        TypeError: a tensor is not floating. ValueError: shapes, devices, mode or padding do not fit.
+        TypeError: a tensor is not floating, labels with mode "linear".
+        ValueError: shapes, devices, mode or padding do not fit.
 
     Notes:
         No grid of positions is built. Deterministic on CPU: the image gradient sums its contributions in one fixed order
         whatever the thread count, that of the affine row by row. On a GPU it is scattered with fp32 atomics, whose last
         bits differ from run to run; under ``torch.use_deterministic_algorithms(True)`` in 64-bit fixed point, relative to the
         largest |gradient| of the sample: one smaller by 2^62 over the number of voxels (3e11 at 256^3) is lost.
+        Labels pass through floating numbers, int64 up to 2^53 exactly.
+
+    Example:
+        >>> image = torch.tensor([[[[0.0, 1.0, 2.0, 3.0]]]])
+        >>> u = torch.zeros(1, 2, 1, 4)
+        >>> u[:, 1] = 0.5  # every voxel takes what lies half a voxel to its right
+        >>> fastreg.warp(image, u)[0, 0]
+        tensor([[0.5000, 1.5000, 2.5000, 1.5000]])
+        >>> fastreg.warp(image, u, padding="border")[0, 0]
+        tensor([[0.5000, 1.5000, 2.5000, 3.0000]])
+        >>> fastreg.warp(image.to(torch.uint8), 2 * u, mode="nearest")[0, 0]
+        tensor([[1, 2, 3, 0]], dtype=torch.uint8)
     """
+    if isinstance(image, Tensor) and image.dtype in _check.WHOLE:
+        if mode == "nearest":
+            return _warp_labels(image, displacement, affine, padding)
+        hint = 'pass image.float(), or labels with mode="nearest"'
+        _check.fail("warp", "image", "be fp64, fp32, fp16 or bf16", f"{image.dtype}: {hint}", TypeError)
     tensors = {"image": image, "displacement": displacement, "affine": affine}
     optional = {"affine"} if affine is None else {"displacement"}
     _check.floating("warp", **{k: t for k, t in tensors.items() if t is not None or k not in optional})
     nd = _check.image("warp", "image", image)
     if displacement is not None:
+        if image.shape[0] == 1 and displacement.shape[1:2] == (nd,) and displacement.shape[0] > 1:
+            n = displacement.shape[0]
+            hint = f"pass image.expand({n}, *image.shape[1:])"
+            _check.fail("warp", "image", f"have the N = {n} of displacement", f"{tuple(image.shape)}: {hint}")
         _check.displacement("warp", "displacement", displacement, image.shape[2:], image.shape[0])
     if affine is not None:
         _check.affine("warp", "affine", affine, nd, image.shape[0])
     _check.choice("warp", "mode", mode, MODES)
     _check.choice("warp", "padding", padding, PADDINGS)
     return torch.ops.fastreg.warp(image, displacement, affine, mode, padding)
+
+
+def _warp_labels(labels, displacement, affine, padding):
+    """As numbers, which nearest neighbours do not change; a NaN of the displacement is label 0."""
+    given = [t.detach() if isinstance(t, Tensor) else t for t in (displacement, affine)]
+    moved = warp(
+        labels.to(_check.WHOLE[labels.dtype]), given[0], affine=given[1], mode="nearest", padding=padding
+    )
+    return moved.nan_to_num_(0.0).to(labels.dtype)
 
 
 def _corner_index(index, n, padding):

@@ -417,3 +417,35 @@ CONTRACT = Contract(
     },
     large=((33, 20, 40), (33, 70)),
 )
+
+
+LABELS = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+]
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_labels(dtype, padding):
+    largest = 1 if dtype == torch.bool else min(torch.iinfo(dtype).max, 2**53)
+    labels = (torch.rand(2, 2, 5, 6, 7, dtype=torch.float64) * largest).round().long()
+    labels[0, 0, 0, 0, 0] = largest
+    displacement = 3 * torch.randn(2, 3, 5, 6, 7)
+    displacement[0, :, 0, 0, 0] = 0
+    matrix = torch.eye(3, 4).expand(2, 3, 4) * 1.1
+    for affine in (None, matrix):
+        options = {"affine": affine, "mode": "nearest", "padding": padding}
+        moved = fastreg.warp(labels.to(dtype), displacement.clone().requires_grad_(), **options)
+        assert moved.dtype == dtype
+        assert not moved.requires_grad
+        # Equal numbers are found in the label image itself.
+        assert torch.equal(moved.long(), fastreg.warp(labels.double(), displacement, **options).long())
+    displacement[0, 0, 1, 1, 1] = float("nan")
+    assert fastreg.warp(labels.to(dtype), displacement, mode="nearest")[0, :, 1, 1, 1].tolist() == [0, 0]
