@@ -5,6 +5,8 @@ from numbers import Integral, Real
 
 import torch
 
+from ._refusals import refuse
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What labels may be, and the type that passes them through arithmetic unchanged (int64 up to 2^53).
 WHOLE = dict.fromkeys((torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16), torch.float32)
@@ -14,7 +16,7 @@ IMAGES = ("image", "fixed", "moving", "moved", "mask")
 
 
 def fail(op, argument, rule, got, error=ValueError):
-    raise error(f"fastreg::{op}: {argument} must {rule}, got {got}")
+    refuse(error, f"fastreg::{op}: ", f"{argument} must {rule}, got {got}")
 
 
 def tensor(op, name, t):

@@ -4,16 +4,16 @@ Exit status: 0; 1 where the demo misses its goals; 2 for bad input, with one lin
 Outputs are complete or absent.
 """
 
+import difflib
 import logging
 import signal
 import sys
 
 from fastreg import _signals
+from fastreg._refusals import Refusal
 from fastreg._version import __version__
 from fastreg.commands import apply, demo, info, register, train
 from fastreg.commands.options import Parser
-from fastreg.io import InputError
-from fastreg.training import NotFinite
 
 
 def _parser():
@@ -22,7 +22,23 @@ def _parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (register, train, apply, demo, info):
         command.add(commands)
+    for own in commands.choices.values():
+        own.set_defaults(parser=own)
     return parser
+
+
+def _parsed(argv):
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        # The command's own parser, which knows where its help is.
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args.parser, unknown)}")
+    return args
+
+
+def _meant(parser, unknown):
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    close = [difflib.get_close_matches(text.split("=")[0], flags, 1) for text in unknown if text[:2] == "--"]
+    return "".join(f"; did you mean {flag[0]}?" for flag in close if flag)
 
 
 def _terminate(number, _):
@@ -41,7 +57,7 @@ def main(argv=None):
     # It announces its font cache on the first run, and complains about unwritable homes.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
-        args = _parser().parse_args(argv)
+        args = _parsed(argv)
         # SIGTERM and, but under nohup, SIGHUP end a command as Ctrl-C does.
         ours = [n for n in _signals.named("SIGTERM", "SIGHUP") if signal.getsignal(n) != signal.SIG_IGN]
         with _signals.handled(ours, _terminate):
@@ -49,15 +65,15 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("fastreg: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (InputError, NotFinite, OSError, ImportError) as error:
+    except Refusal as error:
+        message = _line(error.brief)
+    except (OSError, ImportError) as error:
         message = _line(error)
     except (ValueError, TypeError) as error:
-        # Ours name the op; others are bugs and keep their traceback.
-        if not str(error).startswith(("fastreg::", "fastreg.models.")):
+        # An op names itself; others are bugs and keep their traceback.
+        if not str(error).startswith("fastreg::"):
             raise
         message = _line(error)
-        for prefix in ("fastreg::register: ", "fastreg::train: ", "fastreg.models."):
-            message = message.removeprefix(prefix)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""Images, landmarks and displacements between files and tensors: grids in physical space, atomic writes.
+"""Images, landmarks and displacements between files and tensors: grids in physical space.
 
 Physical points are ITK's: millimetres, LPS, in the order (x, y, z). Arrays, tensors and voxel indices are
 (z, y, x). Only images need SimpleITK.
@@ -9,9 +9,6 @@ import csv
 import gzip
 import math
 import os
-import secrets
-import shutil
-import signal
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastreg import _signals
+from fastreg._files import InputError, replacing, require_utf8
+from fastreg._refusals import Missing
 
 __all__ = [
     "Geometry",
     "InputError",
-    "output_folder",
     "read_displacement",
     "read_image",
     "read_landmarks",
-    "replacing",
     "resample",
     "write_displacement",
     "write_image",
@@ -39,23 +35,11 @@ __all__ = [
 SLAB = 1 << 20  # voxels
 
 
-class InputError(ValueError):
-    """What a user passed cannot be used; the message is one line that says why."""
-
-
-def _require_utf8(path):
-    """SimpleITK aborts the process on other names."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{ascii(os.fspath(path))[1:-1]}: the path must be UTF-8") from error
-
-
 def _sitk():
     try:
         import SimpleITK
     except ImportError as error:
-        raise ImportError("reading and writing images needs SimpleITK: pip install fastreg[all]") from error
+        raise Missing("SimpleITK", "reading and writing images") from error
     return SimpleITK
 
 
@@ -185,7 +169,7 @@ def _not_finite_in_nifti(path, image):
 def _read(path):
     sitk = _sitk()
     path = Path(path)
-    _require_utf8(path)
+    require_utf8(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
     if path.name.lower().endswith((".nia", ".nia.gz")):
@@ -194,7 +178,7 @@ def _read(path):
     source = str(path)
     if path.is_dir():
         for name in os.listdir(path):
-            _require_utf8(name)
+            require_utf8(name)
         with _silent_stderr():
             series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(source)
             if len(series) == 1:
@@ -320,25 +304,8 @@ def write_landmarks(path, points):
         writer.writerows([f"{v:.9g}" for v in point] for point in points)
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a name beside path, which takes its place at the end; left behind in no case. An OSError names the path."""
-    path = Path(path)
-    # The extension decides the format, so it stays at the end of the name.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(path, image, geometry):
-    _require_utf8(path)
+    require_utf8(path)
     sitk = _sitk()
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
@@ -408,83 +375,3 @@ def resample(image, geometry, onto, u=None, *, mode="linear", outside=0.0):
         out[:, :, start:stop] = slab
         inside[0, 0, start:stop] = kept
     return out, inside
-
-
-def _refuse_folders(out, names):
-    for name in names:
-        if (out / name).is_dir() and not (out / name).is_symlink():
-            raise InputError(f"{out / name}: is a folder, and would have to be a file")
-
-
-def _exchange(temporary, out, names):
-    """Moves all files of temporary to `out`, where `names` disappear; what fails is undone."""
-    written = os.listdir(temporary)
-    _refuse_folders(out, {*names, *written})
-    # Not in temporary, which is deleted: should undoing fail as well, the old files are still there.
-    aside = out / f"{temporary.name}.old"
-    aside.mkdir()
-    steps = []
-    try:
-        for name in {*names, *written}:
-            if os.path.lexists(out / name):
-                os.replace(out / name, aside / name)
-                steps.append((aside / name, out / name))
-        for name in written:
-            os.replace(temporary / name, out / name)
-            steps.append((out / name, temporary / name))
-    except BaseException:
-        for source, target in reversed(steps):
-            os.replace(source, target)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def output_folder(out, names, *, replace=False):
-    """Yields an empty folder that becomes `out` at the end; on any error `out` is as it was before.
-
-    A new `out` appears by one rename. In one that exists the files written take the places of their namesakes
-    and others of `names` disappear, all or none, with signals held back; what else is in it stays.
-    Raises:
-        InputError: out is empty or no folder, holds one of `names` and replace is false or that is a folder,
-            or cannot be made.
-    """
-    if not os.fspath(out):
-        raise InputError("the output folder must have a name, got an empty one")
-    out = Path(out)
-    _require_utf8(out.absolute())
-    exists = out.is_dir()
-    if not exists and (out.exists() or out.is_symlink()):
-        raise InputError(f"{out}: exists and is not a folder")
-    _refuse_folders(out, names)
-    taken = [name for name in names if exists and os.path.lexists(out / name)]
-    if taken and not replace:
-        raise InputError(f"{out}: already holds {taken[0]}; give another folder, or --force to replace it")
-    missing = [] if exists else [parent for parent in out.absolute().parents if not parent.exists()]
-    # Inside an existing folder, which may be a mount of its own that no rename crosses.
-    temporary = (out if exists else out.absolute().parent) / f".{out.name or 'out'}.{secrets.token_hex(4)}"
-    done = False
-    try:
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{out}: cannot be made: {(error.strerror or str(error)).lower()}") from error
-        yield temporary
-        with _no_interrupt():
-            if exists:
-                _exchange(temporary, out, names)
-            else:
-                os.rename(temporary, out)
-            done = True
-    finally:
-        with _no_interrupt():
-            shutil.rmtree(temporary, ignore_errors=True)
-            for parent in [] if done else missing:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-
-
-def _no_interrupt():
-    """Ctrl-C and its like do nothing inside: for steps of milliseconds that must not stop half-way."""
-    return _signals.handled(_signals.named("SIGINT", "SIGTERM", "SIGHUP"), signal.SIG_IGN)

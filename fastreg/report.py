@@ -1,10 +1,16 @@
 """The picture of a registration: images before and after, differences, the deformed grid, the Jacobian."""
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastreg.io import replacing
+from fastreg._files import Name, replacing
+from fastreg._refusals import Missing
+from fastreg.io import Geometry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["draw", "write_picture"]
 
@@ -15,12 +21,19 @@ VOLUME = ("#5b2a86", "#b79ad6", PAPER, "#8fc9a4", "#12713f")
 LETTERS = (("I", "S"), ("A", "P"), ("R", "L"))
 
 
-def require_matplotlib():
-    """ImportError, with the command that mends it, where matplotlib is missing."""
+def can_draw() -> bool:
+    """Whether there is a matplotlib."""
     try:
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install fastreg[all]") from error
+    except ImportError:
+        return False
+    return True
+
+
+def require_matplotlib() -> None:
+    """ImportError, with the command that mends it, where matplotlib is missing."""
+    if not can_draw():
+        raise Missing("matplotlib", "the picture")
 
 
 def _anatomical(geometry):
@@ -74,7 +87,15 @@ def _planes(nd, cuts):
     ]
 
 
-def draw(fixed, moving, moved, u, determinant, geometry, title=""):
+def draw(
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    moved: np.ndarray,
+    u: np.ndarray,
+    determinant: np.ndarray,
+    geometry: Geometry,
+    title: str = "",
+) -> "Figure":
     """Figure with a row per plane: fixed, moving, moved, both differences, the grid x + u(x), its Jacobian.
 
     Planes are shown as radiologists do, along the axes nearest to the patient's: left of the patient on the
@@ -228,7 +249,7 @@ def _letters(ax, vertical, horizontal):
     ax.text(0.5, 0.015, vertical[1], ha="center", va="bottom", **style)
 
 
-def write_picture(path, *args, **keywords):
+def write_picture(path: Name, *args: Any, **keywords: Any) -> None:
     """Writes what `draw` draws as PNG."""
     figure = draw(*args, **keywords)
     with replacing(path) as temporary, warnings.catch_warnings():

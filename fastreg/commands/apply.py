@@ -5,14 +5,17 @@ import time
 import numpy as np
 import torch
 
-from fastreg import checkpoint, io, report
+from fastreg import io, report
+from fastreg._console import telling, warn
+from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg.data.pairs import read_labels, sample_of
-from fastreg.io import InputError
 from fastreg.metrics import move_points
+from fastreg.outcome import OUTPUTS, Outcome, intensities, volume
+from fastreg.training import checkpoint
+from fastreg.training.build import predict
 
-from . import nets
-from .case import OUTPUTS, Run, add_arguments, intensities, paths_of, read_case, refuse_own_inputs, volume
-from .options import add_common, device_of, telling, warn
+from .case import add_arguments, files_of, paths_of, read_case
+from .options import add_common, device_of
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points")
@@ -43,7 +46,7 @@ def add(commands):
         metavar="CSV",
         help="with --field: points in the fixed image (x,y,z, mm, LPS); OUT/points.csv: in the moving one",
     )
-    add_arguments(command)
+    add_arguments(command.add_argument_group("with --weights, what else is known of the pair"))
     add_common(command)
     command.set_defaults(run=_run)
 
@@ -63,16 +66,16 @@ def _apply_net(args):
     began = time.perf_counter()
     report.require_matplotlib()
     args.fixed, args.moving = args.images
-    refuse_own_inputs(args, (*paths_of(args), args.weights))
+    refuse_own_inputs(args.out, (*paths_of(args), args.weights), OUTPUTS)
     device = device_of(args)
     content = checkpoint.load(args.weights)
     model = checkpoint.build(content, args.weights).to(device)
     preprocessing = checkpoint.preprocessing(content, args.weights)
-    with io.output_folder(args.out, OUTPUTS, replace=args.force) as folder:
+    with output_folder(args.out, OUTPUTS, replace=args.force) as folder:
         case = read_case(args)
         sample, grid = sample_of(case, preprocessing, model.ndim, warn)
         start = time.perf_counter()
-        u = nets.predict(model, sample, grid, case, preprocessing)
+        u = predict(model, sample, grid, case, preprocessing)
         summary = {
             "weights": str(args.weights),
             "method": content["method"],
@@ -80,17 +83,18 @@ def _apply_net(args):
             "preprocessing": content["preprocessing"],
             "seconds": time.perf_counter() - start,
         }
-        run = Run(case, u, device, summary)
-        run.write(folder, began, args)
-    run.tell(args)
+        outcome = Outcome(case, u, device, summary)
+        outcome.write(folder, began, files_of(args))
+    if not args.quiet:
+        outcome.tell(args.out)
     return 0
 
 
 def _apply_field(args):
     (args.moving,) = args.images
-    refuse_own_inputs(args, (args.field, args.moving, args.labels, args.points), FIELD_OUTPUTS)
+    refuse_own_inputs(args.out, (args.field, args.moving, args.labels, args.points), FIELD_OUTPUTS)
     device_of(args)
-    with io.output_folder(args.out, FIELD_OUTPUTS, replace=args.force) as folder:
+    with output_folder(args.out, FIELD_OUTPUTS, replace=args.force) as folder:
         u, grid = io.read_displacement(args.field)
         moving, moving_grid = io.read_image(args.moving)
         if moving_grid.nd != grid.nd:

@@ -4,11 +4,13 @@ import contextlib
 import time
 
 from fastreg import io, metrics, report
+from fastreg._console import telling
+from fastreg._files import output_folder
 from fastreg.data import phantom
 from fastreg.data.pairs import Case
+from fastreg.outcome import OUTPUTS
 
-from .case import OUTPUTS
-from .options import telling
+from .options import add_common
 from .register import add_parameters, solve
 
 INPUTS = ("fixed.nii.gz", "moving.nii.gz", "fixed_labels.nii.gz", "moving_labels.nii.gz")
@@ -23,6 +25,7 @@ def add(commands):
     )
     command.add_argument("-o", "--out", metavar="OUT", help="folder to make: outputs and inputs")
     add_parameters(command)
+    add_common(command)
     command.set_defaults(run=_run)
 
 
@@ -30,7 +33,7 @@ def _run(args):
     began = time.perf_counter()
     if args.out is not None:
         report.require_matplotlib()
-        output = io.output_folder(args.out, DEMO_OUTPUTS, replace=args.force)
+        output = output_folder(args.out, DEMO_OUTPUTS, replace=args.force)
     else:
         output = contextlib.nullcontext()
     with output as folder:
@@ -44,8 +47,8 @@ def _run(args):
         )
         landmarks = [grid.to_physical(t.numpy()) for t in (p.fixed_landmarks, p.moving_landmarks)]
         case = Case("thorax phantom", fixed, grid, moving, grid, fixed_labels, moving_labels, *landmarks)
-        run = solve(case, args)
-        u, summary = run.u, run.summary
+        outcome = solve(case, args)
+        u, summary = outcome.u, outcome.summary
         score = summary["score"] = phantom.score(p, u, summary["seconds"])
         missed = summary["missed"] = phantom.failures(score)
         if folder is not None:
@@ -53,7 +56,7 @@ def _run(args):
                 io.write_image(folder / name, array, grid)
             for which, points in zip(("fixed", "moving"), landmarks, strict=True):
                 io.write_landmarks(folder / f"{which}_landmarks.csv", points)
-            run.write(folder, began)
+            outcome.write(folder, began)
     if not args.quiet:
         near = p.near_wall
         wall = metrics.tre(p.fixed_landmarks[near], p.moving_landmarks[near], p.spacing).mean

@@ -7,15 +7,21 @@ import math
 import time
 from dataclasses import replace
 
+import torch
+
 from fastreg import io, models, report
+from fastreg._console import bar, progress, seen, telling, warn
+from fastreg._descent import SIMILARITIES, TRANSFORMS
+from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg.data.pairs import sample_of, weights_of
-from fastreg.io import InputError
+from fastreg.outcome import OUTPUTS, Outcome, intensities
 from fastreg.registration import register
-from fastreg.training import RECIPES, Training
+from fastreg.training import Training
+from fastreg.training.build import predict
 
 from . import nets
-from .case import OUTPUTS, Run, add_arguments, intensities, paths_of, read_case, refuse_own_inputs
-from .options import add_common, bar, device_of, numbers, progress, warn
+from .case import add_arguments, files_of, paths_of, read_case
+from .options import add_common, device_of, numbers
 
 STEPS = 300  # of a net on one pair
 
@@ -27,30 +33,35 @@ HELP = {
     "regularization": "weight of the smoothness of the displacement",
     "smoothing": "standard deviation in mm of the Gaussian that smooths updates; bspline: control point spacing",
     "levels": "number of resolutions, coarse to fine",
-    "iterations": "iterations, of every level or comma-separated from coarse to fine",
-    "learning_rate": "step of the optimiser",
+    "iterations": "at most, of every level or comma-separated from coarse to fine",
+    "learning_rate": "step of the optimiser; with --method of Adam, by default the paper's",
 }
+CHOICES = {"similarity": SIMILARITIES, "transform": TRANSFORMS}
+METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
 
 
 def add(commands):
     command = commands.add_parser(
         "register",
         help="register two images",
+        usage="fastreg register FIXED MOVING -o OUT [...]\n       fastreg register FIXED MOVING -o OUT --method METHOD [...]",
         description="Registers MOVING to FIXED: 2D or 3D, scalar, each on its own grid. OUT becomes "
         "a folder with moved.nii.gz, displacement.nii.gz (ITK displacement field), picture.png, report.json.",
     )
     command.add_argument("fixed", metavar="FIXED", help="image, or folder with one DICOM series")
-    command.add_argument("moving", metavar="MOVING")
+    command.add_argument("moving", metavar="MOVING", help="the same")
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to make")
-    add_arguments(command)
+    add_arguments(command.add_argument_group("what else is known of the pair"))
     add_parameters(command)
-    command.add_argument(
-        "--method",
-        choices=sorted(models.MODELS),
-        help="optimise this net, untrained, on the pair alone, instead of fastreg.register",
+    group = command.add_argument_group(
+        "a net on the pair alone",
+        "instead of the pairwise optimiser: --method, untrained, and what goes with it",
     )
-    command.add_argument("--steps", type=int, help=f"of a net's optimiser (default: {STEPS})")
-    nets.add_arguments(command)
+    group.add_argument("--method", choices=sorted(models.MODELS), help="the net")
+    group.add_argument("--steps", type=int, metavar="N", help=f"of its optimiser (default: {STEPS})")
+    group.add_argument("--seed", type=int, metavar="N", help="of its weights and noise (default: 0)")
+    nets.add_arguments(group)
+    add_common(command)
     command.set_defaults(run=_run)
 
 
@@ -62,51 +73,80 @@ def tunable():
 
 def add_parameters(parser):
     """A flag for each parameter of `register`; one that is not given is not in the arguments."""
-    group = parser.add_argument_group("parameters of fastreg.register")
+    group = parser.add_argument_group("the pairwise optimiser", "parameters of fastreg.register")
     for p in tunable():
-        flag, shown = "--" + p.name.replace("_", "-"), "automatic" if p.default is None else p.default
+        flag = "--" + p.name.replace("_", "-")
         options = {
             "default": argparse.SUPPRESS,
-            "help": f"{HELP.get(p.name, 'see fastreg.register')} (default: {shown})",
+            "help": f"{HELP.get(p.name, 'see fastreg.register')} (default: {_pasted(p)})",
         }
         if isinstance(p.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif p.name in CHOICES:
+            group.add_argument(flag, choices=CHOICES[p.name], **options)
         else:
-            kind = str if isinstance(p.default, str) else numbers
-            group.add_argument(flag, type=kind, metavar="VALUE", **options)
-    add_common(parser)
+            group.add_argument(flag, type=numbers, metavar=METAVARS.get(p.name, "X"), **options)
+
+
+def _pasted(parameter):
+    """A default as one would type it."""
+    value = parameter.default
+    if value is None:
+        return "automatic"
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{parameter.name}"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @contextlib.contextmanager
 def _progress(args):
-    """Yields the `progress` argument of register: a bar a level, or None."""
-    shown, level_shown = bar(args, total=0), None
-    if shown is None:
+    """Yields the `progress` argument of register: a bar a level; where nobody looks a line a level; None if --quiet."""
+    if args.quiet and not args.progress:
         yield None
         return
+    shown = level_shown = ended = None
+
+    def end():
+        if shown is not None:
+            shown.close()
+        elif ended is not None and not args.quiet:
+            with telling():
+                print(ended)
 
     def told(level, n_levels, iteration, n_iterations, loss):
-        nonlocal shown, level_shown
+        nonlocal shown, level_shown, ended, begin
         if level != level_shown:
-            shown.close()
-            shown = bar(args, total=n_iterations, desc=f"level {level + 1}/{n_levels}")
-            level_shown = level
-        shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        shown.update(iteration + 1 - shown.n)
+            end()
+            level_shown, begin = level, time.perf_counter()
+            name = f"level {level + 1}/{n_levels}"
+            shown = bar(quiet=args.quiet, always=args.progress, total=n_iterations, desc=name)
+        if shown is not None:
+            shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            shown.update(iteration + 1 - shown.n)
+        spent = time.perf_counter() - begin
+        ended = f"level {level + 1} of {n_levels}: {iteration + 1} iterations, loss {loss:.4f}, {spent:.1f} s"
 
+    begin = time.perf_counter()
     try:
         yield told
     finally:
-        shown.close()
+        end()
+
+
+def _begin(args, case, device, what="registering"):
+    if not args.quiet and not seen(always=args.progress):
+        with telling():
+            print(f"{what}: {case.fixed_grid}, {device}")
 
 
 def solve(case, args):
-    """Registers a Case as the arguments say: a Run."""
+    """Registers a Case as the arguments say: an Outcome."""
     device = device_of(args)
     parameters = {p.name: getattr(args, p.name, p.default) for p in tunable()}
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
     start, inside = io.resample(intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None)
     overlap, weights = weights_of(case.weights, inside, warn)
+    _begin(args, case, device)
     with _progress(args) as told:
         result = register(
             intensities(case.fixed).to(device),
@@ -124,11 +164,11 @@ def solve(case, args):
         "levels": result.levels,
         "seconds": result.seconds,
     }
-    return Run(case, u, device, summary, (start, inside))
+    return Outcome(case, u, device, summary, (start, inside))
 
 
 def _optimise(case, args):
-    """A net on the pair alone, as RRN's authors trained on the scans that they registered: a Run."""
+    """A net on the pair alone, as RRN's authors trained on the scans that they registered: an Outcome."""
     given = [p.name for p in tunable() if hasattr(args, p.name) and p.name != "learning_rate"]
     if given:
         raise InputError(
@@ -136,45 +176,49 @@ def _optimise(case, args):
         )
     device = device_of(args)
     began = time.perf_counter()
-    model = nets.model_of(args, args.method, case.fixed_grid.nd).to(device)
-    preprocessing = nets.preprocessing_of(args, args.method)
+    net, seed = nets.net_of(args), args.seed or 0
+    torch.manual_seed(seed % 2**63)
+    model, preprocessing = net.model(case.fixed_grid.nd).to(device), net.preprocessing()
     sample, grid = sample_of(case, preprocessing, warn=warn)
-    recipe = replace(RECIPES[args.method], batch_size=1, steps=STEPS if args.steps is None else args.steps)
+    recipe = replace(model.recipe, batch_size=1, steps=STEPS if args.steps is None else args.steps)
     if hasattr(args, "learning_rate"):
         if isinstance(args.learning_rate, tuple) or not 0 < args.learning_rate < math.inf:
             raise InputError(f"--learning-rate must be one positive number, got {args.learning_rate}")
         recipe = replace(recipe, learning_rate=args.learning_rate)
     if recipe.steps < 1:
         raise InputError(f"--steps must be at least 1, got {recipe.steps}")
-    training, losses = Training(model, [sample], recipe), []
-    with progress(args, total=recipe.steps) as after:
+    _begin(args, case, device, args.method)
+    training, losses = Training(model, [sample], recipe, seed=seed), []
+    with progress(total=recipe.steps, quiet=args.quiet, always=args.progress) as after:
         while training.step < recipe.steps:
             losses.append(training.advance()["loss"])
             after({"loss": losses[-1]})
-    u = nets.predict(model, sample, grid, case, preprocessing)
+    u = predict(model, sample, grid, case, preprocessing)
     summary = {
         "method": args.method,
         "arguments": model.arguments,
         "preprocessing": preprocessing.plain(),
+        "seed": seed,
         "steps": training.step,
         "learning_rate": recipe.learning_rate,
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "seconds": time.perf_counter() - began,
     }
-    return Run(case, u, device, summary)
+    return Outcome(case, u, device, summary)
 
 
 def _run(args):
     began = time.perf_counter()
     report.require_matplotlib()
-    refuse_own_inputs(args, paths_of(args))
+    refuse_own_inputs(args.out, paths_of(args), OUTPUTS)
     if args.method is None:
-        for name in (*nets.NAMES, "steps"):
+        for name in (*nets.NAMES, "steps", "seed"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} goes with --method")
-    with io.output_folder(args.out, OUTPUTS, replace=args.force) as folder:
-        run = (solve if args.method is None else _optimise)(read_case(args), args)
-        run.write(folder, began, args)
-    run.tell(args)
+    with output_folder(args.out, OUTPUTS, replace=args.force) as folder:
+        outcome = (solve if args.method is None else _optimise)(read_case(args), args)
+        outcome.write(folder, began, files_of(args))
+    if not args.quiet:
+        outcome.tell(args.out)
     return 0

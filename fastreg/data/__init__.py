@@ -1,1 +1,7 @@
 """Pairs of scans in files, what a net is given of them, and pairs whose motion is known."""
+
+from .pairs import Case, Pair, Pairs, find_pairs, read_case
+from .preprocessing import Preprocessing
+from .sample import Sample
+
+__all__ = ["Case", "Pair", "Pairs", "Preprocessing", "Sample", "find_pairs", "read_case"]

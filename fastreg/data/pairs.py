@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from fastreg import io
-from fastreg.io import InputError
-from fastreg.training import Sample
+from fastreg._files import InputError
+
+from .sample import Sample
 
 TASKS = ("inter", "intra", "one-shot")
 OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastreg import io, ops
-from fastreg.io import InputError
+from fastreg._files import InputError
 
 INTENSITIES = ("percentiles", "minmax", "zscore")
 MOST = 2**40  # voxels of a grid

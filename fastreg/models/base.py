@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import ops
+from fastreg._refusals import refuse
 from fastreg._repr import shapes
 
 from .recipe import PaperInput, Recipe
@@ -105,7 +106,7 @@ class Model(nn.Module):
 
     @classmethod
     def fail(cls, kind, text):
-        raise kind(f"fastreg.models.{cls.__name__}: {text}")
+        refuse(kind, "fastreg.models.", f"{cls.__name__}: {text}")
 
     @classmethod
     def choice(cls, name, value, allowed):

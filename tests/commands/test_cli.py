@@ -15,9 +15,9 @@ import torch
 import fastreg
 from fastreg import cli, io, metrics
 from fastreg.commands import register as command
-from fastreg.commands.case import OUTPUTS
 from fastreg.commands.demo import DEMO_OUTPUTS
 from fastreg.data import phantom
+from fastreg.outcome import OUTPUTS
 from fastreg.registration import register
 
 sitk = pytest.importorskip("SimpleITK")
@@ -323,7 +323,7 @@ BAD = {
         LABELS,
         "hold background only",
     ),
-    "window": (lambda d: None, ["--window", "4"], "window must be odd, got 4"),
+    "window": (lambda d: None, ["--window", "4"], "window must be odd and positive, got 4"),
     "iterations": (
         lambda d: None,
         ["--iterations", "many"],
@@ -332,8 +332,8 @@ BAD = {
     "threads": (lambda d: None, ["--threads", "0"], "--threads must be at least 1, got 0"),
     "range": (lambda d: change(d / "fixed.nii.gz", too_large), [], "fixed.nii.gz: must fit single precision"),
     "diverges": (lambda d: None, ["--regularization", "1e38"], "error: the loss must stay finite"),
-    "meta": (lambda d: None, ["--device", "meta"], "--device meta cannot be used: must be cpu or cuda"),
-    "device": (lambda d: None, ["--device", "abacus"], "--device abacus cannot be used"),
+    "meta": (lambda d: None, ["--device", "meta"], "device meta cannot be used: must be cpu or cuda"),
+    "device": (lambda d: None, ["--device", "abacus"], "device abacus cannot be used"),
     "option": (lambda d: None, ["--wndow", "5"], "unrecognized arguments: --wndow 5"),
 }
 
@@ -345,7 +345,7 @@ def test_bad_input_is_one_line_and_no_output(case, tmp_path, capsys, kind):
     spoil, options, match = BAD[kind]
     spoil(folder)
     capsys.readouterr()
-    assert run(folder, *(option.format(folder) for option in options)) == 2
+    assert run(folder, "--quiet", *(option.format(folder) for option in options)) == 2
     assert re.search(match, one_line(capsys))
     assert os.listdir(tmp_path) == ["in"]
 
@@ -427,7 +427,9 @@ def test_missing_extras_name_the_command(case, capsys, monkeypatch, package):
     folder = case("same")
     monkeypatch.setitem(sys.modules, package, None)
     assert run(folder) == 2
-    assert "pip install fastreg[all]" in one_line(capsys)
+    assert f"needs {package.split('.')[0]}: pip install {package.split('.')[0]}; or in the clone" in one_line(
+        capsys
+    )
 
 
 def test_every_parameter_of_register_has_its_flag():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastreg import io
+from fastreg._files import output_folder, replacing
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -349,7 +350,7 @@ def test_failed_write_leaves_what_was_there(tmp_path):
     path.write_text("precious")
 
     def fail():
-        with io.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("half")
             raise ZeroDivisionError
 
@@ -364,7 +365,7 @@ def test_failed_write_leaves_what_was_there(tmp_path):
 
 def test_output_folder_appears_at_the_end(tmp_path):
     out = tmp_path / "a" / "b" / "out"
-    with io.output_folder(out, ["x", "y"]) as folder:
+    with output_folder(out, ["x", "y"]) as folder:
         (folder / "x").write_text("1")
         assert not out.exists()
     assert sorted(p.name for p in out.iterdir()) == ["x"]
@@ -372,7 +373,7 @@ def test_output_folder_appears_at_the_end(tmp_path):
 
 
 def fill(out, names=("x", "y"), *, write=("x",), text="1", error=None, **keywords):
-    with io.output_folder(out, names, **keywords) as folder:
+    with output_folder(out, names, **keywords) as folder:
         for name in write:
             (folder / name).write_text(text)
         if error is not None:
@@ -423,7 +424,7 @@ def test_output_folder_refuses_folders_in_place_of_files(tmp_path):
     (tmp_path / "y").rmdir()
 
     def appears():
-        with io.output_folder(tmp_path, "xy") as folder:
+        with output_folder(tmp_path, "xy") as folder:
             (folder / "x").write_text("1")
             (tmp_path / "y").mkdir()  # while the run goes on
 

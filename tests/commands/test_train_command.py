@@ -17,12 +17,13 @@ import pytest
 import torch
 from torchrun import run_two
 
-from fastreg import checkpoint, cli, io
-from fastreg.commands import train as command
+from fastreg import cli, io, models
 from fastreg.commands.apply import FIELD_OUTPUTS
-from fastreg.commands.case import OUTPUTS
 from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import Geometry
+from fastreg.outcome import OUTPUTS
+from fastreg.training import Training, checkpoint, distributed
+from fastreg.training.run import BROKEN, FILES
 
 pytest.importorskip("SimpleITK")
 pytest.importorskip("matplotlib")
@@ -77,7 +78,7 @@ def images(folder, *which):
 def test_trains_and_applies(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(folder, out) == 0
-    assert sorted(os.listdir(out)) == sorted(set(command.FILES) - {command.BROKEN})
+    assert sorted(os.listdir(out)) == sorted(set(FILES) - {BROKEN})
     log = rows(out / "log.csv")
     assert [int(r["step"]) for r in log] == [1, 2, 3, 4]
     for r in log:
@@ -249,7 +250,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(folder, tmp_path):
 
 
 def test_interrupted_saves_and_ends_with_130(folder, tmp_path, capsys, monkeypatch):
-    advance = command.Training.advance
+    advance = Training.advance
 
     def interrupted(self):
         told = advance(self)
@@ -257,7 +258,7 @@ def test_interrupted_saves_and_ends_with_130(folder, tmp_path, capsys, monkeypat
             os.kill(os.getpid(), signal.SIGINT)
         return told
 
-    monkeypatch.setattr(command.Training, "advance", interrupted)
+    monkeypatch.setattr(Training, "advance", interrupted)
     out = tmp_path / "run"
     assert train(folder, out, "--save-every", "100", "--validate-every", "100", "--quiet") == 130
     assert checkpoint.load(out / "last.pt")["counted"]["step"] == 2
@@ -278,7 +279,7 @@ def test_what_is_done_says_so_and_stays(folder, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     assert cli.main(["train", "--resume", "-o", str(out)]) == 0
-    assert "is done after 4 steps; more --steps" in capsys.readouterr().out
+    assert "is done after 4 steps; more steps" in capsys.readouterr().out
     # The batch of a run stays, also where nobody named it.
     assert cli.main(["train", "--resume", "-o", str(out), "--batch-size", "2"]) == 2
     assert "was started with --batch-size 1" in one_line(capsys)
@@ -286,13 +287,13 @@ def test_what_is_done_says_so_and_stays(folder, tmp_path, capsys):
 
 
 def test_an_interrupted_run_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
-    advance = command.Training.advance
+    advance = Training.advance
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGINT)
         return advance(self)
 
-    monkeypatch.setattr(command.Training, "advance", interrupted)
+    monkeypatch.setattr(Training, "advance", interrupted)
     assert train(folder, tmp_path / "run") == 130
     assert f"go on with: fastreg train --resume -o {tmp_path / 'run'}" in capsys.readouterr().out
 
@@ -300,14 +301,14 @@ def test_an_interrupted_run_says_how_to_go_on(folder, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_that_comes_twice_still_saves(folder, tmp_path, monkeypatch, name):
     """As from a scheduler that tells every process, and torchrun, which passes it on."""
-    advance = command.Training.advance
+    advance = Training.advance
 
     def interrupted(self):
         for _ in range(2):
             os.kill(os.getpid(), getattr(signal, name))
         return advance(self)
 
-    monkeypatch.setattr(command.Training, "advance", interrupted)
+    monkeypatch.setattr(Training, "advance", interrupted)
     out = tmp_path / "run"
     assert train(folder, out, "--save-every", "100", "--validate-every", "100", "--quiet") == 130
     assert checkpoint.load(out / "last.pt")["counted"]["step"] == 1
@@ -320,9 +321,9 @@ def test_another_process_that_ended_is_one_line(folder, tmp_path, capsys, monkey
         )
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(command.dist, "init_process_group", lambda *args, **options: None)
-    monkeypatch.setattr(command.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(command.Training, "advance", ended)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(Training, "advance", ended)
     assert train(folder, tmp_path / "run", "--quiet", "--device", "cpu") == 2
     assert "another process of this run has ended" in one_line(capsys)
 
@@ -375,7 +376,7 @@ def test_two_processes(folder, tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
-BROKEN = """
+FAILING = """
 import os
 import signal
 import sys
@@ -383,10 +384,10 @@ import time
 import torch
 import torch.distributed as dist
 from fastreg import cli
-from fastreg.commands import train
 from fastreg.io import InputError
+from fastreg.training import Training
 
-advance = train.Training.advance
+advance = Training.advance
 
 def failing(self):
     if os.environ["RANK"] == "1" and self.step == 1:
@@ -397,7 +398,7 @@ def failing(self):
         time.sleep(600)
     return advance(self)
 
-train.Training.advance = failing
+Training.advance = failing
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
@@ -405,7 +406,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 def test_an_error_in_one_process_does_not_wait_for_the_other(folder, tmp_path):
     """Though the first has begun what only both can end."""
     arguments = [*TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
-    done = run_two(BROKEN, *arguments, "-o", tmp_path / "two", seconds=120)
+    done = run_two(FAILING, *arguments, "-o", tmp_path / "two", seconds=120)
     assert done.returncode != 0
     assert "s1.nii.gz: damaged" in done.stderr
 
@@ -414,13 +415,13 @@ def test_an_error_in_one_process_does_not_wait_for_the_other(folder, tmp_path):
 
 
 def not_finite(folder, monkeypatch):
-    terms = command.models.VoxelMorph.terms
+    terms = models.VoxelMorph.terms
 
     def broken(self, *arguments):
         found = terms(self, *arguments)
         return {**found, "similarity": found["similarity"] * (float("nan") if torch.is_grad_enabled() else 1)}
 
-    monkeypatch.setattr(command.models.VoxelMorph, "terms", broken)
+    monkeypatch.setattr(models.VoxelMorph, "terms", broken)
 
 
 def test_not_finite_says_which_pair(folder, tmp_path, capsys, monkeypatch):
@@ -437,14 +438,14 @@ def test_not_finite_says_which_pair(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_a_pair_that_turns_out_bad_costs_no_step(folder, tmp_path, capsys, monkeypatch):
-    advance = command.Training.advance
+    advance = Training.advance
 
     def failing(self):
         if self.step == 3:
             raise io.InputError("s1.nii.gz: damaged")
         return advance(self)
 
-    monkeypatch.setattr(command.Training, "advance", failing)
+    monkeypatch.setattr(Training, "advance", failing)
     out = tmp_path / "run"
     assert train(folder, out, "--save-every", "100", "--validate-every", "100", "--quiet") == 2
     assert "s1.nii.gz: damaged" in one_line(capsys)
@@ -458,7 +459,7 @@ def test_existing_runs_are_not_replaced(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(folder, out, "--quiet") == 0
     assert train(folder, out, "--quiet") == 2
-    assert "already holds last.pt; --resume goes on with it, --force replaces it" in one_line(capsys)
+    assert "already holds last.pt; --resume (resume=True) goes on with it" in one_line(capsys)
     assert train(folder, out, "--quiet", "--force", "--steps", "1") == 0
     assert checkpoint.load(out / "last.pt")["counted"]["step"] == 1
     assert [int(r["step"]) for r in rows(out / "validation.csv")] == [1]
@@ -467,7 +468,8 @@ def test_existing_runs_are_not_replaced(folder, tmp_path, capsys):
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from fastreg import checkpoint, cli
+from fastreg import cli
+from fastreg.training import checkpoint
 def fill(*_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 real = checkpoint.save
@@ -498,7 +500,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, tmp_path):
     assert "last.pt: cannot be saved" in line
     assert "the previous one is kept" in line
     assert (out / "last.pt").read_bytes() == before
-    assert sorted(os.listdir(out)) == sorted(set(command.FILES) - {command.BROKEN})
+    assert sorted(os.listdir(out)) == sorted(set(FILES) - {BROKEN})
 
 
 @pytest.mark.parametrize(
@@ -639,7 +641,7 @@ def test_inputs_are_not_replaced(folder, tmp_path, capsys):
 
 def test_one_run_at_a_time_in_a_folder(folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("fcntl")
-    out, advance, told = tmp_path / "run", command.Training.advance, []
+    out, advance, told = tmp_path / "run", Training.advance, []
 
     def another(self):
         if not told:
@@ -647,7 +649,7 @@ def test_one_run_at_a_time_in_a_folder(folder, tmp_path, capsys, monkeypatch):
             told.append(train(folder, out, "--quiet", "--force"))
         return advance(self)
 
-    monkeypatch.setattr(command.Training, "advance", another)
+    monkeypatch.setattr(Training, "advance", another)
     assert train(folder, out, "--quiet") == 0
     assert told[1] == 2
     assert "another run is writing to it" in one_line(capsys)
@@ -669,13 +671,13 @@ def test_half_a_line_of_a_killed_run(folder, tmp_path, capsys):
 
 def test_ignored_interrupts_stay_ignored(folder, tmp_path, monkeypatch):
     """As of a run that a shell started with & or nohup."""
-    advance = command.Training.advance
+    advance = Training.advance
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGINT)
         return advance(self)
 
-    monkeypatch.setattr(command.Training, "advance", interrupted)
+    monkeypatch.setattr(Training, "advance", interrupted)
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert train(folder, tmp_path / "run", "--quiet") == 0

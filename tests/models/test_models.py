@@ -635,7 +635,7 @@ def test_rrn_can_be_narrower():
 
 def test_f3rnets_paper_size_has_its_slices_first():
     """Its 144x144x128 are x, y and z, as the 128x128x160 of its lung CT are."""
-    from fastreg.commands.nets import PAPER
+    from fastreg.training import PAPER
 
     assert PAPER["f3rnet"]["size"] == (128, 144, 144)
 

@@ -3,12 +3,14 @@
 import contextlib
 import csv
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
-from fastreg import io
-from fastreg.io import InputError
+from fastreg._files import InputError, replacing
 
 
-def _rows(path):
+def _rows(path: Path) -> list[dict[str, str]]:
     """Of a table, but those that a killed run left half-written."""
     try:
         with open(path, newline="", encoding="utf-8") as stream:
@@ -18,20 +20,20 @@ def _rows(path):
     return [r for r in rows if (r.get("step") or "").isdigit() and None not in (*r, *r.values())]
 
 
-def steps(path):
+def steps(path: Path) -> list[int]:
     """Those the table has a row of."""
     return [int(row["step"]) for row in _rows(path)] if path.exists() else []
 
 
-def append(path, row):
+def append(path: Path, row: Mapping[str, Any]) -> None:
     """A row more, whose columns the table may not have yet."""
     rows = _rows(path) if path.exists() else []
     _write(path, [*(r for r in rows if int(r["step"]) < int(row["step"])), row])
 
 
-def _write(path, rows):
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with io.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
@@ -40,30 +42,34 @@ def _write(path, rows):
 class Log:
     """log.csv, a row a step; steps after `step`, which a run that was killed had not saved, are taken out."""
 
-    def __init__(self, path, step):
-        self.path, self.stream, self.writer = path, None, None
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.stream: TextIO | None = None
+        self.writer: csv.DictWriter[str] | None = None
         if path.exists() and (rows := [r for r in _rows(path) if int(r["step"]) <= step]):
             _write(path, rows)
             self._open(list(rows[0]), "a")
 
-    def _open(self, names, mode):
+    def _open(self, names: Sequence[str], mode: str) -> tuple[TextIO, "csv.DictWriter[str]"]:
         self.stream = open(self.path, mode, newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.stream, names, restval="")
         if mode == "w":
             self.writer.writeheader()
+        return self.stream, self.writer
 
-    def write(self, row):
+    def write(self, row: Mapping[str, Any]) -> None:
         row = {**row, "names": json.dumps(row["names"], ensure_ascii=False)}
-        if self.writer is None:
-            self._open(list(row), "w")
-        self.writer.writerow({k: row.get(k, "") for k in self.writer.fieldnames})
+        stream, writer = self.stream, self.writer
+        if stream is None or writer is None:
+            stream, writer = self._open(list(row), "w")
+        writer.writerow({k: row.get(k, "") for k in writer.fieldnames})
         try:
-            self.stream.flush()
+            stream.flush()
         except OSError as error:
             error.filename = str(self.path)
             raise
 
-    def close(self):
+    def close(self) -> None:
         if self.stream is not None:
             with contextlib.suppress(OSError):  # what could not be flushed is known
                 self.stream.close()

@@ -3,19 +3,21 @@
 import io as _io
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from fastreg import models
+from fastreg._files import InputError, Name, replacing
 from fastreg._version import __version__
 from fastreg.data.preprocessing import Preprocessing
-from fastreg.io import InputError, replacing
 
 FORMAT = "fastreg checkpoint 1"
 KEYS = ("method", "preset", "arguments", "preprocessing", "weights")
 
 
-def save(path, content):
+def save(path: Name, content: Mapping[str, Any]) -> None:
     """Writes a dict with at least KEYS; until it is all on disk the file that was there stays. OSError says why it failed."""
     # In memory first: a write that fails inside of torch.save does not come back as an OSError.
     buffer = _io.BytesIO()
@@ -31,7 +33,7 @@ def save(path, content):
         ) from error
 
 
-def load(path):
+def load(path: Name) -> dict[str, Any]:
     """The dict that `save` wrote, on the CPU. InputError: none, damaged, or of another program."""
     try:
         with open(path, "rb") as stream:
@@ -49,7 +51,7 @@ def load(path):
     return content
 
 
-def build(content, path):
+def build(content: Mapping[str, Any], path: Name) -> models.Model:
     """The model of what `load` returned, with its weights."""
     method = content["method"]
     if not isinstance(method, str) or method not in models.MODELS:
@@ -62,8 +64,12 @@ def build(content, path):
     return model.eval()
 
 
-def preprocessing(content, path):
+def preprocessing(content: Mapping[str, Any], path: Name) -> Preprocessing:
     """The Preprocessing of what `load` returned."""
+    if content["preprocessing"] is None:
+        raise InputError(
+            f"{path}: was trained on samples of a script's own, and does not say how they are made"
+        )
     try:
         return Preprocessing(**content["preprocessing"])
     except (TypeError, ValueError) as error:

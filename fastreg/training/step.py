@@ -1,6 +1,6 @@
 """Training of a model on pairs: the papers' optimisers, and a step that can be continued bit for bit.
 
-    training = Training(RRN(), pairs, recipe=RECIPES["rrn"])
+    training = Training(RRN(), pairs)
     while training.step < 1000:
         training.advance()
 
@@ -8,42 +8,29 @@
 and step number are the whole state.
 """
 
-import contextlib
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fastreg import ops
-from fastreg.models import MODELS
+from fastreg._refusals import ValueRefused, refuse
+from fastreg.data.sample import Sample
 from fastreg.models.recipe import Recipe
 
-# DDP imports it, and imported later than init_process_group it keeps the group in its default arguments for good; gloo's
-# threads then outlive destroy_process_group, and may abort the process at its end.
-with contextlib.suppress(ImportError):  # a torch without torch.distributed
-    import torch.distributed.nn.functional
+from .distributed import ranks
+
+PLACE = "fastreg::train: "
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A pair as a net takes it: images (1, 1, *spatial) of one shape; mask: the same shape, weights, or None."""
-
-    name: str
-    fixed: torch.Tensor
-    moving: torch.Tensor
-    mask: torch.Tensor | None = None
-
-
-# The papers'.
-RECIPES = {name: cls.recipe for name, cls in MODELS.items()}
-
-
-class NotFinite(ValueError):
+class NotFinite(ValueRefused):
     """A loss or gradient is NaN or infinite: step, the names of the pairs, the terms of the loss."""
 
-    def __init__(self, step, names, terms):
+    def __init__(self, step: int, names: Sequence[str], terms: Mapping[str, float]) -> None:
         self.step, self.names, self.terms = step, names, terms
         values = ", ".join(f"{k} {v:g}" for k, v in terms.items())
         super().__init__(
@@ -51,65 +38,95 @@ class NotFinite(ValueError):
         )
 
 
+def displacement_of(prediction: Any) -> torch.Tensor:
+    """What a model returned is a displacement, or has one."""
+    return prediction if isinstance(prediction, torch.Tensor) else prediction.displacement
+
+
+def terms_of(
+    model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, prediction: Any, mask: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The weighted terms of a model's loss by name; of one that has no `terms`, its `loss` alone, which need not take a mask."""
+    if hasattr(model, "terms"):
+        return model.terms(fixed, moving, prediction, mask)
+    given = {} if mask is None else {"mask": mask}
+    return {"loss": model.loss(fixed, moving, prediction, **given)}
+
+
+def _one(prediction: Any, k: int) -> Any:
+    return prediction[k : k + 1] if isinstance(prediction, torch.Tensor) else prediction.sample(k)
+
+
 class _Loss(nn.Module):
     """Prediction and loss in one forward, so that DDP sees all of it."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, fixed, moving, mask):
+    def forward(
+        self, fixed: torch.Tensor, moving: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         prediction = self.model(fixed, moving)
         if mask is None or len(mask) == 1:
-            return self.model.terms(fixed, moving, prediction, mask), prediction.displacement
+            return terms_of(self.model, fixed, moving, prediction, mask), displacement_of(prediction)
         # Pair by pair, so that pairs count alike, however much their masks hold, and a batch can be split between processes.
         terms = [
-            self.model.terms(*(t[k : k + 1] for t in (fixed, moving)), prediction.sample(k), mask[k : k + 1])
+            terms_of(self.model, fixed[k : k + 1], moving[k : k + 1], _one(prediction, k), mask[k : k + 1])
             for k in range(len(mask))
         ]
-        return {name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}, prediction.displacement
-
-
-def ranks():
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        means = {name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}
+        return means, displacement_of(prediction)
 
 
 class Training:
     """Trains a model, one optimiser step after the other.
 
     Args:
-        model (fastreg.models.Model): on the device it is to be trained on.
+        model: a fastreg.models.Model, or any module whose ``model(fixed, moving)`` is a displacement (N, nd, *spatial) in
+            voxels or has one (`.displacement`), and that has ``loss(fixed, moving, prediction)``, a scalar (with `mask`
+            where samples have masks; `terms` instead: its terms by name). On the device it is to be trained on.
         pairs: a sequence of Sample (len, [k]); a batch's samples must have one shape. What they hold is moved to the
             model's device.
-        recipe (Recipe): RECIPES[method], for one.
+        recipe (Recipe): None: the model's own, where it has one.
         seed (int): of the order of pairs and of what a model draws (R2N2's noise).
         amp (bool): bf16 convolutions under torch.autocast. compile (bool): torch.compile.
 
     Under an initialised torch.distributed the model is wrapped in DistributedDataParallel and each process takes its part
-    of a batch. With gloo: import this module before init_process_group, and let go of the training (del, gc.collect())
-    before destroy_process_group, or its threads outlive the interpreter and may abort the process.
+    of a batch. With gloo: import this module before init_process_group, and let go of the group (`release`, gc.collect())
+    before destroy_process_group, or its threads outlive the interpreter and may abort the process; `processes` does both.
     """
 
-    def __init__(self, model, pairs, recipe=None, *, seed=0, amp=False, compile=False):
+    COUNTED = ("step", "epoch_sum", "epoch_steps", "best", "stale", "waited")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: Sequence[Sample],
+        recipe: Recipe | None = None,
+        *,
+        seed: int = 0,
+        amp: bool = False,
+        compile: bool = False,
+    ) -> None:
         if len(pairs) == 0:
-            raise ValueError("fastreg::train: there must be at least one pair to train on")
-        self.model, self.pairs, self.recipe = model, pairs, recipe or Recipe()
-        self.seed, self.amp = seed, amp
+            refuse(ValueError, PLACE, "there must be at least one pair to train on")
+        self.model, self.pairs = model, pairs
+        self.recipe: Recipe = recipe or getattr(model, "recipe", Recipe())
+        self.seed, self.amp, self.compile = seed, amp, compile
         self.rank, self.world = ranks()
         if self.recipe.batch_size < 1 or self.recipe.batch_size % self.world:
-            raise ValueError(
-                f"fastreg::train: batch_size must be a positive multiple of the number of processes, {self.world}, "
-                f"got {self.recipe.batch_size}"
+            refuse(
+                ValueError,
+                PLACE,
+                f"batch_size must be a positive multiple of the number of processes, {self.world}, "
+                f"got {self.recipe.batch_size}",
             )
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            refuse(ValueError, PLACE, "the model must have weights to train")
         self.device = parameters[0].device
-        self.loss = _Loss(model)
-        if self.world > 1:
-            on = [self.device] if self.device.type == "cuda" else None
-            self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=on)
-        if compile:
-            self.loss = torch.compile(self.loss)
+        self._loss: nn.Module | None = self._wrapped()
         self.optimizer = torch.optim.Adam(
             parameters, lr=self.recipe.learning_rate, amsgrad=self.recipe.amsgrad, fused=True
         )
@@ -117,12 +134,23 @@ class Training:
         # Of the epochs: sum of losses and steps of the running one, the best mean, epochs since.
         self.epoch_sum, self.epoch_steps, self.best, self.stale, self.waited = 0.0, 0, math.inf, 0, 0
 
+    def _wrapped(self) -> nn.Module:
+        loss: nn.Module = _Loss(self.model)
+        if self.world > 1:
+            on = [self.device] if self.device.type == "cuda" else None
+            loss = nn.parallel.DistributedDataParallel(loss, device_ids=on)
+        return torch.compile(loss) if self.compile else loss  # type: ignore[return-value]
+
+    def release(self) -> None:
+        """Lets go of the process group; `advance` takes it up again."""
+        self._loss = None
+
     @property
-    def per_epoch(self):
+    def per_epoch(self) -> int:
         """Steps of an epoch."""
         return self.recipe.epoch or max(1, len(self.pairs) // self.recipe.batch_size)
 
-    def drawn(self, step):
+    def drawn(self, step: int) -> list[int]:
         """Which pairs a step takes, of all processes: each epoch in another order, nothing twice in one; what does not fill a
         batch at its end is left out, and fewer pairs than a batch come again.
         """
@@ -134,36 +162,31 @@ class Training:
         return [int(order[(at * size + k) % n]) for k in range(size)]
 
     @property
-    def done(self):
+    def done(self) -> bool:
         """Whether the recipe's steps are done, or patience has run out."""
         patience = self.recipe.patience
         return self.step >= self.recipe.steps or (patience is not None and self.waited >= patience)
 
-    def _batch(self):
+    def _batch(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor | None]:
         mine = self.drawn(self.step)[self.rank :: self.world]
         samples = [self.pairs[k] for k in mine]
         for k, sample in zip(mine, samples, strict=True):
             if not isinstance(sample, Sample):
-                raise TypeError(
-                    f"fastreg::train: pairs[{k}] must be a fastreg.training.Sample, got {type(sample).__name__}"
-                )
+                got = type(sample).__name__
+                refuse(TypeError, PLACE, f"pairs[{k}] must be a fastreg.training.Sample, got {got}")
         shapes = {tuple(s.fixed.shape[2:]) for s in samples}
         if len(shapes) > 1:
-            raise ValueError(
-                f"fastreg::train: the images of a batch must have one size, got {', '.join('x'.join(map(str, s)) for s in sorted(shapes))}"
-            )
-        masks = [s.mask for s in samples]
-        if any(m is not None for m in masks):
-            masks = [
-                torch.ones_like(s.fixed) if m is None else m for m, s in zip(masks, samples, strict=True)
-            ]
-            mask = torch.cat(masks).to(self.device)
-        else:
-            mask = None
-        images = (torch.cat([getattr(s, k) for s in samples]).to(self.device) for k in ("fixed", "moving"))
-        return [s.name for s in samples], *images, mask
+            sizes = ", ".join("x".join(map(str, s)) for s in sorted(shapes))
+            refuse(ValueError, PLACE, f"the images of a batch must have one size, got {sizes}")
+        mask = None
+        if any(s.mask is not None for s in samples):
+            masks = [torch.ones_like(s.fixed) if s.mask is None else s.mask for s in samples]
+            mask = torch.cat([m.float() if m.dtype == torch.bool else m for m in masks]).to(self.device)
+        fixed = torch.cat([s.fixed for s in samples]).to(self.device)
+        moving = torch.cat([s.moving for s in samples]).to(self.device)
+        return [s.name for s in samples], fixed, moving, mask
 
-    def advance(self):
+    def advance(self) -> dict[str, Any]:
         """One optimiser step on the next batch.
 
         Returns:
@@ -175,8 +198,10 @@ class Training:
         # What a model draws at random hangs on nothing but seed, step and process.
         torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1009 + self.rank) % 2**63)
         self.model.train()
+        if self._loss is None:
+            self._loss = self._wrapped()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            terms, displacement = self.loss(fixed, moving, mask)
+            terms, displacement = self._loss(fixed, moving, mask)
         loss = sum(terms.values())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -188,9 +213,8 @@ class Training:
         told = dict(zip(("loss", "gradient", *terms), values, strict=True))
         # The norm is the same in all processes, and so is the mean loss: all stop or none.
         if not (math.isfinite(told["loss"]) and math.isfinite(told["gradient"])):
-            every = [names]
+            every: list[Any] = [names] * self.world
             if self.world > 1:
-                every = [None] * self.world
                 dist.all_gather_object(every, names)
             raise NotFinite(self.step, [n for some in every for n in some], {k: told[k] for k in terms})
         if self.recipe.clip_gradient is not None:
@@ -206,14 +230,14 @@ class Training:
         self._count(told["loss"])
         return {"names": names, **told}
 
-    def _mean(self, values):
-        values = torch.stack([v.double() for v in values])
+    def _mean(self, values: Sequence[torch.Tensor]) -> list[float]:
+        stacked = torch.stack([v.double() for v in values])
         if self.world > 1:
-            dist.all_reduce(values)
-            values /= self.world
-        return values.tolist()
+            dist.all_reduce(stacked)
+            stacked /= self.world
+        return stacked.tolist()
 
-    def _count(self, loss):
+    def _count(self, loss: float) -> None:
         """An epoch's mean loss decides on the learning rate and on the end."""
         self.epoch_sum, self.epoch_steps = self.epoch_sum + loss, self.epoch_steps + 1
         if self.epoch_steps < self.per_epoch:
@@ -229,9 +253,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] /= 10
 
-    COUNTED = ("step", "epoch_sum", "epoch_steps", "best", "stale", "waited")
-
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on as if nothing had happened."""
         return {
             "weights": self.model.state_dict(),
@@ -241,13 +263,13 @@ class Training:
             "seed": self.seed,
         }
 
-    def restore(self, state):
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continues where `state` was taken. KeyError, TypeError, ValueError, RuntimeError where it is another training's."""
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         # The fused step writes to them unchecked.
         for parameter, kept in self.optimizer.state.items():
             if any(v.shape not in (parameter.shape, ()) for v in kept.values()):
-                raise ValueError("fastreg::train: the optimiser's state must fit the weights")
+                refuse(ValueError, PLACE, "the optimiser's state must fit the weights")
         for name in self.COUNTED:
             setattr(self, name, state["counted"][name])

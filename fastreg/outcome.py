@@ -1,0 +1,158 @@
+"""A displacement that was found for a pair of scans: judged, drawn, written."""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastreg import _ext, evaluation, io, metrics, report
+from fastreg._console import telling
+from fastreg._files import Name, write_json
+from fastreg._version import __version__
+from fastreg.data.pairs import Case
+from fastreg.ops import jacobian_determinant
+
+OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "displacement.nii.gz", "picture.png", "report.json")
+
+
+def volume(array: np.ndarray, dtype: type[np.floating] = np.float32) -> torch.Tensor:
+    """ndarray -> (1, 1, *spatial)."""
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))[None, None]
+
+
+def intensities(array: np.ndarray) -> torch.Tensor:
+    """As volume, in fp64 where fp32 would round a small range on a large offset, or tiny values, away."""
+    low, high = float(array.min()), float(array.max())
+    lost = high - low < max(2.0**-10 * max(abs(low), abs(high)), 1e-30)
+    return volume(array, np.float64 if lost and array.dtype != np.float32 else np.float32)
+
+
+def peak_memory(device: torch.device) -> dict[str, float | None]:
+    """MB: of the process, and of the device where that is a GPU; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        peak: dict[str, float | None] = {"process": None}
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    if device.type == "cuda":
+        peak["device"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return peak
+
+
+class Outcome:
+    """A registered Case: u (1, nd, *fixed grid), voxels, and what is said of it.
+
+    before: (moving image on the fixed grid, where it reaches), where the caller has it.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        u: torch.Tensor,
+        device: torch.device,
+        summary: Mapping[str, Any],
+        before: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.case, self.u, self.device = case, u, device
+        self.before = before or io.resample(
+            intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None
+        )
+        self.summary: dict[str, Any] = {
+            "fixed": {"shape": case.fixed_grid.shape, "spacing_mm": case.fixed_grid.spacing_zyx},
+            "moving": {"shape": case.moving_grid.shape, "spacing_mm": case.moving_grid.spacing_zyx},
+            **summary,
+            "folding": metrics.folding(u),
+            "sdlogj": metrics.sdlogj(u),
+        }
+        scores = evaluation.scores(case, u)
+        self.moved_labels = scores.pop("moved_labels", None)
+        self.summary |= scores
+
+    def write(self, folder: Path, began: float, files: Mapping[str, Name] | None = None) -> None:
+        """Writes OUTPUTS into the folder; began: time.perf_counter() when all began; files: of "fixed" and "moving", for the report."""
+        case, u, grid, summary = self.case, self.u, self.case.fixed_grid, self.summary
+        for which, file in (files or {}).items():
+            summary[which] = {"file": str(file), **summary[which]}
+        outside = float(case.moving.min())
+        moved, inside = io.resample(intensities(case.moving), case.moving_grid, grid, u, outside=outside)
+        io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
+        io.write_displacement(folder / "displacement.nii.gz", u, grid)
+        if self.moved_labels is not None:
+            labels = self.moved_labels.astype(case.moving_labels.dtype)
+            io.write_image(folder / "moved_labels.nii.gz", labels, grid)
+        draw(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
+        summary |= {
+            "outside_value": outside,
+            "seconds_total": round(time.perf_counter() - began, 3),
+            "peak_memory_mb": peak_memory(self.device),
+            **about(self.device),
+        }
+        write_json(folder / "report.json", summary)
+
+    def tell(self, out: Name) -> None:
+        """Prints the summary."""
+        with telling():
+            print_summary(self.summary)
+            print(f"written to  {out}")
+
+
+def draw(
+    case: Case,
+    u: torch.Tensor,
+    scores: Mapping[str, Any],
+    path: Name,
+    *,
+    title: str = "",
+    reached: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> None:
+    """A Case before and after u (1, nd, *fixed grid), voxels. scores: of evaluation.scores, for the title; title: what stands first.
+
+    reached: (image on the fixed grid, where it reaches) before and after, where the caller has them.
+    """
+    if reached is None:
+        grids = case.moving_grid, case.fixed_grid
+        reached = [io.resample(intensities(case.moving), *grids, field) for field in (None, u)]
+    parts = [title] if title else []
+    parts.append(case.title)
+    if "tre" in scores:
+        means = [scores["tre"][when]["mean"] for when in ("before", "after")]
+        parts.append("landmarks {:.2f} → {:.2f} mm".format(*means))
+    if "dice" in scores:
+        means = [scores["dice"][when]["mean"] for when in ("before", "after")]
+        parts.append("Dice {:.3f} → {:.3f}".format(*means))
+    seen = [image.masked_fill(~inside, math.nan)[0, 0].numpy() for image, inside in reached]
+    determinant = jacobian_determinant(u)[0, 0].numpy()
+    arrays = [case.fixed, *seen, u[0].numpy(), determinant]
+    report.write_picture(path, *arrays, case.fixed_grid, title="      ".join(parts))
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What ran it."""
+    return {
+        "versions": {"fastreg": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": str(device),
+        "isa": _ext.build_info().get("isa"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    if "tre" in summary:
+        before, after, n = (summary["tre"][key] for key in ("before", "after", "landmarks"))
+        more = f"sd {before['sd']:.2f} -> {after['sd']:.2f}, n = {n}"
+        print(f"landmarks   {before['mean']:.2f} -> {after['mean']:.2f} mm ({more})")
+    if "dice" in summary:
+        before, after = summary["dice"]["before"], summary["dice"]["after"]
+        print(
+            f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({len(after) - 1} label{'s' * (len(after) != 2)})"
+        )
+    print(f"folding     {100 * summary['folding']:.3g} % of voxels, sd of log J {summary['sdlogj']:.3f}")
+    print(f"time        {summary['seconds']:.1f} s")

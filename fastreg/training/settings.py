@@ -1,0 +1,132 @@
+"""A run of files, as `fastreg train` has it."""
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastreg._console import warn
+from fastreg._files import InputError, Name, refuse_own_inputs
+from fastreg.data.pairs import Pairs, find_pairs, read_case
+
+from .build import Net
+from .distributed import ranks
+from .run import FILES, PICTURE, Resume, Run, resumable, shared_batch
+
+RECIPE = ("steps", "learning_rate", "batch_size", "patience")
+
+
+@dataclass
+class Settings(Net):
+    """All that makes a run of pairs in files; the names are those of `fastreg train --help`, None is the default.
+
+    Settings(method="voxelmorph", pairs="pairs.csv", size=(28, 28, 40), steps=100).run("runs/mine").train()
+    """
+
+    pairs: str = ""
+    task: str = "inter"
+    validation: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    patience: int | None = None
+    amp: bool = False
+    compile: bool = False
+    validate_every: int | None = None
+    validate_most: int = 8
+    save_every: int = 100
+
+    def plain(self) -> dict[str, Any]:
+        """Those that are set, as a checkpoint keeps them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> None:
+        """InputError for what makes no sense."""
+        for name in ("method", "pairs"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is missing")
+        for name in ("steps", "batch_size", "patience", "validate_every", "validate_most", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(f"--learning-rate must be positive, got {self.learning_rate}")
+
+    def run(
+        self,
+        folder: Name,
+        *,
+        resume: Resume = "auto",
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> Run:
+        """The Run; options: its `replace`, `minutes`, `quiet` and `progress`. InputError for what cannot be."""
+        saved = resumable(folder, resume)
+        if saved is not None:
+            self = replace(self, **merged(folder, self.plain(), saved))
+        self.check()
+        _refuse_own_inputs(folder, (self.pairs, self.validation))
+        preprocessing = self.preprocessing()
+        found = find_pairs(self.pairs, self.task)
+        validated = found if self.validation is None else find_pairs(self.validation, self.task)
+        # The first pair tells how many axes images have.
+        told = warn if ranks()[0] == 0 else lambda message: None
+        ndim = read_case(found[0], told).fixed_grid.nd
+        torch.manual_seed(self.seed % 2**63)
+        model = self.model(ndim).to(device)
+        given = {name: getattr(self, name) for name in RECIPE if getattr(self, name) is not None}
+        given.setdefault("batch_size", shared_batch(model.recipe.batch_size, saved))
+        self = replace(self, batch_size=given["batch_size"])
+        return Run(
+            folder,
+            model,
+            Pairs(found, preprocessing, ndim=ndim),
+            validation=Pairs(validated, preprocessing, ndim=ndim),
+            recipe=replace(model.recipe, **given),
+            seed=self.seed,
+            resume=saved or False,
+            amp=self.amp,
+            compile=self.compile,
+            validate_every=self.validate_every,
+            validate_most=self.validate_most,
+            save_every=self.save_every,
+            settings=self.plain(),
+            **options,
+        )
+
+
+# What a run cannot change half-way; the rest of its settings may differ when it is resumed.
+KEPT = (
+    "method", "pairs", "task", "validation", "preset", "set", "intensity", "crop", "size", "spacing", "seed",
+    "learning_rate", "batch_size", "amp",
+)  # fmt: skip
+
+
+def merged(folder: Name, given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run that goes on: those given before those of its checkpoint. InputError where they cannot change."""
+    before = saved["settings"]
+    known = {f.name for f in fields(Settings)}
+    if not {"method", "pairs"} <= before.keys() or not before.keys() <= known:
+        raise InputError(f"{folder}: is a run of a script, which can go on with it")
+    for name in KEPT:
+        if name in given and given[name] != before.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{folder}: was started with {flag} {before.get(name)}, and cannot be resumed with {given[name]}"
+            )
+    return {**before, **given}
+
+
+def _refuse_own_inputs(folder: Name, paths: Sequence[str | None]) -> None:
+    refuse_own_inputs(folder, paths, FILES)
+    for path in paths:
+        with contextlib.suppress(OSError):  # not there, not given
+            if os.path.samefile(path or "", folder) and not Path(path or "", "images").is_dir():
+                raise InputError(f"{folder}: holds the images, and {PICTURE} would be one of them")
