@@ -1,6 +1,7 @@
 """Stored rows as Markdown tables, sections and pages."""
 
 import math
+import re
 
 
 def number(text, digits=3):
@@ -21,8 +22,12 @@ def number(text, digits=3):
 
 
 def table(header, rows):
-    """header and rows: cells, text. All columns but the first are aligned to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    """header and rows: cells, text. Columns of numbers are aligned to the right."""
+    columns = [[c for c in column if c] for column in zip(*rows, strict=True)] or [[]] * len(header)
+    rule = [
+        "---:" if cells and all(re.match(r"-?[\d.]+($| )", c) for c in cells) else "---" for cells in columns
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(rule) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
 
 

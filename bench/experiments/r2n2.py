@@ -150,7 +150,7 @@ def pairs(data, setting, tests):
 
 
 def bspline(fixed, moving):
-    """METHODS 2.7's registration. Returns the displacement and how many numbers describe it."""
+    """The B-spline registration that the paper compares with. Returns the displacement and how many numbers describe it."""
     shape, total, count = fixed.shape[2:], None, 0
     for k, stride in enumerate(STRIDES):
         size = [-(-n // 2 ** (len(STRIDES) - 1 - k)) for n in shape]

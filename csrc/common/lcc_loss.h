@@ -1,6 +1,6 @@
 #pragma once
 // LCC of one window from its sums, and the derivatives of LCC by the window's variances and covariance
-// (FORMULAS: LCC).
+// (docs/formulas.md: LCC).
 #include <cmath>
 #include <cstdint>
 

@@ -1,5 +1,5 @@
 #pragma once
-// Weights of a window along one axis (FORMULAS: LCC), on the host.
+// Weights of a window along one axis (docs/formulas.md: LCC), on the host.
 #include <cmath>
 #include <cstdint>
 #include <vector>

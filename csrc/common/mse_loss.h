@@ -1,5 +1,5 @@
 #pragma once
-// Masked squared differences (FORMULAS: mse_loss).
+// Masked squared differences (docs/formulas.md: MSE).
 #include <cstdint>
 
 #include "common/macros.h"

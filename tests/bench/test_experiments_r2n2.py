@@ -51,7 +51,7 @@ def test_bspline_finds_a_motion():
     rows, _ = r2n2.scores([pair], lambda f, m: r2n2.bspline(f, m)[0], SPACING, "cpu")
     still = SPACING * pair.truth[0].norm(dim=0)[pair.lung].mean()
     assert rows[0]["tre"] < 0.4 * still
-    # METHODS: 1152 + 648 + 512 numbers for 256 x 256
+    # 1152 + 648 + 512 numbers for 256 x 256
     assert (
         sum(
             2 * math.prod(r2n2.control_shape((n, n), s, 2))

