@@ -237,6 +237,7 @@ if os.environ.get("FASTREG_EXT") != "0":
 setup(
     version=VERSION,
     packages=find_packages(include=["fastreg*"]),
+    package_data={"fastreg": ["py.typed"]},
     ext_modules=[Extension(name, sources=[]) for name in extensions],
     cmdclass={"build_ext": BuildKernels},
 )

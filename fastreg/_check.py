@@ -1,9 +1,12 @@
 """Checks of what users pass: ``fastreg::<op>: <argument> must <rule>, got <value>``."""
 
 import operator
+from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from ._refusals import refuse
 
@@ -15,11 +18,13 @@ AXES = {2: "H, W", 3: "D, H, W"}
 IMAGES = ("image", "fixed", "moving", "moved", "mask")
 
 
-def fail(op, argument, rule, got, error=ValueError):
+def fail(
+    op: str, argument: str, rule: str, got: object, error: type[ValueError] | type[TypeError] = ValueError
+) -> NoReturn:
     refuse(error, f"fastreg::{op}: ", f"{argument} must {rule}, got {got}")
 
 
-def tensor(op, name, t):
+def tensor(op: str, name: str, t: object) -> None:
     if isinstance(t, torch.Tensor):
         return
     hint = ""
@@ -32,7 +37,7 @@ def tensor(op, name, t):
     fail(op, name, "be a tensor", f"{type(t).__name__}{hint}", TypeError)
 
 
-def floating(op, **tensors):
+def floating(op: str, **tensors: Any) -> None:
     """Real floating tensors on one device, outside the transforms through which ops have no derivative.
 
     A mask may be missing, or of bool.
@@ -55,7 +60,7 @@ def floating(op, **tensors):
     _no_forward_derivative(op, *tensors.values())
 
 
-def _no_forward_derivative(op, *tensors):
+def _no_forward_derivative(op: str, *tensors: Tensor | None) -> None:
     """torch.func.grad and forward mode would see a silent zero tangent: refuse them."""
     if torch.compiler.is_compiling():
         return
@@ -74,7 +79,7 @@ def _no_forward_derivative(op, *tensors):
                 raise RuntimeError(f"fastreg::{op}: forward-mode differentiation is not supported")
 
 
-def _requires_grad(t):
+def _requires_grad(t: Tensor) -> bool:
     """Seen through vmap's wrapper, which hides it."""
     if not torch.compiler.is_compiling():
         while torch._C._functorch.is_batchedtensor(t):
@@ -82,12 +87,12 @@ def _requires_grad(t):
     return t.requires_grad
 
 
-def needs_grad(t):
+def needs_grad(t: Tensor) -> bool:
     """Whether autograd wants a gradient to t."""
     return torch.is_grad_enabled() and _requires_grad(t)
 
 
-def image(op, name, t, nd=None):
+def image(op: str, name: str, t: Tensor, nd: int | None = None) -> int:
     """(N, C, *spatial) of 2 or 3 axes; returns the number of axes."""
     rule = f"have shape (N, C, {AXES[nd]})" if nd else "have shape (N, C, D, H, W) or (N, C, H, W)"
     if t.dim() not in ((nd + 2,) if nd else (4, 5)):
@@ -97,7 +102,9 @@ def image(op, name, t, nd=None):
     return t.dim() - 2
 
 
-def displacement(op, name, t, spatial=None, batch=None):
+def displacement(
+    op: str, name: str, t: Tensor, spatial: torch.Size | None = None, batch: int | None = None
+) -> int:
     """(N, nd, *spatial); returns nd."""
     nd = len(spatial) if spatial is not None else t.dim() - 2
     rule = f"have shape (N, {nd}, {AXES[nd]})" if nd in AXES else "have shape (N, 3, D, H, W) or (N, 2, H, W)"
@@ -112,7 +119,7 @@ def displacement(op, name, t, spatial=None, batch=None):
     return nd
 
 
-def affine(op, name, t, nd=None, batch=None):
+def affine(op: str, name: str, t: Tensor, nd: int | None = None, batch: int | None = None) -> int:
     """(N, nd, nd + 1); returns nd."""
     if nd is None:
         nd = t.shape[1] if t.dim() == 3 else None
@@ -124,17 +131,17 @@ def affine(op, name, t, nd=None, batch=None):
     return nd
 
 
-def same_shape(op, name, t, other_name, other):
+def same_shape(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     if t.shape != other.shape:
         fail(op, name, f"have the shape {tuple(other.shape)} of {other_name}", tuple(t.shape))
 
 
-def same_device(op, name, t, other_name, other):
+def same_device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     if t.device != other.device:
         fail(op, name, f"be on the device of {other_name}, {other.device}", t.device)
 
 
-def scan(op, name, image):
+def scan(op: str, name: str, image: Tensor) -> Tensor:
     """A finite image of one sample, detached; fp32, or fp64 where fp32 could round a small range on a large offset away."""
     tensor(op, name, image)
     if image.layout != torch.strided or image.device.type == "meta":
@@ -154,7 +161,7 @@ def scan(op, name, image):
     return image.double() if image.dtype != torch.float32 and image.dtype.itemsize > 2 else single
 
 
-def mask(op, t, image):
+def mask(op: str, t: Tensor | None, image: Tensor) -> Tensor | None:
     """(N, 1, *spatial) weights without a gradient; bool ones as 0 and 1 in the dtype of the image."""
     if t is None:
         return None
@@ -166,7 +173,7 @@ def mask(op, t, image):
     return t.to(image.dtype) if t.dtype == torch.bool else t
 
 
-def odd_window(op, value):
+def odd_window(op: str, value: Any) -> int:
     """An odd whole number, as an int."""
     value = whole(op, "window", value, float("-inf"), float("inf"))
     if value < 1 or value % 2 == 0 or value >= 2**31:
@@ -174,18 +181,20 @@ def odd_window(op, value):
     return value
 
 
-def flag(op, name, value):
+def flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         fail(op, name, "be True or False", repr(value), TypeError)
     return value
 
 
-def choice(op, name, value, allowed):
+def choice(op: str, name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         fail(op, name, "be " + " or ".join(repr(a) for a in allowed), repr(value))
 
 
-def per_axis(op, name, value, nd, *, minimum=0.0, strict=False):
+def per_axis(
+    op: str, name: str, value: Any, nd: int, *, minimum: float = 0.0, strict: bool = False
+) -> list[float]:
     """A finite number, or one per axis, as a list of nd floats, each >= minimum (> where strict)."""
     try:
         if isinstance(value, (str, bytes, set, frozenset, dict)):
@@ -204,17 +213,20 @@ def per_axis(op, name, value, nd, *, minimum=0.0, strict=False):
     return values
 
 
-def whole(op, name, value, least, most=2**31 - 1):
+def whole(op: str, name: str, value: Any, least: float, most: float = 2**31 - 1) -> int:
     """A whole number from `least` to `most`, as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         fail(op, name, "be an int", repr(value), TypeError)
-    if not least <= value <= most:
-        fail(op, name, f"be from {least} to {most}" if most < 2**31 - 1 else f"be at least {least}", value)
-    return int(value)
+    number = int(value)
+    if not least <= number <= most:
+        rule = f"be from {least} to {most}" if most < 2**31 - 1 else f"be at least {least}"
+        fail(op, name, rule, number)
+    return number
 
 
-def sizes(op, name, value, nd, least, *, one_for_all=False):
+def sizes(op: str, name: str, value: Any, nd: int, least: int, *, one_for_all: bool = False) -> list[int]:
     """A whole number per axis, symbolic ones too, or where allowed one for all; as a list."""
+    numbers: list[Any]
     rule = f"be {'an integer or ' if one_for_all else ''}{nd} integers"
     try:
         if one_for_all and hasattr(value, "__index__"):
@@ -227,7 +239,9 @@ def sizes(op, name, value, nd, least, *, one_for_all=False):
     return numbers
 
 
-def whole_per_axis(op, name, value, nd, *, minimum=0, limit=2**15):
+def whole_per_axis(
+    op: str, name: str, value: Any, nd: int, *, minimum: int = 0, limit: int = 2**15
+) -> list[int]:
     """A whole number, or one per axis, as a list of nd ints, each in [minimum, limit)."""
     values = [value] * nd if isinstance(value, Integral) else value
     if not isinstance(values, (list, tuple)) or not all(

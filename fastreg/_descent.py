@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import _check, nn
 from . import ops as _fused
@@ -55,7 +56,7 @@ def grid_shape(shape, spacing):
     return tuple(min(n, max(4, math.ceil((n - 1) * s / target) + 1)) for n, s in axes)
 
 
-def resized(image, shape):
+def resized(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     before = tuple(image.shape[2:])
     if before == tuple(shape):
         return image
@@ -73,8 +74,8 @@ def _finest(spacing, shape):
 
 @dataclass
 class Dense:
-    base: torch.Tensor  # field to start from, (1, nd, *control), control voxels
-    scale: torch.Tensor  # (1, nd, 1, ...): control voxels of the finest axis to those of each axis
+    base: Tensor  # field to start from, (1, nd, *control), control voxels
+    scale: Tensor  # (1, nd, 1, ...): control voxels of the finest axis to those of each axis
     spacing: tuple  # mm, of the control grid
     sigma: tuple  # control voxels
     shape: tuple  # of the level
@@ -102,8 +103,8 @@ class Velocity(Dense):
 
 @dataclass
 class BSpline:
-    base: torch.Tensor  # displacement to start from, (1, nd, *shape)
-    scale: torch.Tensor
+    base: Tensor  # displacement to start from, (1, nd, *shape)
+    scale: Tensor
     spacing: tuple  # mm, of the level
     knots: tuple  # voxels between control points
     shape: tuple
@@ -178,11 +179,11 @@ class Similarity:
 class Level:
     """All that an iteration needs; `objective` may be called with other ops, to compare like with like."""
 
-    moving: torch.Tensor
+    moving: Tensor
     similarity: Similarity
     transform: Dense | Velocity | BSpline
-    matrix: torch.Tensor | None  # affine part, (nd, nd + 1), mm
-    affine: torch.Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
+    matrix: Tensor | None  # affine part, (nd, nd + 1), mm
+    affine: Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
     regularization: float
 
     def displacement(self, field, ops=_fused):

@@ -13,20 +13,29 @@ import importlib.util
 import os
 import re
 import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 lib = torch.library.Library("fastreg", "DEF")
-_state = {"extension": "not loaded", "info": {}, "cuda": "not built", "gpus_asked": False, "on_gpu": {}}
-_references = {}
+_state: dict[str, Any] = {
+    "extension": "not loaded",
+    "info": {},
+    "cuda": "not built",
+    "gpus_asked": False,
+    "on_gpu": {},
+}
+_references: dict[str, Callable[..., Any]] = {}
 _MEND = "Build it with `pip install --no-build-isolation -e .` in a checkout of fastreg."
 
 
-def has_kernel(op, key):
+def has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{op}", key)
 
 
-def load():
+def load() -> None:
     """Loads what implements the ops, once; warns, with the command that mends it, when it is missing or does not load.
 
     ``FASTREG_REFERENCE=1`` loads nothing, ``FASTREG_CUDA_BACKEND=triton`` leaves out the CUDA extension.
@@ -39,12 +48,12 @@ def load():
     _register_triton()
 
 
-def _warn(message, stacklevel=1):
+def _warn(message: str, stacklevel: int = 1) -> None:
     if message:
         warnings.warn(message, stacklevel=stacklevel)
 
 
-def _load_cpu():
+def _load_cpu() -> str:
     """What there is to warn of."""
     if importlib.util.find_spec("fastreg._C") is None:
         _state["extension"] = "not built"
@@ -64,7 +73,7 @@ def _load_cpu():
     return ""
 
 
-def _load_cuda():
+def _load_cuda() -> str:
     """What there is to warn of: nothing where torch has no CUDA, or the extension was not built."""
     spec = importlib.util.find_spec("fastreg._C_cuda")
     if os.environ.get("FASTREG_CUDA_BACKEND") == "triton":
@@ -87,10 +96,10 @@ def _load_cuda():
     return ""
 
 
-def fits(archs, capability):
+def fits(archs: str, capability: tuple[int, int]) -> bool:
     """Whether a build for these architectures, "80 90a 120+ptx" say, runs on a GPU of this compute capability."""
     for arch in archs.split():
-        major, minor, only, ptx = re.fullmatch(r"(\d+)(\d)([af]?)(\+ptx)?", arch).groups()
+        major, minor, only, ptx = re.findall(r"^(\d+)(\d)([af]?)(\+ptx)?$", arch)[0]
         built = int(major), int(minor)
         if only == "a":
             fit = capability == built
@@ -103,7 +112,7 @@ def fits(archs, capability):
     return False
 
 
-def _leave_unfit_devices(compiled, archs):
+def _leave_unfit_devices(compiled: list[str], archs: str) -> str:
     """On a GPU that the CUDA extension holds no code for its ops go to Triton, or the reference; what there is to warn of."""
     count = torch.cuda.device_count()
     unfit = [i for i in range(count) if not fits(archs, torch.cuda.get_device_capability(i))]
@@ -127,19 +136,19 @@ def _leave_unfit_devices(compiled, archs):
     )
 
 
-def _described(gpu):
+def _described(gpu: int) -> str:
     return "{} (sm_{}{})".format(torch.cuda.get_device_name(gpu), *torch.cuda.get_device_capability(gpu))
 
 
-def _by_device(kernel, other, unfit):
-    def route(keys, *args):
+def _by_device(kernel: Any, other: Callable[..., Any], unfit: list[int]) -> Callable[..., Any]:
+    def route(keys: Any, *args: Any) -> Any:
         first = next(a for a in args if isinstance(a, torch.Tensor))
         return other(*args) if first.device.index in unfit else kernel.call_boxed(keys, *args)
 
     return route
 
 
-def _launchers():
+def _launchers() -> dict[str, Callable[..., Any]]:
     """Op -> what Triton launches for it; empty without Triton. A launcher imports triton when it is first called."""
     if importlib.util.find_spec("triton") is None:
         return {}
@@ -147,19 +156,19 @@ def _launchers():
     return {op: kernels.launcher(op) for op in kernels.LAUNCHERS}
 
 
-def _register_triton():
+def _register_triton() -> None:
     for op, launcher in _launchers().items():
         if not has_kernel(op, "CUDA"):
             lib.impl(op, launcher, "CUDA")
             _state["on_gpu"][op] = "Triton"
 
 
-def build_info():
+def build_info() -> dict[str, Any]:
     """dict: how the loaded extension was built (version, torch, compiler, isa, isa_available); empty without one."""
     return dict(_state["info"])
 
 
-def define(schema, reference, fake):
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Declares ``fastreg::<op>`` from its schema (no defaults: they would shorten ``needs_input_grad``)."""
     name = schema.split("(")[0]
     _references[name] = reference
@@ -168,12 +177,14 @@ def define(schema, reference, fake):
     torch.library.register_fake(f"fastreg::{name}", fake, lib=lib)
 
 
-def arithmetic(*tensors):
+def arithmetic(*tensors: Tensor | None) -> torch.dtype:
     """What the ops compute in, and the dtype of losses, maps and statistics: the widest of the tensors, at least fp32."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
 
 
-def only_needed(grads, needs, like=None):
+def only_needed(
+    grads: Iterable[Any], needs: Iterable[bool], like: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """What a backward op returns: an empty 1D tensor, of the dtype of `like` or the gradient, for what is not needed."""
     return tuple(
         g if need else (g if like is None else like).new_zeros(0)
@@ -181,7 +192,9 @@ def only_needed(grads, needs, like=None):
     )
 
 
-def empty_where_needed(tensors, needs, like=None):
+def empty_where_needed(
+    tensors: Iterable[Any], needs: Iterable[bool], like: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The same of a fake kernel: the gradient to each tensor has its shape and dtype."""
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -191,35 +204,35 @@ def empty_where_needed(tensors, needs, like=None):
     )
 
 
-def none_unless_needed(grads, needs):
+def none_unless_needed(grads: Iterable[Any], needs: Iterable[bool]) -> tuple[Tensor | None, ...]:
     """The same of an autograd formula."""
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-def autograd(name, setup_context, backward):
+def autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
     torch.library.register_autograd(f"fastreg::{name}", backward, setup_context=setup_context, lib=lib)
 
 
-def once_differentiable(*names):
+def once_differentiable(*names: str) -> None:
     """Makes double backward through these backward ops raise: without a formula PyTorch could return None silently."""
 
     for name in names:
 
-        def backward(ctx, *grads, name=name):
+        def backward(ctx: Any, *grads: Tensor | None, name: str = name) -> None:
             raise RuntimeError(f"fastreg::{name.removesuffix('_bwd')}: double backward is not supported")
 
         autograd(name, lambda ctx, inputs, output: None, backward)
 
 
-def batched(*names):
+def batched(*names: str) -> None:
     """vmap rule of ops whose tensors all have N first: the mapped axis is folded into N and out again."""
     for name in names:
         op = getattr(torch.ops.fastreg, name).default
 
-        def rule(info, in_dims, *args, op=op):
+        def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, op: Any = op) -> Any:
             size = info.batch_size
 
-            def fold(arg, dim):
+            def fold(arg: Any, dim: int | None) -> Any:
                 if not isinstance(arg, torch.Tensor):
                     return arg
                 arg = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
@@ -229,7 +242,7 @@ def batched(*names):
             axis = in_dims[first]
             each = args[first].shape[0] if axis is None else args[first].movedim(axis, 0).shape[1]
 
-            def unfold(out):
+            def unfold(out: Tensor) -> tuple[Tensor, int | None]:
                 # An empty 1D tensor stands for a result that was not asked for.
                 return (out, None) if out.shape == (0,) else (out.unflatten(0, (size, each)), 0)
 
@@ -241,25 +254,32 @@ def batched(*names):
         torch.library.register_vmap(f"fastreg::{name}", rule, lib=lib)
 
 
-def grad_of(reference, inputs, grads):
+def grad_of(
+    reference: Callable[..., Tensor], inputs: tuple[Tensor, ...], grads: Tensor
+) -> tuple[Tensor, ...]:
     """Gradients of ``reference(*inputs)`` along ``grads``; inputs are tensors. Serves as ``<op>_bwd`` of the reference."""
     # Python dispatch modes (opcheck's, say) mask out functorch's keys, and its wrapped tensors would reach the kernels.
     keys = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
     with torch._C._ForceDispatchKeyGuard(*keys), torch.autocast(inputs[0].device.type, enabled=False):
-        output, vjp = torch.func.vjp(reference, *inputs)
+        output, vjp, *_ = torch.func.vjp(reference, *inputs)
         return tuple(g.clone() for g in vjp(grads.to(output.dtype)))
 
 
-def second_grad_of(reference, inputs, grad, directions):
+def second_grad_of(
+    reference: Callable[..., Tensor],
+    inputs: Iterable[Tensor],
+    grad: Tensor,
+    directions: Iterable[Tensor | None],
+) -> tuple[Tensor, ...]:
     """Double backward by differentiating the reference twice: gradients to (grad, *inputs) along `directions`.
 
     A direction belongs to the gradient of its input; None counts as 0.
     """
 
-    def first_gradients(grad, *inputs):
+    def first_gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return torch.func.vjp(reference, *inputs)[1](grad)
 
-    outputs, vjp = torch.func.vjp(first_gradients, grad, *inputs)
+    outputs, vjp, *_ = torch.func.vjp(first_gradients, grad, *inputs)
     return vjp(
         tuple(
             torch.zeros_like(o) if d is None else d.to(o.dtype)
@@ -268,7 +288,7 @@ def second_grad_of(reference, inputs, grad, directions):
     )
 
 
-def backends():
+def backends() -> dict[str, dict[str, str]]:
     """Which implementation answers for each op on each device.
 
     Starts CUDA where the CUDA extension is loaded and there is a GPU: what answers depends on which it is.

@@ -1,17 +1,18 @@
 """How results show themselves: tensors by shape, as nobody reads a million numbers."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
 
-def shapes(result):
+def shapes(result: Any) -> str:
     """A dataclass as one line."""
     values = ((f.name, getattr(result, f.name)) for f in dataclasses.fields(result))
     return f"{type(result).__name__}({', '.join(f'{name}={_shown(v)}' for name, v in values)})"
 
 
-def _shown(value):
+def _shown(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return "x".join(map(str, value.shape))
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class TRE(NamedTuple):
     q75: float
 
 
-def _check_labels(op, fixed_labels, moved_labels):
+def _check_labels(op: str, fixed_labels: Tensor, moved_labels: Tensor) -> None:
     for name, value in (("fixed_labels", fixed_labels), ("moved_labels", moved_labels)):
         tensor(op, name, value)
         if value.is_floating_point() or value.is_complex():
@@ -87,7 +87,7 @@ def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Iterable[int] | Non
     return Dice(mean, per_label)
 
 
-def _scale(op, spacing, nd):
+def _scale(op: str, spacing: float | Sequence[float], nd: int) -> Tensor:
     scale = torch.as_tensor(spacing, dtype=torch.float64)
     if scale.numel() not in (1, nd) or scale.ndim > 1 or not bool((scale > 0).all()):
         fail(op, "spacing", f"be 1 or {nd} positive numbers", spacing)
@@ -169,7 +169,14 @@ def hd95(
     )
 
 
-def _surfaces(op, fixed_labels, moved_labels, spacing, labels, summary):
+def _surfaces(
+    op: str,
+    fixed_labels: Tensor,
+    moved_labels: Tensor,
+    spacing: float | Sequence[float],
+    labels: Iterable[int] | None,
+    summary: Callable[[np.ndarray, np.ndarray], float],
+) -> Distance:
     from fastreg.io import _sitk
 
     sitk = _sitk()
@@ -331,5 +338,6 @@ def move_points(points: Tensor, u: Tensor) -> Tensor:
         bits = torch.tensor([corner >> axis & 1 for axis in range(nd)], device=p.device)
         index = torch.minimum(low + bits, last)
         weight = torch.where(bits.bool(), fraction, 1 - fraction).prod(dim=1)
-        moved += weight[:, None] * field[(slice(None), *index.unbind(1))].T.double()
+        at: tuple[Any, ...] = (slice(None), *index.unbind(1))
+        moved += weight[:, None] * field[at].T.double()
     return moved.to(torch.promote_types(torch.promote_types(points.dtype, u.dtype), torch.float32))

@@ -151,6 +151,9 @@ class BendingEnergy(_Op, op=ops.bending_energy): ...
 class _PreparedMINDLoss(torch.nn.Module):
     """Holds the fixed image and one number per sample: the mean that bounds V, which costs a pass over the image."""
 
+    fixed: Tensor
+    variance: Tensor
+
     def __init__(self, fixed: Tensor, options: dict[str, Any]) -> None:
         super().__init__()
         self.options = dict(options)

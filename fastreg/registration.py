@@ -26,6 +26,9 @@ _AFFINE_VOXELS = 2_000_000  # levels beyond this size add nothing to twelve numb
 _AFFINE_ITERATIONS = 100
 _AFFINE_STEP = 0.1  # voxels
 
+# Fixed, moving, mask.
+Images = tuple[Tensor, Tensor, Tensor | None]
+
 
 @dataclass(repr=False)
 class Registration:
@@ -53,7 +56,7 @@ class Registration:
     __repr__ = shapes
 
 
-def _rescaled(image, mask=None):
+def _rescaled(image: Tensor, mask: Tensor | None = None) -> Tensor:
     """Each channel with its 0.5 % and 99.5 % quantiles (where mask > 0) at 0 and 1; a constant channel is 0.
 
     LCC is invariant to this but for its noise floor, which has to know what a large difference is."""
@@ -74,7 +77,7 @@ def _rescaled(image, mask=None):
     return torch.stack(out)[None]
 
 
-def _pyramid(shape, spacing, levels):
+def _pyramid(shape: Sequence[int], spacing: Sequence[float], levels: int | None) -> list[tuple[int, ...]]:
     """Shapes, coarse to fine. A step doubles the smallest spacing and leaves axes about as coarse."""
     shapes = [tuple(shape)]
     spacing = list(spacing)
@@ -94,13 +97,30 @@ def _pyramid(shape, spacing, levels):
     return shapes[::-1]
 
 
-def _level(images, shape, spacing, field, transform, width, similarity, window, regularization, matrix=None):
+def _resized(images: Images, shape: tuple[int, ...]) -> Images:
+    fixed, moving, mask = images
+    smaller = None if mask is None else _descent.resized(mask, shape)
+    return _descent.resized(fixed, shape), _descent.resized(moving, shape), smaller
+
+
+def _level(
+    images: Images,
+    shape: tuple[int, ...],
+    spacing: tuple[float, ...],
+    field: Tensor,
+    transform: str,
+    width: float | None,
+    similarity: str,
+    window: int,
+    regularization: float,
+    matrix: Tensor | None = None,
+) -> _descent.Level:
     """The level of `shape` voxels.
 
     Args: images: rescaled fixed and moving, mask or None, at full size. spacing: mm, of those. field: of the level
     before. width: see _descent.transform. matrix: affine part, mm, or None.
     """
-    fixed, moving, mask = (None if t is None else _descent.resized(t, shape) for t in images)
+    fixed, moving, mask = _resized(images, shape)
     full = images[0].shape[2:]
     affine = None
     if matrix is not None:
@@ -116,13 +136,20 @@ def _level(images, shape, spacing, field, transform, width, similarity, window, 
     )
 
 
-def _fit_affine(images, shapes, spacing, similarity, window, report):
+def _fit_affine(
+    images: Images,
+    shapes: list[tuple[int, ...]],
+    spacing: tuple[float, ...],
+    similarity: str,
+    window: int,
+    report: Callable[..., object] | None,
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """Coarse to fine; returns the matrix, (nd, nd + 1) in mm, and a record per level."""
     full = tuple(images[0].shape[2:])
     fit, records = _descent.AffineFit(full, spacing), []
     for number, shape in enumerate(shapes):
         begun = time.perf_counter()
-        fixed, moving, mask = (None if t is None else _descent.resized(t, shape) for t in images)
+        fixed, moving, mask = _resized(images, shape)
         size = _descent.spacing_of(shape, full, spacing)
         compare = _descent.Similarity(similarity, fixed, mask, window)
         record = fit.descend(
@@ -209,12 +236,14 @@ def register(
     nd = len(full)
     spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
     if mask is not None:
-        mask = _check.mask(op, _check.scan(op, "mask", mask), fixed)
+        mask = _check.scan(op, "mask", mask)
+        _check.mask(op, mask, fixed)
         _check.same_device(op, "mask", mask, "fixed", fixed)
-        if (mask < 0).any():
-            _check.fail(op, "mask", "be at least 0", f"{float(mask.min()):g}")
+        least, most = mask.aminmax()
+        if least < 0:
+            _check.fail(op, "mask", "be at least 0", f"{float(least):g}")
         # only ratios of weights count, and sums of large or tiny ones would leave fp32
-        mask = (mask / mask.max() if mask.any() else mask).float()
+        mask = (mask / most if most > 0 else mask).float()
     _check.choice(op, "similarity", similarity, _descent.SIMILARITIES)
     _check.choice(op, "transform", transform, _descent.TRANSFORMS)
     _check.flag(op, "affine", affine)
@@ -230,10 +259,10 @@ def register(
         levels = _check.whole(op, "levels", levels, 1)
     if hasattr(iterations, "tolist"):  # numpy, torch
         iterations = iterations.tolist()
-    plan = list(iterations) if isinstance(iterations, (tuple, list, range)) else [iterations]
-    if not plan:
+    numbers = iterations if isinstance(iterations, (tuple, list, range)) else [iterations]
+    if not numbers:
         _check.fail(op, "iterations", "hold at least one number", "none")
-    plan = [_check.whole(op, "iterations", n, 0) for n in plan]
+    plan = [_check.whole(op, "iterations", n, 0) for n in numbers]
     if progress is not None and not callable(progress):
         _check.fail(op, "progress", "be callable", type(progress).__name__, TypeError)
 
@@ -243,11 +272,8 @@ def register(
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         images = (_rescaled(fixed, mask), _rescaled(moving), None if mask is None else mask.clone())
-        records, matrix, field = (
-            [],
-            None,
-            torch.zeros(1, nd, *[1] * nd, dtype=torch.float32, device=fixed.device),
-        )
+        records: list[dict[str, Any]] = []
+        matrix, field = None, torch.zeros(1, nd, *[1] * nd, dtype=torch.float32, device=fixed.device)
         rough = [s for s in shapes if math.prod(s) <= _AFFINE_VOXELS] or shapes[:1] if affine else []
         if affine:
             report = progress and (lambda level, *rest: progress(level, len(rough) + len(shapes), *rest))
@@ -268,7 +294,7 @@ def register(
             }
             records.append({**record, "seconds": time.perf_counter() - begun})
         with torch.no_grad():
-            shift = None if matrix is None else _fused.affine_displacement(level.affine, full)
+            shift = None if level.affine is None else _fused.affine_displacement(level.affine, full)
             displacement = _descent.relaxed(level.displacement(field), shift)
             if shift is not None:
                 displacement = displacement + shift

@@ -5,6 +5,8 @@ A launcher is a plain function with the name and the signature of its op, so tes
 """
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 # Op: the file that holds its launcher.
 LAUNCHERS = {
@@ -28,10 +30,10 @@ LAUNCHERS = {
 }
 
 
-def launcher(op):
+def launcher(op: str) -> Callable[..., Any]:
     """The Triton implementation of ``fastreg::<op>``, imported when it is first called."""
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         return getattr(importlib.import_module(f"fastreg.kernels.{LAUNCHERS[op]}"), op)(*args)
 
     return call

@@ -72,7 +72,7 @@ class Model(nn.Module):
     inside; `padding`: what a warp reads outside of an image.
     """
 
-    ndims = (3,)
+    ndims: tuple[int, ...] = (3,)
     divisor = 16
     ndim = 3
     checkpoint = "none"

@@ -87,8 +87,8 @@ def backward_by(name, backward_name):
     bwd = getattr(torch.ops.fastreg, backward_name)
 
     def setup(ctx, inputs, output):
-        *tensors, ctx.options = *inputs[:3], inputs[3:]
-        ctx.save_for_backward(*tensors)
+        ctx.options = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
 
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:2]
