@@ -6,6 +6,8 @@ A test that found a mutant is run once on the unmutated copy at the end, and mus
 import argparse
 import csv
 import datetime
+import hashlib
+import importlib
 import os
 import re
 import resource
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads OpenMP
@@ -21,6 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch loads OpenMP
 import numpy  # noqa: F401
 import pytest
 import torch._inductor.config  # noqa: F401
+from incremental import build
 from mutants import MUTANTS, ROOT, chosen, place
 
 HERE = Path(__file__).resolve().parent
@@ -53,53 +57,44 @@ def copied(tree, to):
     shutil.copytree(tree / "build" / "objects", to / "build" / "objects")
 
 
-def environment(tree):
-    return {
-        **os.environ,
-        "PYTHONPATH": str(tree),
-        "FASTREG_CUDA": "0",
-        "MAX_JOBS": "1",
-        "GOMP_SPINCOUNT": "0",
-    }
+def forked(tree, function):
+    """(exit code, output) of the function in a copy of the tree.
 
-
-def said(command, tree):
-    """(exit code, output)"""
-    run = subprocess.run(
-        command, cwd=tree, env=environment(tree), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
-    return run.returncode, run.stdout
-
-
-def first_failure(tree, arguments):
-    """What a run of pytest ended with: None if all passed, else the first test that did not.
-
-    It runs in a fork of this process, which has imported torch but nothing of fastreg: half the time of a mutant else.
+    In a fork of this process, which has imported torch but nothing of fastreg: half the time of a mutant else.
     """
     with tempfile.TemporaryFile("w+") as out:
         child = os.fork()
         if child == 0:
-            os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-            os.chdir(tree)
-            os.environ.update(environment(tree))
-            others = [p for p in sys.path if Path(p) != HERE and not Path(p, "fastreg").is_dir()]
-            sys.path[:] = [str(tree), *others]
-            del sys.modules["mutants"]
-            signal.alarm(900)
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+            code = 1
+            try:
+                os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+                os.chdir(tree)
+                os.environ.update(PYTHONPATH=str(tree), FASTREG_CUDA="0", MAX_JOBS="1")
+                others = [p for p in sys.path if Path(p) != HERE and not Path(p, "fastreg").is_dir()]
+                sys.path[:] = [str(tree), *others]
+                signal.alarm(900)
+                code = function()
+                sys.stdout.flush(), sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0)
-        text = out.read()
-    if code in (0, 5):  # 5: no such test
+        return code, out.read()
+
+
+def first_failure(tree, arguments):
+    """What a run of pytest ended with: None if all passed, else the first test that did not."""
+    code, out = forked(tree, lambda: pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+    if code in (0, 5) or "ERROR: not found:" in out:  # 5: none chosen
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", text, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", out, re.MULTILINE)
     if failed:
         return failed[1]
     if code < 0:
         return f"ends by {signal.Signals(-code).name}"
-    raise SystemExit(f"pytest {' '.join(arguments)} ended with {code}:\n{text[-3000:]}")
+    raise SystemExit(f"pytest {' '.join(arguments)} ended with {code}:\n{out[-3000:]}")
 
 
 def test_files(tree, names):
@@ -117,8 +112,25 @@ def cpu():
     return used.ru_utime + used.ru_stime
 
 
-def tried(mutant, pristine, isa, tier):
-    """(file, first test that finds the mutant or None)"""
+def built(tree, path, line, isa):
+    """Compiles and links what the line changes; what was built of the same sources before is taken from build/mutants."""
+    (extension,) = (tree / "fastreg").glob("_C.*.so")
+    key = hashlib.sha1(isa.encode())
+    for source in ["setup.py", *sorted(str(p.relative_to(tree)) for p in tree.glob("csrc/c[op]*/*"))]:
+        key.update((tree / source).read_bytes())
+    kept = ROOT / "build" / "mutants" / f"{key.hexdigest()}.so"
+    if not kept.exists():
+        code, out = forked(tree, lambda: build(isa, path, line))
+        if code or "compiles" not in out:
+            raise SystemExit(f"{path} does not build, or line {line + 1} changes no object:\n{out[-3000:]}")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(extension, kept)
+    extension.unlink()
+    shutil.copy(kept, extension)
+
+
+def tried(mutant, pristine, isa, tier, known):
+    """(file, first test that finds the mutant or None); `known` have found it before."""
     path, text = place(mutant, pristine)
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder) / "tree"
@@ -127,17 +139,16 @@ def tried(mutant, pristine, isa, tier):
         (tree / path).write_text(text, encoding="utf-8")
         line = next(i for i, (a, b) in enumerate(zip(before, text.splitlines(), strict=False)) if a != b)
         if path.suffix != ".py":
-            code, out = said([sys.executable, str(HERE / "build.py"), isa, str(path), str(line)], tree)
-            if code or "compiles" not in out:
-                raise SystemExit(f"{mutant.name} does not build, or changes no object:\n{out[-3000:]}")
+            built(tree, path, line, isa)
         files, options = test_files(tree, mutant.tests), TIERS[tier]
+        killers = [f"{f}::{k.split('::', 1)[1]}" for f in files for k in known if f"/{Path(f).name}::" in k]
         its = " or ".join(mutant.tests.split())
-        killer = first_failure(
-            tree, [*options, *files, "-k", f"({its}) and ({mutant.first})"]
-        ) or first_failure(tree, [*options, *files, "-k", its])
-        if killer is None and tier == "quick":
-            killer = first_failure(tree, options)
-    return path, killer
+        attempts = [killers] * bool(killers) + [
+            [*files, "-k", f"({its}) and ({mutant.first})"],
+            [*files, "-k", its],
+        ]
+        attempts += [[]] * (tier == "quick")
+        return path, next(filter(None, (first_failure(tree, [*options, *some]) for some in attempts)), None)
 
 
 def recorded():
@@ -175,8 +186,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         pristine = Path(folder)
         copied(a.tree.resolve(), pristine)
-        code, isa = said(
-            [sys.executable, "-c", "from fastreg import _ext; print(_ext.build_info()['isa'])"], pristine
+        code, isa = forked(
+            pristine, lambda: print(importlib.import_module("fastreg._ext").build_info()["isa"]) or 0
         )
         if code:
             raise SystemExit(f"the unmutated tree does not load its extension:\n{isa}")
@@ -185,14 +196,15 @@ def main():
             if a.missing and rows.get(mutant.name, {}).get(f"{tier}_killed_by"):
                 continue
             begun = cpu()
-            path, killer = tried(mutant, pristine, isa.split()[-1], tier)
+            row = dict.fromkeys(FIELDS, "") | rows.get(mutant.name, {})
+            known = {row[f"{t}_killed_by"] for t in TIERS} - {""}
+            path, killer = tried(mutant, pristine, isa.split()[-1], tier, known)
             seconds = f"{cpu() - begun:.0f}"
             print(f"{mutant.name:44} {seconds:>4} s  {killer or 'SURVIVES'}", flush=True)
             if killer is None:
                 survivors.append(mutant.name)
             elif "::" in killer:
                 killers[killer] = mutant.name
-            row = dict.fromkeys(FIELDS, "") | rows.get(mutant.name, {})
             row |= {"mutant": mutant.name, "file": str(path), "kind": mutant.kind}
             row |= {
                 f"{tier}_killed_by": killer or "",
