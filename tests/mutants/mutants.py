@@ -422,8 +422,8 @@ MUTANTS = [
     ),
     Mutant(
         "mse_mixed_takes_the_first_dtype", "dtype", OPS,
-        "dtype = torch.promote_types(fixed.dtype, moved.dtype)\n    return fixed.to(dtype), moved.to(dtype)",
-        "dtype = fixed.dtype\n    return fixed.to(dtype), moved.to(dtype)",
+        "dtype = torch.promote_types(fixed.dtype, moved.dtype)\n    fixed, moved = fixed.to(dtype), moved.to(dtype)",
+        "dtype = fixed.dtype\n    fixed, moved = fixed.to(dtype), moved.to(dtype)",
         "mse_loss lcc_loss mind", "mixed or dtype", "an fp64 moved image is cut to fp16",
     ),
     # resize_displacement
@@ -579,8 +579,8 @@ MUTANTS = [
     # training
     Mutant(
         "training_masks_by_the_first", "mask", ALL,
-        "prediction.sample(k), mask[k : k + 1])",
-        "prediction.sample(k), mask[:1])",
+        "_one(prediction, k), mask[k : k + 1])",
+        "_one(prediction, k), mask[:1])",
         "training", "masks_weigh", "every pair of a batch is weighed by the first's mask",
     ),
     Mutant(

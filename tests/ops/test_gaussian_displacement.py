@@ -9,11 +9,12 @@ from contract import Case, Contract, like
 import fastreg
 from fastreg.ops.gaussian_displacement import SIGMA_IS, gaussian_displacement_ref
 
-# H != W, rows of many vectors and a rest, more and fewer Gaussians than rows, one-voxel axes.
+# H != W, rows of many vectors and a rest and of more than one block of sums, more and fewer Gaussians than rows, one-voxel axes.
 CASES = [
     pytest.param(2, 3, (9, 13), id="n2t3h9w13"),
     pytest.param(1, 25, (7, 150), id="n1t25h7w150"),
     pytest.param(1, 1, (40, 17), id="n1t1h40w17"),
+    pytest.param(1, 2, (2, 1100), id="n1t2h2w1100"),
     pytest.param(2, 2, (1, 6), id="one-row"),
     pytest.param(1, 2, (5, 1), id="one-column"),
     pytest.param(1, 2, (1, 1), id="one-voxel"),
