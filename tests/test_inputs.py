@@ -8,7 +8,8 @@ import torch
 import fastreg
 
 IMAGE, U = torch.rand(1, 1, 6, 7, 8), torch.randn(1, 3, 6, 7, 8)
-LOSSES = [fastreg.lcc_loss, fastreg.mind_loss, fastreg.mse_loss]
+MODULES = [getattr(fastreg.nn, name) for name in fastreg.nn.__all__]
+LOSSES = [module.op for module in MODULES if "mask" in module.inputs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

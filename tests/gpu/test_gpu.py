@@ -47,12 +47,10 @@ STEPS = {
     ).square().mean(),
     "local_correlation_2d": lambda f, m, u: fastreg.local_correlation(f[:, :, 0], m[:, :, 0], 3).square().mean(),
     "mind": lambda f, m, u: fastreg.mind(fastreg.warp(m, u)).square().sum(),
-    "mind_loss": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u)),
     "mind_loss_six": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u), neighbourhood="six"),
     "mind_loss_2d": lambda f, m, u: fastreg.mind_loss(f[:, :, 0], m[:, :, 0]),
     "mind_loss_map": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u), reduction="none").square().sum(),
     "mse_loss_map": lambda f, m, u: fastreg.mse_loss(f, fastreg.warp(m, u), reduction="none").square().sum(),
-    "mse_loss": lambda f, m, u: fastreg.mse_loss(f, fastreg.warp(m, u)),
     "compose": lambda f, m, u: fastreg.compose(u, u).square().mean(),
     "integrate_velocity": lambda f, m, u: fastreg.integrate_velocity(u).square().mean(),
     "smooth": lambda f, m, u: fastreg.smooth(u, 1.5).square().mean(),
@@ -70,6 +68,10 @@ STEPS = {
         u[:, 0, 0, :5, :7].sigmoid(), (20, 37)
     ).square().mean(),
 }  # fmt: skip
+# Of a loss of two images that says no more.
+for _module in (getattr(fastreg.nn, name) for name in fastreg.nn.__all__):
+    if _module.inputs[:2] == ("fixed", "moved"):
+        STEPS.setdefault(_module.op.__name__, lambda f, m, u, loss=_module.op: loss(f, fastreg.warp(m, u)))
 
 
 def step(name, f, m, u):

@@ -1,6 +1,7 @@
 """Faults to plant, each of one line, that the tests must find: data for run.py. README.md says how to add one."""
 
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -602,3 +603,7 @@ MUTANTS = [
         "training", "adams or weigh", "bf16 without being asked for",
     ),
 ]  # fmt: skip
+
+# Those of an op may stand in a file of its own, mutants_<op>.py.
+for _path in sorted(Path(__file__).parent.glob("mutants_*.py")):
+    MUTANTS += import_module(_path.stem).mutants(Mutant)
