@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench import common
-from fastreg import io
+from fastreg._files import replacing
 from fastreg.training import Training
 
 RESULTS = common.RESULTS / "experiments"
@@ -263,7 +263,7 @@ def picture(args, name, figure, *, dpi=110, colours=None):
     parts += [args.setting] if args.setting != "small" else []
     parts += [args.device] if args.device != "cpu" else []
     parts += ["partial"] if len(args.methods) < len(args.every) else []
-    with io.replacing(args.results / f"{'_'.join(parts)}.png") as temporary:
+    with replacing(args.results / f"{'_'.join(parts)}.png") as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
         if colours:
             from PIL import Image

@@ -14,7 +14,9 @@ from .options import add_common
 from .register import add_parameters, solve
 
 INPUTS = ("fixed.nii.gz", "moving.nii.gz", "fixed_labels.nii.gz", "moving_labels.nii.gz")
-DEMO_OUTPUTS = (*OUTPUTS, *INPUTS, "fixed_landmarks.csv", "moving_landmarks.csv")
+LANDMARKS = ("fixed_landmarks.csv", "moving_landmarks.csv")
+PAIRS = "pairs.csv"  # for fastreg train
+DEMO_OUTPUTS = (*OUTPUTS, *INPUTS, *LANDMARKS, PAIRS)
 
 
 def add(commands):
@@ -23,7 +25,9 @@ def add(commands):
         help="register a synthetic breathing thorax and judge the result",
         description="Registers a synthetic thorax whose motion is known. Exit status 1 if a goal is missed.",
     )
-    command.add_argument("-o", "--out", metavar="OUT", help="folder to make: outputs and inputs")
+    command.add_argument(
+        "-o", "--out", metavar="OUT", help="folder to make: outputs, inputs, and pairs.csv for fastreg train"
+    )
     add_parameters(command)
     add_common(command)
     command.set_defaults(run=_run)
@@ -54,8 +58,11 @@ def _run(args):
         if folder is not None:
             for name, array in zip(INPUTS, (fixed, moving, fixed_labels, moving_labels), strict=True):
                 io.write_image(folder / name, array, grid)
-            for which, points in zip(("fixed", "moving"), landmarks, strict=True):
-                io.write_landmarks(folder / f"{which}_landmarks.csv", points)
+            for name, points in zip(LANDMARKS, landmarks, strict=True):
+                io.write_landmarks(folder / name, points)
+            columns = "fixed,moving,fixed_labels,moving_labels,fixed_landmarks,moving_landmarks"
+            lines = f"{columns}\n{','.join((*INPUTS, *LANDMARKS))}\n"
+            (folder / PAIRS).write_text(lines, encoding="utf-8")
             outcome.write(folder, began)
     if not args.quiet:
         near = p.near_wall

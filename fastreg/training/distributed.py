@@ -40,7 +40,7 @@ def usable(name: str | torch.device | None = None) -> torch.device:
 @contextlib.contextmanager
 def processes(device: str | torch.device | None = None) -> Iterator[torch.device]:
     """Yields this process's device: the one given, else a GPU of its own where there are any. Under torchrun the processes find each
-    other, and part at the end; started otherwise there is one, and nothing else happens.
+    other, and part at the end (once in a program); started otherwise there is one, and nothing else happens.
 
     A Training made inside lets go of the group with `release` (a Run does), or at the latest when it is garbage.
     """

@@ -334,10 +334,20 @@ def resumable(folder: Name, resume: Resume = True) -> Mapping[str, Any] | None:
     last = Path(folder, LAST)
     if isinstance(resume, Mapping):
         return resume
+    rank, world = ranks()
+    if world > 1:
+        # All as the first one sees it: another may look before it has written, or have another disk.
+        found: list[Any] = [_read(last, resume) if rank == 0 else None]
+        dist.broadcast_object_list(found)
+        return found[0]
+    return _read(last, resume)
+
+
+def _read(last: Path, resume: bool | Literal["auto"]) -> Mapping[str, Any] | None:
     if not resume or (resume == "auto" and not last.exists()):
         return None
     if not last.exists():
-        raise InputError(f"{folder}: holds no {LAST} to resume")
+        raise InputError(f"{last.parent}: holds no {LAST} to resume")
     saved = checkpoint.load(last)
     if "optimizer" not in saved or not all(isinstance(saved.get(k), dict) for k in ("settings", "counted")):
         raise InputError(f"{last}: holds no state of a training")

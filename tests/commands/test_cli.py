@@ -16,7 +16,7 @@ import fastreg
 from fastreg import cli, io, metrics
 from fastreg.commands import register as command
 from fastreg.commands.demo import DEMO_OUTPUTS
-from fastreg.data import phantom
+from fastreg.data import find_pairs, phantom
 from fastreg.outcome import OUTPUTS
 from fastreg.registration import register
 
@@ -207,7 +207,7 @@ def test_integer_images_and_mask(case, tmp_path, capsys):
     assert run(folder, "--mask", folder / "mask.nii.gz") == 2
     assert "mask must be 0 or more everywhere, and more somewhere" in one_line(capsys)
     mask[4:12, 5:15, 6:20] = 1
-    io.write_image(folder / "mask.nii.gz", mask, grid)
+    io.write_image(folder / "mask.nii.gz", mask.astype(bool), grid)
     assert run(folder, "--mask", folder / "mask.nii.gz") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["outside_value"] < -900
@@ -432,6 +432,58 @@ def test_missing_extras_name_the_command(case, capsys, monkeypatch, package):
     )
 
 
+def test_a_bar_that_was_asked_for_needs_tqdm(case, capsys, monkeypatch):
+    folder = case("same")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert run(folder, "--progress", "--quiet") == 2
+    assert "needs tqdm: pip install tqdm" in one_line(capsys)
+    assert run(folder, "--quiet") == 0
+
+
+def test_a_wrong_flag_points_to_its_own_help(capsys):
+    assert cli.main(["register", "a", "b", "-o", "c", "--windw", "5"]) == 2
+    assert "--windw 5; did you mean --window? (see fastreg register --help)" in one_line(capsys)
+    assert cli.main(["register", "a", "b", "-o", "c", "--transform", "rigid"]) == 2
+    assert "choose from" in (line := one_line(capsys))
+    assert "(see fastreg register --help)" in line
+    assert cli.main(["train", "-o", "c", "--sizes", "5"]) == 2
+    assert "did you mean --size? (see fastreg train --help)" in one_line(capsys)
+
+
+def test_help_shows_choices_and_defaults_as_one_types_them(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["register", "--help"])
+    text = capsys.readouterr().out
+    groups = ("the pairwise optimiser:", "a net on the pair alone:", "common:")
+    assert sorted(groups, key=text.index) == list(groups)
+    optimiser = text[text.index(groups[0]) : text.index(groups[1])]
+    assert "--similarity {lcc,mind,mse}" in optimiser
+    assert "--transform {dense,velocity,bspline}" in optimiser
+    for default in re.findall(r"\(default: (.*?)\)", optimiser):
+        flag = default.split() if default.startswith("--") else ["--iterations", default]
+        if "," in default or default.startswith("--"):
+            args = cli._parser().parse_args(["register", "a", "b", "-o", "c", *flag])
+            name = flag[0].removeprefix("--no-").removeprefix("--")
+            assert getattr(args, name) == inspect.signature(register).parameters[name].default
+    assert "100,100,60,30" in optimiser
+
+
+def test_without_a_terminal_a_line_a_level(case, capsys):
+    assert run(case("same"), "--levels", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "registering: 24x20x16 voxels of 1 x 1.2 x 1.5 mm, cpu"
+    for k in (1, 2):
+        assert re.fullmatch(rf"level {k} of 2: 2 iterations, loss -[\d.]+, [\d.]+ s", lines[k])
+    assert lines[-1].startswith("written to")
+
+
+def test_the_bar_begins_with_a_level(case, capsys):
+    pytest.importorskip("tqdm")
+    assert run(case("same"), "--quiet", "--progress") == 0
+    assert "0it" not in capsys.readouterr().err
+
+
 def test_every_parameter_of_register_has_its_flag():
     parameters = inspect.signature(register).parameters
     args = cli._parser().parse_args(["register", "a", "b", "-o", "c"])
@@ -563,6 +615,10 @@ def test_demo_output_can_be_registered_again(small_phantom, tmp_path, capsys):
     for which in ("fixed", "moving"):
         options += [f"--{which}-landmarks", str(out / f"{which}_landmarks.csv")]
         options += [f"--{which}-labels", str(out / f"{which}_labels.nii.gz")]
+    (pair,) = find_pairs(out / "pairs.csv")
+    assert [pair.fixed_landmarks, pair.fixed_labels, pair.moving_landmarks, pair.moving_labels] == options[
+        1::2
+    ]
     images = [str(out / "fixed.nii.gz"), str(out / "moving.nii.gz")]
     assert cli.main(["register", *images, "-o", str(tmp_path / "again"), *options, *FAST]) == 0
     first, second = (

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from fastreg.commands.apply import FIELD_OUTPUTS
 from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import Geometry
 from fastreg.outcome import OUTPUTS
-from fastreg.training import Training, checkpoint, distributed
+from fastreg.training import Settings, Training, checkpoint, distributed
 from fastreg.training.run import BROKEN, FILES
 
 pytest.importorskip("SimpleITK")
@@ -167,6 +168,36 @@ def test_one_shot_and_register(folder, tmp_path):
     summary = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert summary["loss_last"] < 0.8 * summary["loss_first"]
     assert (summary["method"], summary["steps"], summary["learning_rate"]) == ("voxelmorph", 60, 0.01)
+    assert summary["seed"] == 0
+
+
+def test_a_seed_decides_on_the_net(folder, tmp_path):
+    """Also where the process has drawn numbers before."""
+    found = []
+    for k, seed in enumerate(("3", "3", "4")):
+        torch.rand(k + 1)
+        options = [*TINY, "--steps", "2", "--seed", seed, "--quiet", "--threads", "1"]
+        assert cli.main(["register", *images(folder, 0, 1), "-o", str(tmp_path / str(k)), *options]) == 0
+        summary = json.loads((tmp_path / str(k) / "report.json").read_text(encoding="utf-8"))
+        assert summary["seed"] == int(seed)
+        found.append(summary["loss_last"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_settings_in_a_script(folder, tmp_path):
+    """What fastreg train does, and what it goes on with."""
+    given = {"encoder": (2, 2, 2, 2), "decoder": (2, 2, 2, 2, 2, 2), "similarity": "mse"}
+    settings = Settings("voxelmorph", set=given, pairs=str(folder), size=(16, 18), steps=2, validate_every=2)
+    settings.run(tmp_path / "run", quiet=True).train()
+    content = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert content["preprocessing"]["size"] == (16, 18)
+    assert content["arguments"]["encoder"] == (2, 2, 2, 2)
+    settings.steps = 3
+    settings.run(tmp_path / "run", quiet=True).train()
+    with pytest.raises(io.InputError, match="was started with --size"):
+        replace(settings, size=(16, 20)).run(tmp_path / "run")
+    assert cli.main(["train", "--resume", "-o", str(tmp_path / "run"), "--steps", "4", "--quiet"]) == 0
+    assert [int(r["step"]) for r in rows(tmp_path / "run" / "log.csv")] == [1, 2, 3, 4]
 
 
 def test_field_moves_images_labels_and_points(folder, tmp_path):
