@@ -112,7 +112,7 @@ def with_blocks():
             yield pytest.param(path, marks=pytest.mark.slow if "bash" in kinds else (), id=name(path))
 
 
-@pytest.mark.parametrize("path", with_blocks())
+@pytest.mark.parametrize("path", list(with_blocks()))
 def test_blocks_run(path, commands, demo, tmp_path, monkeypatch):
     pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
