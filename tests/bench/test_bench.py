@@ -437,6 +437,7 @@ def test_stored_pages_are_current():
     assert tables.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_memory():
     result = memory.fresh(["warp", "--shape", "64", "64", "64", "--provider", "torch"])
     # The sampling positions are saved; the identity grid is kept.
@@ -558,6 +559,7 @@ def test_red_models_are_refused(monkeypatch, tmp_path, capsys):
     assert "refused, because the gate is red: voxelmorph" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_peak_of_models():
     """In a fresh process: no less than what is kept."""
     shape, args = (32, 32, 32), SimpleNamespace(device="cpu", threads=2)
@@ -565,6 +567,7 @@ def test_peak_of_models():
     assert saved < models.fresh_peak("voxelmorph", "fastreg", shape, args) < 20 * saved
 
 
+@pytest.mark.slow
 def test_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
     command = [
