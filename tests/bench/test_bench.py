@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 import fastreg  # noqa: E402
 from bench import clock, common, markdown, memory, models, run, tables  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
+from fastreg import _ext  # noqa: E402
 
 N16 = (16, 16, 16)
 
@@ -496,6 +497,9 @@ def no_tensor(image):
 def no_gradient(fixed):
     return fixed + 1
 
+def derived(image):
+    return torch.func.vjp(torch.square, image)[0] * image
+
 class Needs:
     def __init__(self, size):
         pass
@@ -572,23 +576,23 @@ def test_what_is_not_measured(arguments, text, own_module):
         own_module(*arguments)
 
 
-def test_without_the_extension_memory_says_so(own_module, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        memory.main(["--shape", "8", "8"])
-    assert "takes an op, or --import MODULE:NAME" in capsys.readouterr().err
-    for arguments in (["lcc_loss"], ["--import", "fastreg:lcc_loss"]):
-        run = subprocess.run(
-            [sys.executable, str(ROOT / "bench" / "memory.py"), *arguments, "--shape", "16", "16", "16"],
-            env={**os.environ, "FASTREG_REFERENCE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 1
-        assert run.stderr.startswith(
-            "memory: torch.func hides what is saved; fastreg's compiled extension is not"
-        )
-        assert run.stderr.count("\n") == 1
+def test_without_the_extension_memory_says_so(own_module, monkeypatch):
+    monkeypatch.setitem(_ext._state, "extension", "not built")
+    wanted = r"^memory: torch.func hides what is saved; fastreg's compiled extension is not built, .*`pip install [^\n]*$"
+    with pytest.raises(SystemExit, match=wanted):
+        memory.report(memory.parser().parse_args(["lcc_loss"]))
+    with pytest.raises(SystemExit, match=wanted):
+        own_module("own:derived", "--shape", "8", "8")
+    monkeypatch.setitem(_ext._state, "extension", "loaded")
+    with pytest.raises(SystemExit, match="fastreg does not use it"):
+        own_module("own:derived", "--shape", "8", "8")
+
+
+def test_memory_wants_one_subject(capsys):
+    for arguments in ([], ["warp", "--import", "own:make"]):
+        with pytest.raises(SystemExit):
+            memory.main(arguments)
+        assert "takes an op, or --import MODULE:NAME" in capsys.readouterr().err
 
 
 def test_a_scalar_that_keeps_the_storage_of_a_volume_holds_a_scalar():
