@@ -145,6 +145,14 @@ def test_nitransforms():
     pytest.importorskip("nitransforms")
     names = run(*blocks("NiTransforms"))
     same(zyx(names["moved"].get_fdata()), io.read_image("out/moved.nii.gz")[0], least=0.4)
+    field = names["nibabel"].load("out/displacement.nii.gz")
+    field = names["nibabel"].Nifti1Image(np.squeeze(field.get_fdata()), field.affine)
+    unturned = names["DenseFieldTransform"](field, is_deltas=True)
+    start = FIXED.to_physical(np.array([[7.0, 8.0, 9.0]]))[0] * (-1, -1, 1)
+    u = np.asarray(field.dataobj)[9, 8, 7]
+    assert np.allclose(
+        unturned.map(start[None]) - start, u, atol=1e-3
+    )  # and in RAS x and y are meant the other way
 
 
 def test_monai():
@@ -154,11 +162,40 @@ def test_monai():
     assert torch.allclose(names["moved"], ours, atol=1e-5)
 
 
-def test_surfa_takes_mm_for_voxels():
+def test_simpleitk_ignores_direction_in_the_determinant(tmp_path):
+    """Everything grows by a fifth, on a grid in RAS."""
+    ras = io.Geometry((12, 12, 12), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    p = torch.stack(torch.meshgrid(*[torch.arange(12.0)] * 3, indexing="ij"))[None]
+    io.write_displacement(tmp_path / "grown.nii.gz", 0.2 * p, ras)
+    u, _ = io.read_displacement(tmp_path / "grown.nii.gz")
+    assert torch.allclose(fastreg.jacobian_determinant(u)[0, 0, 6, 6, 6], torch.tensor(1.2**3))
+    theirs = sitk.DisplacementFieldJacobianDeterminant(sitk.ReadImage(str(tmp_path / "grown.nii.gz")))
+    assert np.isclose(theirs[6, 6, 6], 0.8 * 0.8 * 1.2)
+
+
+def test_surfa_takes_mm_for_voxels(tmp_path):
     surfa = pytest.importorskip("surfa")
     warp = surfa.load_warp("out/displacement.nii.gz")
-    u, _ = io.read_displacement("out/displacement.nii.gz")
-    assert warp.format == surfa.Warp.Format.disp_crs
+    assert warp.format == surfa.Warp.Format.disp_crs  # voxels
     mm = sitk.GetArrayFromImage(sitk.ReadImage("out/displacement.nii.gz"))
-    assert np.allclose(zyx(warp.data).T[..., 0], mm[..., 0].T)
-    assert not np.allclose(mm[..., 0], u[0, 2], atol=0.1)
+    assert np.allclose(zyx(warp.data[..., 0]), mm[..., 0])
+    theirs = surfa.Warp(warp.data, source=warp.geom, target=warp.geom, format=surfa.Warp.Format.disp_crs)
+    theirs.save(tmp_path / "warp.nii.gz")
+    u, _ = io.read_displacement(tmp_path / "warp.nii.gz")
+    assert np.allclose(u[0, 2], mm[..., 0], atol=1e-3)  # voxels along x, as surfa was given
+
+
+def test_niftyreg_is_taken_for_ours(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    ours = nibabel.load("out/displacement.nii.gz")
+    ours.header.set_intent(1007, name="NREG_TRANS")
+    ours.header["intent_p1"] = 1  # displacements; in RAS, says NiftyReg
+    nibabel.save(ours, tmp_path / "nifty.nii.gz")
+    u, _ = io.read_displacement(tmp_path / "nifty.nii.gz")
+    assert torch.equal(u, io.read_displacement("out/displacement.nii.gz")[0])
+
+
+def test_torchio_channels_are_taken_for_a_field(tmp_path):
+    torchio = pytest.importorskip("torchio")
+    torchio.ScalarImage(tensor=torch.rand(3, 6, 7, 8)).save(tmp_path / "scan.nii.gz")
+    assert io.read_displacement(tmp_path / "scan.nii.gz")[0].shape == (1, 3, 8, 7, 6)
