@@ -1,7 +1,6 @@
-"""What each setting of `fastreg register` changes, on real scans: the table of docs/settings.md.
+"""What each setting of `fastreg register` changes, on real scans: the tables of docs/settings.md.
 
     FASTREG_DATA=... python -m bench.settings [--pair NAME] [--setting NAME] [--no-store]
-    python -m bench.settings --write-docs
 
 Every pair is registered by fastreg.register once a setting. Time is the process's CPU time, of all threads: what else the
 machine does hardly changes it. Rows go to bench/results/settings.csv; a pair and a setting stored at this commit are not
@@ -10,10 +9,14 @@ run again. The pairs were looked at while the defaults were chosen, so they say 
 
 import argparse
 import math
+import os
+import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait would spend CPU time
 
 import numpy as np
 import torch
@@ -26,7 +29,6 @@ from bench.markdown import grouped, measured, number, table
 from fastreg import metrics, ops
 
 STORE = "settings.csv"
-PAGE = common.ROOT.parent / "docs" / "settings.md"
 FIELDS = [
     "date", "commit", "device", "device_name", "threads", "isa", "torch", "pair", "setting", "options", "score",
     "before", "after", "cpu_seconds", "seconds", "folding",
@@ -121,16 +123,28 @@ def turned(scan):
     ]
     labels = ops.warp(scan.labels[1].float(), None, affine=matrix, mode="nearest").long()
     moving = ops.warp(scan.moving, None, affine=matrix, padding="border")
-    return Scan(scan.fixed, moving, scan.spacing, labels=[scan.labels[0], labels], mask=scan.mask)
+    return replace(scan, moving=moving, labels=[scan.labels[0], labels])
 
 
+def blocked(scan):
+    """The pair with a bright block in the middle of its fixed image, a fifth of each axis wide; the mask leaves it out."""
+    block = torch.zeros_like(scan.fixed)
+    block[(..., *(slice(2 * n // 5, 3 * n // 5) for n in scan.fixed.shape[2:]))] = 1
+    fixed = torch.where(block > 0, scan.fixed.amax(), scan.fixed)
+    return replace(scan, fixed=fixed, mask=1 - around(block[0, 0] > 0))
+
+
+# What a pair was changed to show.
+ONLY = {"blocked": ("defaults", "mask")}
 LUNG = "lungmr_proton_0004"
 PAIRS = {
     **{f"hippocampus {k}": lambda k=k: hippocampus(k) for k in range(1, 8)},
     **{f"hippocampus {k}, turned": lambda k=k: turned(hippocampus(k)) for k in range(1, 8)},
+    **{f"hippocampus {k}, blocked": lambda k=k: blocked(hippocampus(k)) for k in range(1, 8)},
     "spine T1 to T2": lambda: of_real("spinalmr_t1t2_sct"),
     "lungs MR": lambda: of_real(LUNG),
     "lungs MR, turned": lambda: turned(of_real(LUNG)),
+    "lungs MR, blocked": lambda: blocked(of_real(LUNG)),
     "lungs CT": lambda: of_real("lungct_dirlab4dct_case1"),
     "brains": lambda: of_real("brainmr_vxm"),
 }
@@ -172,62 +186,87 @@ def run(name, scan, setting):
     }
 
 
-def markdown(rows):
-    """Settings by kinds of pairs: mean score, median CPU time beside that of the defaults, the largest folding."""
-    rows = common.newest(rows, KEY)
-    if not rows:
-        return "No rows stored yet."
-    found = {(r["pair"], r["setting"]): r for r in rows}
-    names = [name for name in PAIRS if (name, "defaults") in found]
+# Section of docs/results/settings.md -> its settings (None: all) and kinds of pairs (None: all).
+ALIKE = ("hippocampus", "lungs MR", "lungs CT", "brains")
+SECTIONS = {
+    "fast": (("defaults", "fast", "faster", "fewer iterations"), ALIKE),
+    "fine": (
+        ("defaults", "more iterations", "weight 0.5", "weight 1", "weight 4", "window 5", "window 15", "mse"),
+        ALIKE,
+    ),
+    "contrasts": (("defaults", "mse", "mind"), ("spine T1 to T2", *ALIKE)),
+    "motion": (
+        ("defaults", "weight 4", "velocity", "bspline", "mind", "affine"),
+        ("hippocampus, turned", "lungs MR, turned"),
+    ),
+    "transforms": (("defaults", "velocity", "bspline", "affine"), ALIKE),
+    "masks": (("defaults", "mask"), ("hippocampus, blocked", "lungs MR, blocked", *ALIKE)),
+    "all": (None, None),
+}
+NAMES = {"tre": "TRE, mm", "dice": "Dice"}
+
+
+def kind(pair):
+    """Without the number of the subject."""
+    return re.sub(r" \d+\b", "", pair)
+
+
+def section(found, settings, kinds):
+    """found: (pair, setting) -> row. Mean score by kind of pair, median CPU time beside that of the defaults, the largest folding."""
     columns = {}
-    for name in names:
-        head, *rest = name.split(", ")
-        kind = ", ".join([head.rstrip("0123456789 "), *rest])
-        columns.setdefault(kind, []).append(name)
-    units = {"tre": ", mm", "dice": ", Dice"}
+    for pair in PAIRS:
+        if (pair, "defaults") in found and (kinds is None or kind(pair) in kinds):
+            columns.setdefault(kind(pair), []).append(pair)
 
     def mean(pairs, setting, key):
-        values = [float(found[p, setting][key]) for p in pairs if (p, setting) in found]
-        return statistics.fmean(values) if len(values) == len(pairs) else None
+        """Nothing where a pair has not been run."""
+        if all((p, setting) in found for p in pairs):
+            return number(f"{statistics.fmean(float(found[p, setting][key]) for p in pairs):.4f}")
+        return ""
 
     header, before = ["setting"], ["not registered"]
-    for kind, pairs in columns.items():
-        count = f" ({len(pairs)} pairs)" if len(pairs) > 1 else ""
-        header.append(f"{kind}{units[found[pairs[0], 'defaults']['score']]}{count}")
-        before.append(number(f"{mean(pairs, 'defaults', 'before'):.4f}"))
+    for name, pairs in columns.items():
+        count = f", {len(pairs)} pairs" if len(pairs) > 1 else ""
+        header.append(f"{name}{count} ({NAMES[found[pairs[0], 'defaults']['score']]})")
+        before.append(mean(pairs, "defaults", "before"))
     lines = [[*before, "", ""]]
-    for setting in SETTINGS:
-        done = [p for p in names if (p, setting) in found]
-        if not done:
+    for setting in settings or SETTINGS:
+        rows = {p: found[p, setting] for pairs in columns.values() for p in pairs if (p, setting) in found}
+        if not rows:
             continue
-        cells = []
-        for pairs in columns.values():
-            after = mean(pairs, setting, "after")
-            cells.append("" if after is None else number(f"{after:.4f}"))
-        ratios = [
-            float(found[p, setting]["cpu_seconds"]) / float(found[p, "defaults"]["cpu_seconds"]) for p in done
+        times = [
+            float(r["cpu_seconds"]) / float(found[p, "defaults"]["cpu_seconds"]) for p, r in rows.items()
         ]
-        folding = max(float(found[p, setting]["folding"]) for p in done)
-        options = found[done[0], setting]["options"]
-        what = options if options == "defaults" else f"`{options}`"
-        lines.append([what, *cells, number(f"{statistics.median(ratios):.3f}", 2), f"{100 * folding:.2g} %"])
-    seconds = "; ".join(
-        f"{kind} {number(str(mean(pairs, 'defaults', 'cpu_seconds')))}" for kind, pairs in columns.items()
-    )
-    return "\n\n".join(
-        [
-            table([*header, "CPU time", "most folding"], lines),
-            f"CPU time: median over the pairs of the ratio to the defaults, which take (seconds, all threads): {seconds}.",
-            *(measured(group) for group in grouped(rows, "device_name", "threads").values()),
-        ]
-    )
+        folding = max(float(r["folding"]) for r in rows.values())
+        options = next(iter(rows.values()))["options"]
+        lines.append(
+            [
+                options if options == "defaults" else f"`{options}`",
+                *(mean(pairs, setting, "after") for pairs in columns.values()),
+                number(f"{statistics.median(times):.3f}", 2),
+                f"{100 * folding:.2g} %",
+            ]
+        )
+    return table([*header, "CPU time", "most folding"], lines)
 
 
-def write_docs(page, rows):
-    start, end = "<!-- settings:start -->", "<!-- settings:end -->"
-    head, rest = page.read_text(encoding="utf-8").split(start)
-    text = f"{head}{start}\n{markdown(rows)}\n{end}{rest.split(end)[1]}"
-    page.write_text(text, encoding="utf-8")
+def sections(results):
+    """The sections of docs/results/settings.md."""
+    rows = common.newest(common.read_rows(results / STORE), KEY)
+    if not rows:
+        return {}
+    found = {(r["pair"], r["setting"]): r for r in rows}
+    times = {}
+    for pair in PAIRS:
+        if (pair, "defaults") in found:
+            times.setdefault(kind(pair), []).append(float(found[pair, "defaults"]["cpu_seconds"]))
+    took = "; ".join(f"{name} {number(f'{statistics.fmean(t):.2f}')}" for name, t in times.items())
+    about = [
+        f"CPU time: median over the pairs of the ratio to the defaults, which take (seconds, all threads): {took}.",
+        *(measured(group) for group in grouped(rows, "device_name", "threads").values()),
+    ]
+    tables = {name: section(found, *what) for name, what in SECTIONS.items()}
+    return {**tables, "all": "\n\n".join([tables["all"], *about])}
 
 
 def main(argv=None):
@@ -240,14 +279,8 @@ def main(argv=None):
     )
     parser.add_argument("--threads", type=int, default=real.THREADS)
     parser.add_argument("--no-store", action="store_true", help="leave bench/results alone")
-    parser.add_argument(
-        "--write-docs", action="store_true", help="put the table into the page, register nothing"
-    )
     args = parser.parse_args(argv)
     path = common.RESULTS / STORE
-    if args.write_docs:
-        write_docs(PAGE, common.read_rows(path))
-        return 0
     torch.set_num_threads(args.threads)
     stored = {(r["pair"], r["setting"], r["commit"]) for r in common.read_rows(path)}
     small = torch.rand(1, 1, 16, 16, 16)
@@ -255,7 +288,7 @@ def main(argv=None):
     try:
         for name in args.pair or PAIRS:
             scan = PAIRS[name]()
-            for setting in args.setting or SETTINGS:
+            for setting in args.setting or ONLY.get(name.partition(", ")[2], SETTINGS):
                 if not args.no_store and (name, setting, common.commit()) in stored:
                     continue
                 row = run(name, scan, setting)

@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common, models
+from bench import common, models, settings
 from bench.common import say
 from bench.experiments import tables as experiments
 from bench.markdown import grouped, measured, number, page, replaced, table
@@ -228,6 +228,7 @@ PAGES = {
         "python -m bench.experiments.<name>",
     ),
     "real": ("Real scans, registered", real, "python -m bench.real"),
+    "settings": ("What the settings of register change", settings.sections, "python -m bench.settings"),
     "where": ("Which implementation ran where", where, "python bench/run.py"),
 }
 
