@@ -1,10 +1,18 @@
 #!/usr/bin/env python3
-"""Peak and saved-for-backward memory of one call of an op, and where it comes from.
+"""Peak and saved-for-backward memory of one call of an op, or of a function or module of yours, and where it comes from.
 
     python bench/memory.py lcc_loss --shape 160 160 160 --window 9
     python bench/memory.py warp --case both --provider voxelmorph --json
+    python bench/memory.py --import my_module:MyLoss --shape 160 160 160
+    python bench/memory.py --import my_module:warp --inputs image displacement
 
 A *volume* is one channel of the case: N x D x H x W numbers of the inputs' dtype.
+
+--import takes a function, a module, or what makes one without arguments (a class, say); `my_module` is looked for in the
+current folder first. It is given an input for each argument without a default. Their names say what they are:
+%s
+else an image; --inputs says otherwise. Images and displacements require gradients. Parameters count as inputs, buffers as
+kept between calls.
 
 peak    What the call holds at its worst beyond its inputs, its outputs and the gradients of its inputs,
         all of which the caller must hold anyway; buffers that a provider keeps between calls (an identity
@@ -21,6 +29,8 @@ Mode fwd is the forward under no_grad, fwd+bwd forward and backward, iteration (
 import argparse
 import ctypes
 import gc
+import importlib
+import inspect
 import json
 import math
 import os
@@ -37,6 +47,17 @@ if not __package__:
 
 from bench import common
 
+# What --inputs takes -> names of arguments that are one unless it says otherwise.
+KINDS = {
+    "image": (),
+    "fixed": ("fixed", "target", "y_true", "reference"),
+    "mask": ("mask",),
+    "displacement": ("displacement", "flow", "ddf", "dvf", "field", "velocity", "u", "v"),
+}
+# In what PyTorch raises where torch.func meets the hooks that see what is saved.
+HIDDEN = "saved tensor hooks"
+__doc__ %= "\n".join(f"    {kind:14}{', '.join(names)}" for kind, names in KINDS.items() if names)
+
 
 def choose_case(module, args):
     case = next((c for c in module.CASES if c.name == args.case), None) if args.case else module.CASES[0]
@@ -46,8 +67,6 @@ def choose_case(module, args):
         )
     channels, spatial = case.shape[1], case.shape[2:]
     if args.shape:
-        if len(args.shape) not in (2, 3):
-            raise SystemExit(f"memory: --shape takes 2 or 3 sizes, got {len(args.shape)}")
         # A displacement has as many channels as axes.
         channels = len(args.shape) if channels == len(spatial) else channels
         spatial = tuple(args.shape)
@@ -97,7 +116,14 @@ def give_back():
 
 
 def storage_bytes(tensors):
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Of what tensors hold, each storage once, but no more than their elements: F.mse_loss returns a scalar whose storage
+    is as large as its input."""
+    held = {}
+    for t in tensors:
+        storage = t.untyped_storage()
+        before = held.get(storage.data_ptr(), 0)
+        held[storage.data_ptr()] = min(storage.nbytes(), before + t.numel() * t.element_size())
+    return sum(held.values())
 
 
 def tensors_in(result):
@@ -106,15 +132,131 @@ def tensors_in(result):
     return [result] if hasattr(result, "untyped_storage") else []
 
 
-def peak_bytes(module, case, name, mode, device):
+class Own:
+    """A function or module that is not of bench/: as common.Runner, it runs one call and returns its results."""
+
+    def __init__(self, args):
+        self.args = args
+        self.name = vars(args)["import"]
+        self.function = imported(self.name)
+        self.kinds = args.inputs or kinds_of(self.function, self.name)
+        shape = (1, args.channels or 1, *(args.shape or (64, 64, 64)))
+        self.case = common.Case(", ".join(self.kinds), shape, (), dtype=dtype_of(args.dtype))
+        self.weights = None
+
+    def prepare(self):
+        import torch
+
+        module = self.function if isinstance(self.function, torch.nn.Module) else torch.nn.Module()
+        module.to(self.args.device)
+        self.state = list(module.buffers())
+        self.sets = [[*map(self.input, range(len(self.kinds)), self.kinds), *module.parameters()]]
+        # The gradients of outputs are noise, made beforehand. A call loads and starts everything: at full size, as a
+        # module may be made for one.
+        self.weights = [torch.randn_like(o) for o in self.outputs()]
+        self()
+
+    def input(self, seed, kind):
+        if kind == "displacement":
+            return common.displacement(
+                self.case.shape, seed, self.args.device, self.case.dtype
+            ).requires_grad_()
+        image = common.image(self.case.shape, seed, self.args.device, self.case.dtype)
+        return (image[:, :1] > 0.3).to(image) if kind == "mask" else image.requires_grad_(kind == "image")
+
+    def outputs(self):
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        try:
+            result = self.function(*self.sets[0][: len(self.kinds)])
+        except Exception as error:
+            if HIDDEN in str(error):
+                raise
+            reason, where = common.failure(error).text, _where(error.__traceback__)
+            raise SystemExit(
+                f"memory: {self.name} of {self.case} {reason}" + f", at {where}" * bool(where)
+            ) from error
+        outputs = [o for o in tree_leaves(result) if isinstance(o, torch.Tensor)]
+        if not outputs:
+            raise SystemExit(f"memory: {self.name} returns no tensor")
+        if self.args.mode != "fwd" and not any(o.requires_grad for o in outputs):
+            raise SystemExit(
+                f"memory: what {self.name} returns requires no gradient: --mode fwd measures the forward alone"
+            )
+        return outputs
+
+    def __call__(self):
+        import torch
+
+        if self.args.mode == "fwd":
+            with torch.no_grad():
+                return self.outputs(), ()
+        outputs = self.outputs()
+        wanted = [t for t in self.sets[0] if t.requires_grad]
+        pairs = [(o, w) for o, w in zip(outputs, self.weights, strict=True) if o.requires_grad]
+        roots, weights = zip(*pairs, strict=True)
+        return outputs, torch.autograd.grad(roots, wanted, weights, allow_unused=True)
+
+
+def dtype_of(name):
     import torch
 
-    common.Runner(module, common.shrunk(case), name, mode, device)()
-    runner = common.Runner(module, case, name, mode, device)
-    if name == "compile":
-        # Compilation needs far more than the call; it happens here.
-        runner()
-    kept = storage_bytes(getattr(runner.function, "state", ()))
+    return getattr(torch, name or "float32")
+
+
+def imported(name):
+    """What `--import MODULE:NAME` means; a class, or a function without arguments, makes it."""
+    path, _, attribute = name.partition(":")
+    if not path or not attribute:
+        raise SystemExit(f"memory: --import takes MODULE:NAME, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(path)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
+            raise SystemExit(
+                f"memory: there is no module {error.name}, in {os.getcwd()} or installed"
+            ) from error
+        raise SystemExit(f"memory: importing {path} {common.failure(error).text}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            there = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+            raise SystemExit(f"memory: {path} has no {attribute}, it has: {', '.join(there)}")
+        found = getattr(found, part)
+    if inspect.isclass(found) or (inspect.isfunction(found) and not inspect.signature(found).parameters):
+        try:
+            found = found()
+        except Exception as error:
+            raise SystemExit(
+                f"memory: {attribute}() {common.failure(error).text}; a function without arguments can make it"
+            ) from error
+    if not callable(found):
+        raise SystemExit(f"memory: {name} cannot be called, it is a {type(found).__name__}")
+    return found
+
+
+def kinds_of(function, name):
+    """What its arguments without a default are, by their names."""
+    try:
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if not needed:
+        raise SystemExit(f"memory: {name} does not say how many inputs it takes; --inputs image image does")
+    return [next((k for k, names in KINDS.items() if p.name in names), "image") for p in needed]
+
+
+def peak_bytes(runner, device):
+    """Of one call, once everything it loads, compiles and starts is there."""
+    import torch
+
+    kept = storage_bytes(getattr(runner, "state", getattr(runner.function, "state", ())))
     give_back()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -133,9 +275,9 @@ def peak_bytes(module, case, name, mode, device):
     return peak - before - held + kept
 
 
-def _where():
-    """The innermost line outside PyTorch that led to a tensor being saved, without machine paths."""
-    for frame in reversed(traceback.extract_stack()[:-2]):
+def _where(trace=None):
+    """The innermost line outside PyTorch that led to a tensor being saved, or to an error; without machine paths."""
+    for frame in reversed(traceback.extract_tb(trace) if trace else traceback.extract_stack()[:-2]):
         path = Path(frame.filename)
         if "torch" not in path.parts and path.name != "memory.py" and path.exists():
             start = path.parts.index("site-packages") + 1 if "site-packages" in path.parts else -2
@@ -143,10 +285,9 @@ def _where():
     return ""
 
 
-def saved_tensors(module, case, name, mode, device):
+def saved_tensors(runner):
     import torch
 
-    runner = common.Runner(module, case, name, mode, device)
     inputs = {t.untyped_storage().data_ptr() for t in runner.sets[0]}
     saved = {}
 
@@ -157,8 +298,15 @@ def saved_tensors(module, case, name, mode, device):
             saved[pointer] = (tensor.detach(), _where())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        runner()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            runner()
+    except RuntimeError as error:
+        if HIDDEN not in str(error):
+            raise
+        raise SystemExit(
+            f"memory: torch.func hides what is saved; {compiled() or 'fastreg does not use it'}"
+        ) from error
     return [
         {
             "shape": list(tensor.shape),
@@ -170,6 +318,18 @@ def saved_tensors(module, case, name, mode, device):
     ]
 
 
+def compiled():
+    """Why fastreg's kernels cannot be measured here, and what mends it; empty where they can."""
+    from fastreg import _ext
+
+    state = _ext._state["extension"]
+    return (
+        ""
+        if state == "loaded"
+        else f"fastreg's compiled extension is {state}, and its reference uses it. {_ext._MEND}"
+    )
+
+
 def report(args):
     """What the child process does; returns the result as a dict."""
     import torch
@@ -177,6 +337,19 @@ def report(args):
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     common.quiet()
+    if args.shape and (len(args.shape) not in (2, 3) or min(args.shape) < 1):
+        raise SystemExit(f"memory: --shape takes 2 or 3 sizes, got {' '.join(map(str, args.shape))}")
+    if vars(args)["import"]:
+        own = Own(args)
+        own.prepare()
+        args.mode = args.mode or "fwd+bwd"
+        about = {
+            "op": own.name,
+            "case": f"of {own.case}",
+            "provider": "own",
+            "version": common.version("torch"),
+        }
+        return measured(own, own.case, args.mode, args.device, about)
     module = common.load(args.op)
     case = choose_case(module, args)
     if args.provider not in module.PROVIDERS:
@@ -185,19 +358,33 @@ def report(args):
     if why := common.missing(provider.package):
         raise SystemExit(f"memory: {why}")
     mode = args.mode or provider.modes[-1]
-    volume = case.shape[0] * math.prod(case.shape[2:]) * case.dtype.itemsize
-    peak = peak_bytes(module, case, args.provider, mode, args.device)
-    saved = [] if mode == "fwd" else saved_tensors(module, case, args.provider, mode, args.device)
-    for tensor in saved:
-        tensor["volumes"] = round(tensor["bytes"] / volume, 4)
-    saved.sort(key=lambda t: -t["bytes"])
-    return {
+    if args.provider == "fastreg" and args.device == "cpu" and mode != "fwd" and compiled():
+        raise SystemExit(f"memory: torch.func hides what is saved; {compiled()}")
+    common.Runner(module, common.shrunk(case), args.provider, mode, args.device)()
+    runner = common.Runner(module, case, args.provider, mode, args.device)
+    if args.provider == "compile":
+        # Compilation needs far more than the call; it happens here.
+        runner()
+    about = {
         "op": args.op,
         "case": case.name,
         "provider": args.provider,
         "version": common.version(provider.package),
+    }
+    return measured(runner, case, mode, args.device, about)
+
+
+def measured(runner, case, mode, device, about):
+    volume = case.shape[0] * math.prod(case.shape[2:]) * case.dtype.itemsize
+    peak = peak_bytes(runner, device)
+    saved = [] if mode == "fwd" else saved_tensors(runner)
+    for tensor in saved:
+        tensor["volumes"] = round(tensor["bytes"] / volume, 4)
+    saved.sort(key=lambda t: -t["bytes"])
+    return {
+        **about,
         "mode": mode,
-        "device": args.device,
+        "device": device,
         "shape": list(case.shape),
         "dtype": str(case.dtype).removeprefix("torch."),
         "params": case.params,
@@ -247,7 +434,12 @@ def text(result):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("op", choices=common.ops(), metavar="OP", help=", ".join(common.ops()))
+    p.add_argument("op", nargs="?", choices=common.ops(), metavar="OP", help=", ".join(common.ops()))
+    p.add_argument("--import", metavar="MODULE:NAME", help="a function or module of yours instead of an op")
+    p.add_argument("--inputs", nargs="+", choices=KINDS, help="what --import is given, in this order")
+    p.add_argument(
+        "--dtype", choices=["float64", "float32", "float16", "bfloat16"], help="of --import's inputs"
+    )
     p.add_argument("--case", help="case of bench_<op>.py (default: its first)")
     p.add_argument("--shape", type=int, nargs="+", help="spatial size instead of the case's")
     p.add_argument("--channels", type=int, help="channels instead of the case's")
@@ -263,7 +455,10 @@ def parser():
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    if bool(args.op) == bool(vars(args)["import"]):
+        p.error("takes an op, or --import MODULE:NAME")
     if args.child:
         print(json.dumps(report(args)))
         return 0

@@ -1,5 +1,6 @@
 """Builds docs/ with Sphinx: make docs."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -59,5 +60,13 @@ def _plain(app, what, name, obj, options, lines):
         lines[i] = "".join(parts)
 
 
+def _signature(app, what, name, obj, options, signature, annotation):
+    """A model's own arguments; its base passes them on."""
+    if what == "class" and signature == "(*args, **options)":
+        return str(inspect.signature(obj)), annotation
+    return None
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _plain, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _signature)

@@ -13,7 +13,8 @@ import torch._inductor.config
 # nohup and & leave it ignored, and commands respect that; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 backends.install()
-torch.set_num_threads(2)
+# Side by side they have one each; tests of threads ask for theirs.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # A cached graph would call ops by a schema that an edit has changed since.
 torch._inductor.config.fx_graph_cache = False
 torch._functorch.config.enable_autograd_cache = False

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 import fastreg  # noqa: E402
 from bench import clock, common, markdown, memory, models, run, tables  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
+from fastreg import _ext  # noqa: E402
 
 N16 = (16, 16, 16)
 
@@ -437,6 +438,7 @@ def test_stored_pages_are_current():
     assert tables.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_memory():
     result = memory.fresh(["warp", "--shape", "64", "64", "64", "--provider", "torch"])
     # The sampling positions are saved; the identity grid is kept.
@@ -452,7 +454,8 @@ def test_memory():
 
 def test_memory_of_ours_and_bad_requests():
     module = common.load("warp")
-    assert memory.saved_tensors(module, common.shrunk(module.CASES[0]), "fastreg", "fwd+bwd", "cpu") == []
+    runner = common.Runner(module, common.shrunk(module.CASES[0]), "fastreg", "fwd+bwd", "cpu")
+    assert memory.saved_tensors(runner) == []
     for arguments, text in {
         ("warp", "--provider", "nobody"): "no provider 'nobody'",
         ("warp", "--case", "none"): "no case 'none'",
@@ -460,6 +463,144 @@ def test_memory_of_ours_and_bad_requests():
     }.items():
         with pytest.raises(SystemExit, match=text):
             memory.report(memory.parser().parse_args(arguments))
+
+
+OWN = """
+import torch
+
+class Square(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.unused = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("grid", torch.zeros(1, 1, 64, 64, 64))
+
+    def forward(self, pred, target, factor=1.0):
+        difference = (pred - target) * self.scale
+        return {"loss": difference.square().mean(), "map": difference, "name": "square"}
+
+def make():
+    return Square()
+
+def move(image, flow, region):
+    return image + flow * region
+
+def anything(*inputs):
+    return sum(inputs)
+
+def broken(image):
+    return image[..., 1:] + image
+
+def no_tensor(image):
+    return 3
+
+def no_gradient(fixed):
+    return fixed + 1
+
+def derived(image):
+    return torch.func.vjp(torch.square, image)[0] * image
+
+class Needs:
+    def __init__(self, size):
+        pass
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A folder with own.py, and what --import says of it there."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "wants.py").write_text("import a_package_nobody_has")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield lambda *arguments: memory.report(memory.parser().parse_args(["--import", *arguments]))
+    for name in ("own", "wants"):
+        sys.modules.pop(name, None)
+
+
+def test_memory_of_ones_own(own_module, capsys):
+    """In a process of its own, from the folder one is in; the numbers are those that one can count."""
+    assert memory.main(["--import", "own:Square", "--shape", "64", "64", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("own:Square of image, fixed, torch ")
+    assert "fwd+bwd, 1x1x64x64x64 float32, cpu; one volume is 1 MiB" in lines[0]
+    # pred - target, which the scale's gradient needs; the difference is an output, and the buffer is kept.
+    saved = [line.split() for line in lines if "own.py" in line]
+    assert [s[0] for s in saved] == ["1.00", "1.00"]
+    assert saved[0][-1] == "forward"
+    assert 3 < float(lines[1].split()[6]) < 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "case"),
+    [
+        (["own:make"], "of image, fixed"),
+        (["own:move", "--shape", "20", "30", "--channels", "2"], "of image, displacement, image"),
+        (["own:anything", "--inputs", "image", "mask"], "of image, mask"),
+        (["fastreg:lcc_loss", "--dtype", "bfloat16"], "of fixed, image"),
+        (["own:no_gradient", "--mode", "fwd"], "of fixed"),
+    ],
+)
+def test_inputs_of_ones_own(arguments, case, own_module):
+    if "lcc_loss" in arguments[0] and fastreg.backends()["warp"]["cpu"].startswith("PyTorch"):
+        pytest.skip("the reference of lcc_loss has no saved-tensor hooks")
+    result = own_module(*arguments)
+    assert result["case"] == case
+    assert result["shape"] == [1, 2, 20, 30] if "20" in arguments else [1, 1, 64, 64, 64]
+    assert result["dtype"] == ("bfloat16" if "bfloat16" in arguments else "float32")
+    assert result["volume_bytes"] == math.prod(result["shape"][2:]) * (2 if "bfloat16" in arguments else 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["own"], "--import takes MODULE:NAME, got 'own'"),
+        (["absent.part:x"], "there is no module absent, in "),
+        (["wants:x"], "importing wants fails: ModuleNotFoundError: No module named 'a_package_nobody_has'"),
+        (["own:Squared"], "own has no Squared, it has: Square, make, move, anything"),
+        (["own:constant"], "own:constant cannot be called, it is a int"),
+        (["own:Needs"], r"Needs\(\) fails: TypeError: .*'size'; a function without arguments can make it"),
+        (["own:anything"], "own:anything does not say how many inputs it takes; --inputs image image does"),
+        (["own:broken"], "own:broken of image fails: RuntimeError: .*63.*64.*, at .*own.py:25 broken"),
+        (["own:Square", "--inputs", "image"], "own:Square of image fails: TypeError: .*'target'"),
+        (["own:Square", "--shape", "64"], "--shape takes 2 or 3 sizes, got 64"),
+        (["own:Square", "--shape", "8", "0"], "--shape takes 2 or 3 sizes, got 8 0"),
+        (["own:no_tensor"], "own:no_tensor returns no tensor"),
+        (["own:no_gradient"], "returns requires no gradient: --mode fwd"),
+    ],
+)
+def test_what_is_not_measured(arguments, text, own_module):
+    with pytest.raises(SystemExit, match=f"^memory: .*{text}"):
+        own_module(*arguments)
+
+
+def test_without_the_extension_memory_says_so(own_module, monkeypatch):
+    monkeypatch.setitem(_ext._state, "extension", "not built")
+    wanted = r"^memory: torch.func hides what is saved; fastreg's compiled extension is not built, .*`pip install [^\n]*$"
+    with pytest.raises(SystemExit, match=wanted):
+        memory.report(memory.parser().parse_args(["lcc_loss"]))
+    with pytest.raises(SystemExit, match=wanted):
+        own_module("own:derived", "--shape", "8", "8")
+    monkeypatch.setitem(_ext._state, "extension", "loaded")
+    with pytest.raises(SystemExit, match="fastreg does not use it"):
+        own_module("own:derived", "--shape", "8", "8")
+
+
+def test_memory_wants_one_subject(capsys):
+    for arguments in ([], ["warp", "--import", "own:make"]):
+        with pytest.raises(SystemExit):
+            memory.main(arguments)
+        assert "takes an op, or --import MODULE:NAME" in capsys.readouterr().err
+
+
+def test_a_scalar_that_keeps_the_storage_of_a_volume_holds_a_scalar():
+    a = torch.zeros(10)
+    assert memory.storage_bytes([a, a, a[:3]]) == 40
+    assert memory.storage_bytes([a[:1]]) == 4
+    assert memory.storage_bytes([a[:1], a[1:2]]) == 8
+    assert memory.storage_bytes([a[:1].expand(100)]) == 40
 
 
 # Models
@@ -558,6 +699,7 @@ def test_red_models_are_refused(monkeypatch, tmp_path, capsys):
     assert "refused, because the gate is red: voxelmorph" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_peak_of_models():
     """In a fresh process: no less than what is kept."""
     shape, args = (32, 32, 32), SimpleNamespace(device="cpu", threads=2)
@@ -565,6 +707,7 @@ def test_peak_of_models():
     assert saved < models.fresh_peak("voxelmorph", "fastreg", shape, args) < 20 * saved
 
 
+@pytest.mark.slow
 def test_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
     command = [

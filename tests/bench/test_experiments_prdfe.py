@@ -15,6 +15,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_table_and_picture(tmp_path):
     methods = ["voxelmorph", "pdfe_scaled", "iprdfe"]
     assert prdfe.main([*TINY, "--methods", *methods, "--results", str(tmp_path)]) == 0

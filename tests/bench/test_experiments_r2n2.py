@@ -73,6 +73,7 @@ def test_persons_are_not_in_two_parts():
     assert len(tests) == 6
 
 
+@pytest.mark.slow
 @needs_data
 def test_table_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(r2n2, "ITERATIONS", 2)

@@ -23,6 +23,7 @@ def ran(experiment, folder, *arguments, name=None):
     return rows
 
 
+@pytest.mark.slow
 @needs_scans
 def test_rrn(tmp_path):
     methods = ["RRN", "VoxelMorph-2"]
@@ -34,6 +35,7 @@ def test_rrn(tmp_path):
     assert rows["RRN"]["ended"] == "steps"
 
 
+@pytest.mark.slow
 @needs_scans
 def test_lindef(tmp_path):
     methods = ["LinDef", "LinDef without affine"]
@@ -43,6 +45,7 @@ def test_lindef(tmp_path):
     assert all(0.3 < float(r["dice"]) < 0.9 for r in rows.values())
 
 
+@pytest.mark.slow
 @needs_scans
 def test_f3rnet(tmp_path):
     rows = ran(f3rnet, tmp_path, "--methods", "F3RNet mrb", "fastreg.register")
@@ -54,6 +57,7 @@ def test_f3rnet(tmp_path):
     assert table["F3RNet mrb"]["fit"] == "288083"
 
 
+@pytest.mark.slow
 @needs_scans
 def test_inter_subject(tmp_path):
     rows = ran(inter_subject, tmp_path, "--methods", "VoxelMorph-1", "PRDFE")
@@ -61,6 +65,7 @@ def test_inter_subject(tmp_path):
     assert float(rows["identity"]["dice"]) == pytest.approx(0.590, abs=0.001)
 
 
+@pytest.mark.slow
 @needs_scans
 def test_a_run_of_some_methods_leaves_the_rows_of_the_others(tmp_path):
     size = ["--size", "16", "32", "32"]

@@ -373,6 +373,7 @@ def test_output_must_not_replace_an_input(case, tmp_path, capsys):
     assert (folder / "moved.nii.gz").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_broken_pipe_at_the_end_is_no_failure(case, tmp_path):
     folder = case("same")
     images = [str(folder / f"{which}.nii.gz") for which in ("fixed", "moving")]
@@ -541,9 +542,9 @@ def start(folder, out):
     ("number", "status", "before"),
     [
         pytest.param(signal.SIGINT, 130, False, id="int-new"),
-        pytest.param(signal.SIGINT, 130, True, id="int-replaced"),
-        pytest.param(signal.SIGTERM, 143, False, id="term-new"),
-        pytest.param(signal.SIGHUP, 129, False, id="hup-new"),
+        pytest.param(signal.SIGINT, 130, True, id="int-replaced", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, False, id="term-new", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, False, id="hup-new", marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_run_leaves_no_trace(case, tmp_path, number, status, before):

@@ -243,6 +243,7 @@ def same(a, b):
         )
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_for_bit_the_same(folder, tmp_path):
     """SIGKILL in the middle of a step; what had been done since the last checkpoint is done again."""
     arguments = [
@@ -397,6 +398,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_two_processes(folder, tmp_path):
     """torchrun of the README: one log, one set of checkpoints, and what one process with that batch gives."""
     arguments = ["train", *TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
@@ -434,6 +436,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_does_not_wait_for_the_other(folder, tmp_path):
     """Though the first has begun what only both can end."""
     arguments = [*TINY, "--pairs", str(folder), *SHORT, "--batch-size", "2", "--quiet"]
@@ -534,6 +537,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, tmp_path):
     assert sorted(os.listdir(out)) == sorted(set(FILES) - {BROKEN})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("most", "file"), [(20, "settings.json"), (700, "log.csv"), (50_000, "validation.png")]
 )
@@ -641,6 +645,7 @@ def test_force_replaces_a_run_only_by_one_that_does_a_step(folder, tmp_path, cap
     assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
 
 
+@pytest.mark.slow
 def test_force_on_a_full_disk_keeps_the_old_run(folder, tmp_path):
     script, out = tmp_path / "full.py", tmp_path / "run"
     script.write_text(FULL, encoding="utf-8")

@@ -104,11 +104,15 @@ def test_blocks_are_of_a_known_kind_and_say_why_they_do_not_run():
                 assert re.fullmatch(r'<!--- skip: next "[^"]{4,}" -->', line), f"{name(path)}: {line}"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in PAGES if name(p) not in ELSEWHERE and re.search("```(python|bash)", p.read_text("utf-8"))],
-    ids=name,
-)
+def with_blocks():
+    """Pages whose blocks run; those with commands are slow."""
+    for path in PAGES:
+        kinds = set(re.findall("^```(python|bash)", path.read_text(encoding="utf-8"), re.M))
+        if kinds and name(path) not in ELSEWHERE:
+            yield pytest.param(path, marks=pytest.mark.slow if "bash" in kinds else (), id=name(path))
+
+
+@pytest.mark.parametrize("path", list(with_blocks()))
 def test_blocks_run(path, commands, demo, tmp_path, monkeypatch):
     pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
@@ -282,6 +286,7 @@ MEASURE = """<script>addEventListener("load", () => document.title = JSON.string
     ("results/speed", "best stock form", 10, 0),
 ])  # fmt: skip
 @pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.slow
 def test_pages_in_a_browser(site, page, text, tables, images, width, tmp_path):
     source = site / f"{page}.html"
     measured = source.with_name(f"{source.stem}-measured-{width}.html")

@@ -19,6 +19,7 @@ from fastreg import kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="the interpreter replaces the compiler")
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+QUICK = ("integrate_velocity", 90)  # what make test compiles; the others take minutes
 TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -69,8 +70,19 @@ def sources(calls):
     return list(found.values())
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t[0]}-{t[1]}")
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("file", "target"),
+    [
+        pytest.param(
+            file,
+            target,
+            id=f"{file}-{target[0]}-{target[1]}",
+            marks=() if (file, target[1]) == QUICK else pytest.mark.aot,
+        )
+        for file in FILES
+        for target in TARGETS
+    ],
+)
 def test_compiles(file, target):
     calls = list(importlib.import_module(f"aot_{file}").calls())
     assert {op for op, *_ in calls} == {op for op, at in kernels.LAUNCHERS.items() if at == file}

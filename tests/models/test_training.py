@@ -238,6 +238,7 @@ assert_no_threads_of_gloo()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     done = run_two(PROCESS, tmp_path / "out.pt")
     assert done.returncode == 0, done.stderr

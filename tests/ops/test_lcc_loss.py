@@ -309,7 +309,10 @@ SCALES = {
 
 @pytest.mark.parametrize(
     ("kernel", "axis", "flat_last", "scale"),
-    [(k, *half, scale) for k in KERNELS for half in HALVES for scale in SCALES][:: 11 if QUICK else 1],
+    # A Latin square: every two of kernel, half and scale meet.
+    [(KERNELS[(i + j) % 3], *half, scale) for i, half in enumerate(HALVES) for j, scale in enumerate(SCALES)][
+        :: 4 if QUICK else 1
+    ],
 )
 def test_half_flat_volumes(axis, flat_last, scale, kernel):
     """fp32 against the two-pass truth where half the volume is exactly flat, before or after the texture along each axis."""
