@@ -10,7 +10,7 @@ import math
 import torch
 
 from fastreg.kernels.launch import arithmetic_of, contiguous
-from fastreg.kernels.warp import Call, check
+from fastreg.kernels.warp import WarpCall, check
 
 
 def compose(u, v, padding):
@@ -18,7 +18,7 @@ def compose(u, v, padding):
     u, v = contiguous(u, v)
     out = u.new_empty(u.shape, dtype=torch.promote_types(u.dtype, v.dtype))
     if out.numel():
-        Call(u, v, None, "linear", padding, compose=True).forward(out, arithmetic_of(u, v))
+        WarpCall(u, v, None, "linear", padding, compose=True).forward(out, arithmetic_of(u, v))
     return out
 
 
@@ -31,7 +31,7 @@ def compose_bwd(grad, u, v, padding, need_u, need_v):
     grad_v = v.new_empty(v.shape if need_v else 0)
     if u.numel() and (need_u or need_v):
         grad, u, v = contiguous(grad, u, v)
-        call = Call(u, v, None, "linear", padding, compose=True)
+        call = WarpCall(u, v, None, "linear", padding, compose=True)
         call.backward(grad, arithmetic, grad_u if need_u else None, grad_v if need_v else None)
     return grad_u.to(u.dtype), grad_v
 
@@ -54,7 +54,7 @@ class _Integration:
         return fields[:, s - 1, ..., : self.v.shape[1]].movedim(-1, 1)
 
     def call(self, u):
-        return Call(u, u, None, "linear", self.padding, compose=True)
+        return WarpCall(u, u, None, "linear", self.padding, compose=True)
 
     def advance(self, u, out, pad=False):
         self.call(u).forward(out, self.arithmetic, pad)

@@ -32,7 +32,7 @@ def _strides(t):
     return t.stride(0), t.stride(1), t.stride(-1)
 
 
-class Call:
+class WarpCall:
     """The tensors of a call and what its launches have in common. What is not a field of integrate_velocity is contiguous."""
 
     def __init__(self, image, u, affine, mode, padding, compose=False):
@@ -117,7 +117,7 @@ def warp(image, displacement, affine, mode, padding):
     out = image.new_empty((*image.shape[:2], *(image if u is None else u).shape[2:]))
     if out.numel() == 0 or image.numel() == 0:
         return out.zero_()
-    Call(image, u, affine, mode, padding).forward(out, arithmetic_of(image, u))
+    WarpCall(image, u, affine, mode, padding).forward(out, arithmetic_of(image, u))
     return out
 
 
@@ -134,7 +134,7 @@ def warp_bwd(grad, image, displacement, affine, mode, padding, need_image, need_
     grad_u = (torch.empty_like if gather else torch.zeros_like)(u) if need_displacement else None
     grad_affine = torch.zeros_like(affine) if need_affine else None
     if grad.numel() and image.numel() and (need_image or (gather and (need_displacement or need_affine))):
-        call = Call(image, u, affine, mode, padding)
+        call = WarpCall(image, u, affine, mode, padding)
         shares = None
         if gather and need_affine:
             shares = torch.empty((*call.tiles, *affine.shape[1:]), dtype=torch.float64, device=grad.device)

@@ -1,3 +1,4 @@
+// affine_displacement: the displacement of a matrix on a grid, and the gradient to the matrix.
 #include "cpu/affine_rows.h"
 #include "cpu/isa.h"
 

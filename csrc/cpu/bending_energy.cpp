@@ -1,3 +1,4 @@
+// bending_energy: squared second differences of a displacement, and their gradient.
 #include "cpu/regularizers.h"
 
 namespace fastreg {
@@ -136,12 +137,12 @@ namespace {
 
 using at::Tensor;
 
-struct Call {
+struct BendingEnergyCall {
   RegularizerArgs args;
   double scale = 1;
   bool bends = false;
 
-  Call(const char* op, const Tensor& u, at::ArrayRef<double> spacing)
+  BendingEnergyCall(const char* op, const Tensor& u, at::ArrayRef<double> spacing)
       : args(regularizer_arguments(op, u, spacing)) {
     const int64_t missing = 3 - args.nd;
     const int pairs[6][2] = {{0, 0}, {1, 1}, {2, 2}, {0, 1}, {0, 2}, {1, 2}};
@@ -165,14 +166,14 @@ struct Call {
 
 Tensor bending_energy_cpu(const Tensor& u, at::ArrayRef<double> spacing) {
   Tensor in = u.contiguous();
-  const Call call("bending_energy", in, spacing);
+  const BendingEnergyCall call("bending_energy", in, spacing);
   return regularizer_fwd(FASTREG_PICK(bending_fwd), call.args, in, call.scale);
 }
 
 Tensor bending_energy_bwd_cpu(const Tensor& grad, const Tensor& u, at::ArrayRef<double> spacing) {
   Tensor in = u.contiguous();
   const char* op = "bending_energy_bwd";
-  const Call call(op, in, spacing);
+  const BendingEnergyCall call(op, in, spacing);
   if (!call.bends) return at::zeros_like(in);
   return regularizer_bwd(op, FASTREG_PICK(bending_bwd), call.args, grad, in, call.scale);
 }

@@ -1,3 +1,4 @@
+// diffusion; total_variation takes its kernels too, where it is anisotropic: differences of neighbours.
 #include "cpu/regularizers.h"
 
 #ifdef FASTREG_ISA

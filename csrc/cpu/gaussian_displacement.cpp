@@ -1,3 +1,4 @@
+// gaussian_displacement: a sum of Gaussian-shaped motions on a grid, and the gradient to their numbers.
 #include "common/gaussian_displacement.h"
 
 #include "common/scalar.h"

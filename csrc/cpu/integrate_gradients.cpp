@@ -1,3 +1,4 @@
+// integrate_gradients: running sums of each component along its own axis, and the same sums backwards.
 #include "common/scalar.h"
 #include "cpu/isa.h"
 

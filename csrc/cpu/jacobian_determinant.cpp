@@ -1,3 +1,4 @@
+// jacobian_determinant: det(I + du/dp) of a displacement, and its gradient.
 #include "common/displacement.h"
 #include "common/scalar.h"
 #include "cpu/isa.h"

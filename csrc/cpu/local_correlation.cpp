@@ -1,3 +1,4 @@
+// local_correlation: products of two maps at all offsets of a window, and their gradients.
 #include "cpu/correlation_rows.h"
 
 namespace fastreg {
@@ -337,12 +338,12 @@ using at::Tensor;
 
 constexpr int64_t kRingBytes = 4 << 20;
 
-struct Call : CorrelationInputs {
+struct LocalCorrelationCall : CorrelationInputs {
   CorrelationArgs args{};
   int64_t units = 0, rows;
 
   template <class... Inputs>
-  explicit Call(const char* op, const Inputs&... inputs)
+  explicit LocalCorrelationCall(const char* op, const Inputs&... inputs)
       : CorrelationInputs(op, inputs...), rows(n * size[0] * size[1]) {
     FASTREG_CHECK(size[1] * size[2] < (int64_t(1) << 32), op, "a plane must be smaller than 2^32 voxels");
     args.nd = nd, args.factor = factor, args.border = border;
@@ -375,7 +376,7 @@ struct Call : CorrelationInputs {
 };
 
 // (N, 4): mean and deviation of fixed, of moving.
-Tensor statistics_of(Call& call) {
+Tensor statistics_of(LocalCorrelationCall& call) {
   CorrelationArgs& a = call.args;
   Tensor result = at::zeros({a.n, 4}, call.fixed.options().dtype(at::kDouble));
   if (call.empty()) return result;
@@ -399,7 +400,7 @@ std::tuple<Tensor, Tensor> local_correlation_cpu(const Tensor& fixed, const Tens
                                                  at::IntArrayRef radius, const OptionalTensor& displacement,
                                                  bool normalize, c10::string_view scale,
                                                  c10::string_view padding) {
-  Call call("local_correlation", fixed, moving, radius, displacement, scale, padding);
+  LocalCorrelationCall call("local_correlation", fixed, moving, radius, displacement, scale, padding);
   Tensor statistics = normalize ? statistics_of(call) : at::zeros({0}, fixed.options().dtype(at::kDouble));
   if (normalize) call.args.statistics = statistics.const_data_ptr<double>();
   if (call.empty()) return {at::zeros(call.output_size(), fixed.options()), statistics};
@@ -416,7 +417,7 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cpu(const Tensor& grad, const T
                                                      c10::string_view scale, c10::string_view padding,
                                                      bool need_fixed, bool need_moved) {
   const char* op = "local_correlation_bwd";
-  Call call(op, fixed, moving, radius, displacement, scale, padding);
+  LocalCorrelationCall call(op, fixed, moving, radius, displacement, scale, padding);
   CorrelationArgs& a = call.args;
   const at::ScalarType dtype = call.fixed.scalar_type(), arithmetic = arithmetic_of(call.fixed);
   const at::ScalarType moved_dtype = displacement ? arithmetic : dtype;

@@ -1,3 +1,4 @@
+// mind, mind_loss: MIND descriptors, their distance in one pass, and the gradients of both.
 #include "common/mind.h"
 
 #include "common/scalar.h"

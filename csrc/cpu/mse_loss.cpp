@@ -1,3 +1,4 @@
+// mse_loss: masked squared differences, their sum or map, and the gradients.
 #include "common/mse_loss.h"
 
 #include "common/scalar.h"
@@ -122,9 +123,9 @@ void mse_bwd(Stored type, const MseArgs& a, int64_t b, int64_t e) {
 namespace fastreg {
 namespace {
 
-struct Call : MseInputs {
+struct MseLossCall : MseInputs {
   template <class... Inputs>
-  Call(const Device&, const char* op, const Inputs&... inputs) : MseInputs(op, inputs...) {}
+  MseLossCall(const Device&, const char* op, const Inputs&... inputs) : MseInputs(op, inputs...) {}
 
   at::Tensor sums() {
     std::vector<double> partial(args.n * mse_blocks(args));
@@ -144,9 +145,9 @@ struct Call : MseInputs {
 };
 
 TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
-  m.impl("mse_loss", mse_loss<Device, Call>);
-  m.impl("mse_map", mse_map<Device, Call>);
-  m.impl("mse_loss_bwd", mse_loss_bwd<Device, Call>);
+  m.impl("mse_loss", mse_loss<Device, MseLossCall>);
+  m.impl("mse_map", mse_map<Device, MseLossCall>);
+  m.impl("mse_loss_bwd", mse_loss_bwd<Device, MseLossCall>);
 }
 
 }  // namespace

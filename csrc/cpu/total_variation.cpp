@@ -1,3 +1,4 @@
+// total_variation: roots of squared differences (isotropic); the anisotropic one takes diffusion's kernels.
 #include "cpu/regularizers.h"
 
 namespace fastreg {
@@ -156,12 +157,12 @@ namespace {
 
 using at::Tensor;
 
-struct Call {
+struct TotalVariationCall {
   RegularizerArgs args;
   RegularizerKernel fwd, bwd;
   double scale = 1;
 
-  Call(const char* op, const Tensor& u, bool isotropic, at::ArrayRef<double> spacing)
+  TotalVariationCall(const char* op, const Tensor& u, bool isotropic, at::ArrayRef<double> spacing)
       : args(regularizer_arguments(op, u, spacing)),
         fwd(isotropic ? FASTREG_PICK(isotropic_fwd) : FASTREG_PICK(diffusion_fwd)),
         bwd(isotropic ? FASTREG_PICK(isotropic_bwd) : FASTREG_PICK(diffusion_bwd)) {
@@ -178,7 +179,7 @@ struct Call {
 
 Tensor total_variation_cpu(const Tensor& u, bool isotropic, at::ArrayRef<double> spacing) {
   Tensor in = u.contiguous();
-  const Call call("total_variation", in, isotropic, spacing);
+  const TotalVariationCall call("total_variation", in, isotropic, spacing);
   return regularizer_fwd(call.fwd, call.args, in, call.scale);
 }
 
@@ -186,7 +187,7 @@ Tensor total_variation_bwd_cpu(const Tensor& grad, const Tensor& u, bool isotrop
                                at::ArrayRef<double> spacing) {
   Tensor in = u.contiguous();
   const char* op = "total_variation_bwd";
-  const Call call(op, in, isotropic, spacing);
+  const TotalVariationCall call(op, in, isotropic, spacing);
   return regularizer_bwd(op, call.bwd, call.args, grad, in, call.scale);
 }
 

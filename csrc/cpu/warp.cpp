@@ -1,3 +1,4 @@
+// warp, compose: reading an image (compose: a displacement) at p + u(p), and the gradients.
 #include "cpu/affine_rows.h"
 #include "cpu/warp_rows.h"
 
@@ -287,11 +288,11 @@ void warp_bwd_image(Stored type, int nd, const WarpArgs& a, const int32_t* range
 namespace fastreg {
 namespace {
 
-struct Call : WarpInputs {
+struct WarpCall : WarpInputs {
   WarpArgs args{};
   int64_t rows;
 
-  Call(const Device&, WarpInputs inputs) : WarpInputs(std::move(inputs)), rows(n * out[0] * out[1]) {
+  WarpCall(const Device&, WarpInputs inputs) : WarpInputs(std::move(inputs)), rows(n * out[0] * out[1]) {
     args.image = image.const_data_ptr(), args.displacement = data_or_null(displacement);
     args.affine = static_cast<const double*>(data_or_null(affine));
     args.n = n, args.c = c;
@@ -338,10 +339,10 @@ struct Call : WarpInputs {
 };
 
 TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
-  m.impl("warp", warp<Device, Call>);
-  m.impl("warp_bwd", warp_bwd<Device, Call>);
-  m.impl("compose", compose<Device, Call>);
-  m.impl("compose_bwd", compose_bwd<Device, Call>);
+  m.impl("warp", warp<Device, WarpCall>);
+  m.impl("warp_bwd", warp_bwd<Device, WarpCall>);
+  m.impl("compose", compose<Device, WarpCall>);
+  m.impl("compose_bwd", compose_bwd<Device, WarpCall>);
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+// integrate_velocity: scaling and squaring step by step; its kernels are in integrate_velocity.cuh.
 #include "common/integrate_velocity_op.h"
 #include "cuda/fixed_point_sums.h"
 #include "cuda/integrate_velocity.cuh"

@@ -1,4 +1,5 @@
 #pragma once
+// lcc_loss, the gradient: adjoint maps of a tile summed over the windows that hold a sample.
 #include "cuda/lcc_tile.cuh"
 
 namespace fastreg {

@@ -1,3 +1,4 @@
+// Bindings of lcc_loss; lcc_loss.cuh chooses its kernels.
 #include "common/lcc_loss_op.h"
 #include "cuda/binding.h"
 #include "cuda/lcc_loss.cuh"

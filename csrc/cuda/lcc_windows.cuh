@@ -1,4 +1,5 @@
 #pragma once
+// lcc_loss, the windows of a tile: their LCC and its adjoint maps.
 #include "cuda/lcc_tile.cuh"
 
 namespace fastreg {

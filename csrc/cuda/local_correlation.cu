@@ -1,3 +1,4 @@
+// Bindings of local_correlation; its kernels are in local_correlation.cuh and local_correlation_bwd.cuh.
 #include "common/local_correlation_op.h"
 #include "cuda/binding.h"
 #include "cuda/local_correlation.cuh"
@@ -8,11 +9,11 @@ namespace {
 
 using at::Tensor;
 
-struct Call : CorrelationInputs {
+struct LocalCorrelationCall : CorrelationInputs {
   CorrelationArgs args{};
 
   template <class... Inputs>
-  explicit Call(const char* op, const Inputs&... inputs) : CorrelationInputs(op, inputs...) {
+  explicit LocalCorrelationCall(const char* op, const Inputs&... inputs) : CorrelationInputs(op, inputs...) {
     args.n = n, args.c = c, args.nd = int(nd);
     for (int k = 0; k < 3; ++k) {
       args.size[k] = int(size[k]), args.radius[k] = int(reach[k]);
@@ -35,7 +36,7 @@ std::tuple<Tensor, Tensor> local_correlation_cuda(const Tensor& fixed, const Ten
                                                   c10::string_view padding) {
   const char* op = "local_correlation";
   const Device device(op, fixed, moving, displacement);
-  Call call(op, fixed, moving, radius, displacement, scale, padding);
+  LocalCorrelationCall call(op, fixed, moving, radius, displacement, scale, padding);
   Tensor statistics = call.doubles({0});
   if (normalize) statistics = call.doubles({call.args.n, 4});
   if (call.empty()) return {at::zeros(call.output_size(), fixed.options()), statistics.zero_()};
@@ -57,7 +58,8 @@ struct Gradient {
   bool gather, finish;
 
   // `dtype` is that of the result.
-  Gradient(const Call& call, const Tensor& grad, bool to_moving, bool need, at::ScalarType dtype) {
+  Gradient(const LocalCorrelationCall& call, const Tensor& grad, bool to_moving, bool need,
+           at::ScalarType dtype) {
     const CorrelationArgs& map = call.args;
     const at::ScalarType arithmetic = arithmetic_of(call.fixed);
     args.map = map, args.grad = grad.const_data_ptr(), args.to_moving = to_moving;
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cuda(const Tensor& grad, const 
                                                       bool need_fixed, bool need_moved) {
   const char* op = "local_correlation_bwd";
   const Device device(op, fixed, grad, moving, statistics, displacement);
-  Call call(op, fixed, moving, radius, displacement, scale, padding);
+  LocalCorrelationCall call(op, fixed, moving, radius, displacement, scale, padding);
   const at::ScalarType dtype = call.fixed.scalar_type();
   const at::ScalarType moved_dtype = displacement ? arithmetic_of(call.fixed) : dtype;
   if (call.empty() || !(need_fixed || need_moved)) {

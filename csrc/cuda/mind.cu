@@ -1,3 +1,4 @@
+// Bindings of mind and mind_loss; mind_slabs.cuh launches their kernels.
 #include "common/mind_op.h"
 #include "cuda/binding.h"
 #include "cuda/mind_slabs.cuh"

@@ -1,3 +1,4 @@
+// Bindings of mse_loss; its kernels are in mse_loss.cuh.
 #include "common/mse_loss_op.h"
 #include "cuda/binding.h"
 #include "cuda/mse_loss.cuh"
@@ -5,11 +6,11 @@
 namespace fastreg {
 namespace {
 
-struct Call : MseInputs {
+struct MseLossCall : MseInputs {
   cudaStream_t stream;
 
   template <class... Inputs>
-  Call(const Device& device, const char* op, const Inputs&... inputs)
+  MseLossCall(const Device& device, const char* op, const Inputs&... inputs)
       : MseInputs(op, inputs...), stream(device.stream()) {
     FASTREG_CHECK(args.n <= kMaxGridY, op, "there may be at most 65535 samples, got ", args.n);
   }
@@ -25,9 +26,9 @@ struct Call : MseInputs {
 };
 
 TORCH_LIBRARY_IMPL(fastreg, FASTREG_DEVICE_KEY, m) {
-  m.impl("mse_loss", mse_loss<Device, Call>);
-  m.impl("mse_map", mse_map<Device, Call>);
-  m.impl("mse_loss_bwd", mse_loss_bwd<Device, Call>);
+  m.impl("mse_loss", mse_loss<Device, MseLossCall>);
+  m.impl("mse_map", mse_map<Device, MseLossCall>);
+  m.impl("mse_loss_bwd", mse_loss_bwd<Device, MseLossCall>);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #pragma once
+// mse_loss: masked squared differences and their gradients.
 #include "common/mse_loss.h"
 #include "common/scalar.h"
 #include "cuda/reduce.h"

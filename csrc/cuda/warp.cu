@@ -1,3 +1,4 @@
+// Bindings of warp and compose; their kernels are in warp.cuh and warp_bwd.cuh.
 #include "common/warp_op.h"
 #include "cuda/fixed_point_sums.h"
 #include "cuda/warp_bwd.cuh"
@@ -5,11 +6,11 @@
 namespace fastreg {
 namespace {
 
-struct Call : WarpInputs {
+struct WarpCall : WarpInputs {
   WarpArgs args{};
   cudaStream_t stream;
 
-  Call(const Device& device, WarpInputs inputs) : WarpInputs(std::move(inputs)), stream(device.stream()) {
+  WarpCall(const Device& device, WarpInputs inputs) : WarpInputs(std::move(inputs)), stream(device.stream()) {
     args.image = image.const_data_ptr(), args.displacement = data_or_null(displacement);
     args.affine = static_cast<const double*>(data_or_null(affine));
     args.n = n, args.c = c, args.compose = compose;
@@ -47,10 +48,10 @@ struct Call : WarpInputs {
 };
 
 TORCH_LIBRARY_IMPL(fastreg, FASTREG_DEVICE_KEY, m) {
-  m.impl("warp", warp<Device, Call>);
-  m.impl("warp_bwd", warp_bwd<Device, Call>);
-  m.impl("compose", compose<Device, Call>);
-  m.impl("compose_bwd", compose_bwd<Device, Call>);
+  m.impl("warp", warp<Device, WarpCall>);
+  m.impl("warp_bwd", warp_bwd<Device, WarpCall>);
+  m.impl("compose", compose<Device, WarpCall>);
+  m.impl("compose_bwd", compose_bwd<Device, WarpCall>);
 }
 
 }  // namespace

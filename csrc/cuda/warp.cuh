@@ -1,4 +1,5 @@
 #pragma once
+// warp and compose, forward: reading an image (compose: a displacement) at p + u(p).
 #include "cuda/fixed_point.cuh"
 #include "cuda/sampling.cuh"
 

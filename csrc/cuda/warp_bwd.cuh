@@ -1,4 +1,5 @@
 #pragma once
+// warp and compose, backward: to the displacement and a matrix (a gather), to the image (a scatter).
 #include "cuda/reduce.h"
 #include "cuda/warp.cuh"
 
