@@ -4,7 +4,13 @@ Every csrc/cpu/<op>.cpp is compiled once for its bindings and once per instructi
 oldest instruction set to the newest: where two of them hold a copy of one inline function the linker keeps the first,
 so no function is ever newer than the code that calls it. What ptxas says of a csrc/cuda/<op>.cu lies beside its object.
 
+An object is compiled again where its sources, headers, flags, compiler or torch differ from those it was made of.
+FASTREG_OBJECTS=folder keeps the objects there (build/objects), for several checkouts.
+
+FASTREG_ISAS="avx2 avx512" chooses the instruction sets beside baseline; "native" is the newest of this machine, what
+editable installs have; "all" is what wheels have.
 FASTREG_EXT=0 skips the extensions, DEBUG=1 builds without optimisation, FASTREG_SANITIZE=address,undefined adds sanitizers.
+MAX_JOBS=n compiles n objects at a time.
 FASTREG_CUDA=0 skips the CUDA extension, 1 insists on it (with a torch without CUDA it is built but cannot be loaded); an
 nvcc and a torch of different CUDA major versions do not go together.
 FASTREG_CUDA_ARCHS="90 100" chooses its architectures.
@@ -12,13 +18,16 @@ FASTREG_CUDA_ARCHS="90 100" chooses its architectures.
 
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -33,6 +42,13 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS = {"baseline": ["-march=x86-64-v2"], "avx2": avx2, "avx512": avx512}
 # Older GPUs have no cp.async and less shared memory than some kernels ask for: Triton answers there.
 CUDA_ARCHS = "80 86 89 90 100 120"
+OBJECTS = Path(os.environ.get("FASTREG_OBJECTS") or ROOT / "build" / "objects").resolve()
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+JOBS = int(os.environ.get("MAX_JOBS") or CORES)
+# What g++ reads once for the bindings of all ops, if that pays: it takes as long as reading it for two of them.
+PRECOMPILED, PAYS = "cpu/precompiled.h", 4
+# What one takes on a core of 2026, for the estimate alone.
+SECONDS = {"torch": 12, "bindings": 3, "kernels": 3, "cuda": 100}
 
 
 def said(*command):
@@ -41,6 +57,22 @@ def said(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def instruction_sets(compiler, usual):
+    """The sets to build, oldest first: FASTREG_ISAS, or else `usual`."""
+    chosen = os.environ.get("FASTREG_ISAS") or usual
+    if chosen == "native":
+        macros = set(said(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull).split())
+        wanted = {s: {f"__{f[2:].upper()}__" for f in flags if "=" not in f} for s, flags in ISAS.items()}
+        here = [s for s in ISAS if wanted[s] <= macros]
+        chosen = here[-1] if macros else "all"
+    names = list(ISAS) if chosen == "all" else chosen.replace(",", " ").split()
+    if unknown := set(names) - set(ISAS):
+        raise SystemExit(
+            f"FASTREG_ISAS must be native, all or some of {' '.join(ISAS)}, got {', '.join(sorted(unknown))}"
+        )
+    return [s for s in ISAS if s == "baseline" or s in names]
 
 
 def architectures(compiler):
@@ -94,30 +126,109 @@ def digest(path):
     return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
-def key_of(done, flags):
-    """What an object is made of: flags, and the contents of the files its compilation read; None where that is not known.
+@functools.cache
+def torch_headers():
+    from torch.utils.cpp_extension import include_paths
+
+    return include_paths()[0]
+
+
+def files_of(done):
+    """What the compilation of an object read; torch's headers where torch is now: another checkout may have compiled it."""
+    files = done.with_suffix(".d").read_text(encoding="utf-8").split(":", 1)[1].replace("\\\n", " ").split()
+    return [re.sub(r"^.*/torch/include(?=/)", lambda _: torch_headers(), f) for f in files]
+
+
+def key_of(done, made_with):
+    """What an object is made of: `made_with`, and the contents of the files its compilation read; None where that is not known.
 
     Not times: a copy of a build folder, or a checkout of another commit, has times that say nothing.
     """
-    listed = done.with_suffix(".d")
-    if not (done.exists() and listed.exists()):
+    if not (done.exists() and done.with_suffix(".d").exists()):
         return None
-    files = listed.read_text(encoding="utf-8").split(":", 1)[1].replace("\\\n", " ").split()
+    files = files_of(done)
     if not all(os.path.exists(f) for f in files):
         return None
-    return hashlib.sha1(repr([flags, *map(digest, files)]).encode()).hexdigest()
+    return hashlib.sha1(repr([made_with, *map(digest, files)]).encode()).hexdigest()
 
 
-def is_current(done, flags):
+def is_current(done, made_with):
     made_of = done.with_suffix(".key")
-    return made_of.exists() and made_of.read_text(encoding="utf-8") == key_of(done, flags)
+    return made_of.exists() and made_of.read_text(encoding="utf-8") == key_of(done, made_with)
 
 
-def note_key(done, flags):
-    done.with_suffix(".key").write_text(key_of(done, flags))
+def note_key(done, made_with):
+    done.with_suffix(".key").write_text(key_of(done, made_with))
+
+
+@contextmanager
+def alone_in(folder):
+    """Others that build in this folder wait; then they find the objects current."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another build in {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compiled(command, done, made_with, read=""):
+    """Runs a compiler on one object; what it printed. `read`: files it had read before, as it lists them."""
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.with_suffix(".key").unlink(missing_ok=True)
+    begin = time.time()
+    run = subprocess.run(
+        [*command, "-MMD", "-MF", str(done.with_suffix(".d")), "-o", str(done)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if run.returncode:
+        done.unlink(missing_ok=True)
+        raise SystemExit(f"{' '.join(command)}\n{run.stdout}")
+    with open(done.with_suffix(".d"), "a", encoding="utf-8") as listed:
+        listed.write(read)
+    # Of a file that was edited meanwhile nobody knows what was read: without a key the object is compiled again.
+    if all(os.path.getmtime(f) < begin for f in files_of(done)):
+        note_key(done, made_with)
+    return run.stdout
+
+
+class Progress:
+    """A line an object, an estimate before and the seconds after."""
+
+    def __init__(self, what, seconds):
+        """`seconds`: of each object that is to be compiled."""
+        self.what, self.count, self.begin = what, len(seconds), time.monotonic()
+        self.done = itertools.count(1)
+        if seconds:
+            minutes = sum(seconds) / min(JOBS, CORES) / 60
+            about = f"about {minutes:.0f} minutes" if minutes > 1.5 else "about a minute"
+            objects = f"{self.count} object{'s' * (self.count > 1)}"
+            print(f"{what}: {objects} to compile, {about} on {min(JOBS, CORES)} free cores", flush=True)
+
+    @contextmanager
+    def step(self, name):
+        begin = time.monotonic()
+        yield
+        done, taken = f"{next(self.done)}".rjust(len(f"{self.count}")), time.monotonic() - begin
+        print(f"[{done}/{self.count}] {name} {taken:.0f} s", flush=True)
+
+    def end(self):
+        taken = f"compiled in {time.monotonic() - self.begin:.0f} s" if self.count else "is up to date"
+        print(f"{self.what} {taken}", flush=True)
 
 
 class BuildKernels(build_ext):
+    def run(self):
+        # setuptools builds elsewhere and copies: build_extension no longer knows what it was asked for.
+        self.usual_sets = "native" if self.inplace or self.editable_mode else "all"
+        super().run()
+
     def build_extension(self, ext):
         self.build_cuda(ext) if ext.name.endswith("_cuda") else self.build_cpu(ext)
 
@@ -139,40 +250,33 @@ class BuildKernels(build_ext):
             "-Xptxas=-v",
             *targets,
         ]
-        flags += [f"-I{p}" for p in ["csrc", *include_paths()]]
+        includes = [f"-I{p}" for p in ["csrc", *include_paths()]]
         if not any(Path(p, "c10/cuda/impl/cuda_cmake_macros.h").exists() for p in include_paths()):
             flags += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a torch without CUDA
-        name = f"cuda-{'-'.join(archs)}-torch{torch.__version__}"
-        out = ROOT / "build" / "objects" / name
-        out.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(source):
-            done = out / f"{source.stem}.o"
-            if not is_current(done, flags):
-                command = [compiler, *flags, "-MMD", "-MF", str(done.with_suffix(".d")), "-c", str(source)]
-                run = subprocess.run([*command, "-o", str(done)], capture_output=True, text=True, check=False)
-                if run.returncode:
-                    done.unlink(missing_ok=True)
-                    raise SystemExit(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
-                done.with_suffix(".ptxas").write_text(run.stdout + run.stderr)
-                note_key(done, flags)
-            return str(done)
-
-        sources = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(compile_one, sources))
         libraries, folders = ["c10", "torch", "torch_cpu"], library_paths()
         if torch.version.cuda:
             libraries += ["c10_cuda", "torch_cuda", "cudart"]
             home = Path(compiler).resolve().parents[1]
             folders += [str(home / "lib64"), str(home / "lib")]
-        self.compiler.link_shared_object(
-            objects,
-            self.get_ext_fullpath(ext.name),
-            library_dirs=folders,
-            libraries=libraries,
-            target_lang="c++",
-        )
+        name = f"cuda-{'-'.join(archs)}-torch{torch.__version__}"
+        out = OBJECTS / name
+        made_with = [flags, said(compiler, "--version"), said("g++", "--version")]
+        sources = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+        objects = {s: out / f"{s.stem}.o" for s in sources}
+
+        def compile_one(source):
+            done = objects[source]
+            with progress.step(f"{source.name} sm_{', '.join(archs)}"):
+                printed = compiled([compiler, *flags, *includes, "-c", str(source)], done, made_with)
+            done.with_suffix(".ptxas").write_text(printed)
+
+        with alone_in(out):
+            stale = [s for s in sources if not is_current(objects[s], made_with)]
+            progress = Progress("fastreg._C_cuda", [SECONDS["cuda"] * len(archs) for _ in stale])
+            with ThreadPoolExecutor(JOBS) as pool:
+                list(pool.map(compile_one, stale))
+            progress.end()
+            self.link(ext, list(objects.values()), folders, libraries)
 
     def build_cpu(self, ext):
         import torch
@@ -181,52 +285,96 @@ class BuildKernels(build_ext):
         debug = os.environ.get("DEBUG") == "1"
         sanitize = [f"-fsanitize={s}" for s in [os.environ.get("FASTREG_SANITIZE", "")] if s]
         common = ["-std=c++20", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+        common += ["-Wno-psabi"]  # notes of g++ 4.6's ABI
         # No contraction to FMA: a voxel is then the same bits on every code path and instruction set (sums may differ).
         common += ["-ffp-contract=off"]
         common += ["-O0", "-g"] if debug else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
         common += [*sanitize, "-g1"] if sanitize else []
-        macros = [("TORCH_EXTENSION_NAME", "_C"), ("FASTREG_X86", str(int("avx2" in ISAS)))]
-        macros += [("FASTREG_TORCH_VERSION", f'"{torch.__version__}"'), ("FASTREG_VERSION", f'"{VERSION}"')]
-        macros += [("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi())))]
-        # Relative, so that the lists of what an object read stay right in a copy of the checkout.
-        includes = ["csrc", *include_paths()]
+        macros = {"TORCH_EXTENSION_NAME": "_C", "FASTREG_X86": int("avx2" in ISAS)}
+        macros |= {"FASTREG_TORCH_VERSION": f'"{torch.__version__}"', "FASTREG_VERSION": f'"{VERSION}"'}
+        macros |= {"_GLIBCXX_USE_CXX11_ABI": int(torch.compiled_with_cxx11_abi())}
+        command = [*getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)]
+        command += [*(f"-D{name}={value}" for name, value in macros.items()), *common]
+        version = said(command[0], "--version")
+        sets = instruction_sets(command[0], self.usual_sets)
+        # One folder for editable installs and wheels alike; options, torch and Python change what an object holds.
+        options = "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release"
+        variant = OBJECTS / f"{options}-torch{torch.__version__}-{sys.implementation.cache_tag}"
+        # Headers lie elsewhere in another checkout: their contents count, not the flags that find them.
+        headers = [f"-I{p}" for p in ["csrc", *include_paths(), *self.include_dirs]]
+        made_with = [command, version, torch.version.git_version]
+
+        def flags_of(source, isa):
+            """What this compilation is: the bindings, or the kernels of one instruction set."""
+            if isa:
+                return [f"-DFASTREG_ISA={isa}", *ISAS[isa]]
+            return [f'-DFASTREG_ISAS="{" ".join(sets)}"'] if source == "csrc/module.cpp" else []
+
+        def object_of(source, isa):
+            return variant / (isa or "bindings") / Path(source).with_suffix(".o")
+
+        def precompile():
+            """Flags that find torch's headers read already, and their list; nothing where the compiler does not do that.
+
+            (g++ 12 then warns of comparisons in them.)
+            """
+            folder = variant / "precompiled"
+            done = folder / f"{PRECOMPILED}.gch"
+            with progress.step("torch's headers"):
+                done.parent.mkdir(parents=True, exist_ok=True)
+                made = [
+                    *command,
+                    *headers,
+                    "-MMD",
+                    "-MF",
+                    f"{done}.d",
+                    "-x",
+                    "c++-header",
+                    f"csrc/{PRECOMPILED}",
+                ]
+                if subprocess.run([*made, "-o", str(done)], capture_output=True).returncode:
+                    return [], ""
+            return [f"-I{folder}", "-include", PRECOMPILED, "-Wno-sign-compare"], Path(
+                f"{done}.d"
+            ).read_text().split(":", 1)[1]
 
         def compile_one(job):
             source, isa = job
-            out = Path(self.build_temp) / (isa or "bindings")
-            done = out / Path(source).with_suffix(".o")
-            # `pass_` names what this compilation is: the bindings, or the kernels of one instruction set.
-            pass_ = [("FASTREG_ISA", isa)] if isa else []
-            flags = [*common, "-MMD", *(ISAS[isa] if isa else [])]
-            key = [macros, pass_, flags]
-            if not is_current(done, key):
-                self.compiler.compile(
-                    [source],
-                    output_dir=str(out),
-                    macros=[*macros, *pass_],
-                    include_dirs=[*includes, *self.include_dirs],
-                    extra_postargs=flags,
-                )
-                note_key(done, key)
-            return str(done)
+            done, flags = object_of(*job), flags_of(*job)
+            first, read = ready.result() if ready and source in kernels and not isa else ([], "")
+            with progress.step(f"{Path(source).name} {isa or 'bindings'}"):
+                line = [*command, *flags, *first, *headers, "-c", source]
+                print(compiled(line, done, [made_with, flags], read), end="")
 
-        # One folder for editable installs and wheels alike; options, torch and Python change what an object holds.
-        options = "debug" * debug + "".join(s.strip("-") for s in sanitize) or "release"
-        variant = f"{options}-torch{torch.__version__}-{sys.implementation.cache_tag}"
-        self.build_temp = str(ROOT / "build" / "objects" / variant)
         kernels = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
         jobs = [(s, None) for s in ["csrc/module.cpp", *kernels]] + [
-            (s, isa) for isa in ISAS for s in kernels
+            (s, isa) for isa in sets for s in kernels
         ]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(compile_one, jobs))
-        # OpenMP symbols come from the runtime torch has loaded (no -lgomp): one thread pool for both.
+        with alone_in(variant):
+            stale = [j for j in jobs if not is_current(object_of(*j), [made_with, flags_of(*j)])]
+            stale.sort(key=lambda job: not job[1])  # kernels while torch's headers are read
+            bindings = sum(not isa and source in kernels for source, isa in stale)
+            gnu = "Free Software Foundation" in version
+            parts = ["torch"] * (gnu and bindings >= PAYS) + [
+                "kernels" if isa else "bindings" for _, isa in stale
+            ]
+            progress = Progress("fastreg._C", [SECONDS[p] for p in parts])
+            with ThreadPoolExecutor(JOBS) as pool:
+                ready = pool.submit(precompile) if "torch" in parts else None
+                list(pool.map(compile_one, stale))
+            shutil.rmtree(variant / "precompiled", ignore_errors=True)  # 400 MB
+            progress.end()
+            # OpenMP symbols come from the runtime torch has loaded (no -lgomp): one thread pool for both.
+            libraries = ["c10", "torch", "torch_cpu", "torch_python"]
+            self.link(ext, [object_of(*j) for j in jobs], library_paths(), libraries, sanitize)
+
+    def link(self, ext, objects, folders, libraries, flags=()):
         self.compiler.link_shared_object(
-            objects,
+            [str(o) for o in objects],
             self.get_ext_fullpath(ext.name),
-            library_dirs=library_paths(),
-            libraries=["c10", "torch", "torch_cpu", "torch_python"],
-            extra_postargs=sanitize,
+            library_dirs=folders,
+            libraries=libraries,
+            extra_postargs=[*flags],
             target_lang="c++",
         )
 

@@ -11,7 +11,10 @@ namespace {
 
 const char* const kNames[] = {"baseline", "avx2", "avx512"};
 
-bool available(Isa isa) {
+// FASTREG_ISAS: the names of the sets that were built.
+bool built(Isa isa) { return std::string(FASTREG_ISAS).find(kNames[int(isa)]) != std::string::npos; }
+
+bool of_machine(Isa isa) {
 #if FASTREG_X86
   __builtin_cpu_init();
   bool avx2 =
@@ -23,6 +26,8 @@ bool available(Isa isa) {
   return isa == Isa::baseline;
 #endif
 }
+
+bool available(Isa isa) { return built(isa) && of_machine(isa); }
 
 const char* const kForced = std::getenv("FASTREG_ISA");
 
@@ -48,15 +53,20 @@ Isa isa() {
 PYBIND11_MODULE(_C, m) {
   using namespace fastreg;
   m.def("build_info", [] {
-    pybind11::list available_names;
-    for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512})
+    pybind11::list built_names, machine_names, available_names;
+    for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+      if (built(i)) built_names.append(kNames[int(i)]);
+      if (of_machine(i)) machine_names.append(kNames[int(i)]);
       if (available(i)) available_names.append(kNames[int(i)]);
+    }
     pybind11::dict info;
     info["version"] = FASTREG_VERSION;
     info["torch"] = FASTREG_TORCH_VERSION;
     info["compiler"] = __VERSION__;
     info["isa"] = kNames[int(isa())];
     info["isa_refused"] = kForced && *kForced && !forced(isa()) ? kForced : "";
+    info["isa_built"] = built_names;
+    info["isa_of_machine"] = machine_names;
     info["isa_available"] = available_names;
     return info;
   });
