@@ -3,7 +3,7 @@
 #
 # TORCH=torch==2.11.0   the torch to install (default below); TORCH=system uses the torch of $(PYTHON) as it is
 # PYTHON=python3.12     the Python the environment is made from;  VENV=.venv  where it is
-# JOBS=2                processes that run the tests
+# JOBS=2                processes that run the tests;  PYTEST=...  more options of pytest
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -11,12 +11,19 @@ BIN := $(VENV)/bin
 DEFAULT_TORCH := torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format docs clean gpu-bundle
+.PHONY: demo build test test-slow lint format docs clean gpu-bundle
 demo: $(BIN)/.built
 	$(BIN)/fastreg demo -o demo --force
 
+build: $(BIN)/.built
+
 test: $(BIN)/.built
-	$(BIN)/python -m pytest -n $(JOBS)
+	@echo "The tests: about 4 minutes on two free cores"
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
+
+# What starts processes, waits, or trains.
+test-slow: $(BIN)/.built
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST)
 
 lint: $(BIN)/.built
 	$(BIN)/ruff check .
@@ -53,13 +60,14 @@ gpu-bundle: $(BIN)/.torch
 # A torch that is already in the environment stays unless TORCH names another.
 $(BIN)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel numpy
 	$(if $(filter system,$(TORCH)),,$(if $(TORCH),$(BIN)/python -m pip install "$(TORCH)",$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(DEFAULT_TORCH)"))
 	@$(BIN)/python -c "import torch; print('torch', torch.__version__)"
 	@touch $@
 
 $(BIN)/.built: $(BIN)/.torch $(SOURCES)
-	@echo "Building fastreg with the torch above: a few minutes on two cores"
+	@# pip says nothing of the objects as they are compiled: it finds them current.
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[all]"
 	@touch $@
 

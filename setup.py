@@ -198,6 +198,17 @@ def compiled(command, done, made_with, read=""):
     return run.stdout
 
 
+def require_torch():
+    """pip builds apart from the environment, with what pyproject.toml requires: a torch there would be another one."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise SystemExit(
+            "fastreg is compiled against the torch it will run with, and here is none: install torch, then "
+            "pip install --no-build-isolation -e ."
+        ) from None
+
+
 class Progress:
     """A line an object, an estimate before and the seconds after."""
 
@@ -242,6 +253,7 @@ class BuildKernels(build_ext):
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
         targets += [f'-DFASTREG_CUDA_ARCHS="{" ".join(archs)}+ptx"']
+        targets += [f'-DFASTREG_TORCH_VERSION="{torch.__version__}"']
         flags = [
             "-std=c++20",
             "-O3",
@@ -381,6 +393,7 @@ class BuildKernels(build_ext):
 
 extensions = []
 if os.environ.get("FASTREG_EXT") != "0":
+    require_torch()
     extensions = ["fastreg._C"] + ["fastreg._C_cuda"] * bool(nvcc())
 setup(
     version=VERSION,

@@ -9,6 +9,7 @@ python bench/resources.py --write         bench/results/cuda_resources.csv
 
 import argparse
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -56,7 +57,10 @@ def kernels(folder):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--objects", type=Path, default=ROOT / "build" / "objects", help="folder of the build's objects"
+        "--objects",
+        type=Path,
+        default=Path(os.environ.get("FASTREG_OBJECTS") or ROOT / "build" / "objects"),
+        help="folder of the build's objects",
     )
     p.add_argument("--check", action="store_true", help="fail where an fp32 kernel of a headline op spills")
     p.add_argument("--write", action="store_true", help="store the table under bench/results/")

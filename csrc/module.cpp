@@ -9,6 +9,9 @@
 namespace fastreg {
 namespace {
 
+// Read from the file, before it is loaded.
+[[gnu::used]] const char kTorch[] = "FASTREG_TORCH=" FASTREG_TORCH_VERSION;
+
 const char* const kNames[] = {"baseline", "avx2", "avx512"};
 
 // FASTREG_ISAS: the names of the sets that were built.

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,21 +56,57 @@ def _warn(message: str, stacklevel: int = 1) -> None:
 
 def _load_cpu() -> str:
     """What there is to warn of."""
-    if importlib.util.find_spec("fastreg._C") is None:
+    spec = importlib.util.find_spec("fastreg._C")
+    slow = f"using the PyTorch reference (slow). {_MEND}"
+    if spec is None:
         _state["extension"] = "not built"
-        return f"fastreg: compiled extension not found, using the PyTorch reference (slow). {_MEND}"
+        return f"fastreg: compiled extension not found, {slow}"
+    if other := _other_torch(spec.origin):
+        _state["extension"] = f"not loaded: {other}"
+        return f"fastreg: compiled extension {other}, {slow}"
     try:
         _state["info"] = importlib.import_module("fastreg._C").build_info()
     except Exception as error:
-        _state["extension"] = f"failed to load: {error}"
-        return (
-            f"fastreg: compiled extension failed to load under torch {torch.__version__} ({error}), "
-            f"using the PyTorch reference (slow). {_MEND}"
-        )
+        why = " ".join(str(error).split())
+        _state["extension"] = f"failed to load: {why}"
+        return f"fastreg: compiled extension failed to load under torch {torch.__version__} ({why}), {slow}"
     _state["extension"] = "loaded"
-    if refused := _state["info"].pop("isa_refused"):
-        has = ", ".join(_state["info"]["isa_available"])
-        return f"fastreg: FASTREG_ISA={refused} is not of this machine ({has}): using {_state['info']['isa']}"
+    return _sets_to_warn_of(_state["info"])
+
+
+def _other_torch(extension: str | None) -> str:
+    """How the torch an extension was compiled against differs from this one, "" where that does no harm.
+
+    Loading would tell too late: the C++ interface keeps its layout within a minor version alone, and a kernel that
+    takes it for another reads memory that is not what it looks for.
+    """
+
+    def interface(version: str) -> str:
+        release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", version)
+        return release[1] if release else version
+
+    built = re.search(rb"FASTREG_TORCH=([^\0]+)\0", Path(extension or os.devnull).read_bytes())
+    if built is None or interface(built[1].decode()) == interface(torch.__version__):
+        return ""
+    return f"was built against torch {built[1].decode()}, and this is torch {torch.__version__}"
+
+
+def _sets_to_warn_of(info: dict[str, Any]) -> str:
+    """What there is to warn of instruction sets: FASTREG_ISA has no effect, or only slow ones fit this machine."""
+    # An extension from before these two were known had all sets.
+    built, machine = (info.setdefault(key, info["isa_available"]) for key in ("isa_built", "isa_of_machine"))
+    mend = "`FASTREG_ISAS=all pip install --no-build-isolation -e .` builds all"
+    if (refused := info.pop("isa_refused")) in machine:
+        return (
+            f"fastreg: FASTREG_ISA={refused} was not built ({', '.join(built)}): using {info['isa']}. {mend}"
+        )
+    if refused:
+        return f"fastreg: FASTREG_ISA={refused} is not of this machine ({', '.join(machine)}): using {info['isa']}"
+    if len(built) > 1 and info["isa_available"] == built[:1] != machine:
+        return (
+            f"fastreg: built for {built[-1]}, which is not of this machine ({', '.join(machine)}): using "
+            f"{info['isa']}, which is slow. {mend}"
+        )
     return ""
 
 
@@ -79,14 +116,18 @@ def _load_cuda() -> str:
     if os.environ.get("FASTREG_CUDA_BACKEND") == "triton":
         _state["cuda"] = "not loaded: FASTREG_CUDA_BACKEND=triton"
     elif spec is not None and torch.version.cuda:
+        if other := _other_torch(spec.origin):
+            _state["cuda"] = f"not loaded: {other}"
+            return f"fastreg: CUDA extension {other}, using Triton or the PyTorch reference on GPUs. {_MEND}"
         try:
             torch.ops.load_library(spec.origin)
             archs = ctypes.CDLL(spec.origin).fastreg_cuda_archs
             archs.restype = ctypes.c_char_p
         except Exception as error:
-            _state["cuda"] = f"failed to load: {error}"
+            why = " ".join(str(error).split())
+            _state["cuda"] = f"failed to load: {why}"
             return (
-                f"fastreg: CUDA extension failed to load under torch {torch.__version__} ({error}), "
+                f"fastreg: CUDA extension failed to load under torch {torch.__version__} ({why}), "
                 f"using Triton or the PyTorch reference on GPUs. {_MEND}"
             )
         _state["cuda"] = "loaded"

@@ -1,6 +1,8 @@
 """The package around the ops: loading, falling back, choosing instruction sets."""
 
+import importlib.util
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -63,6 +65,70 @@ def test_a_broken_extension_is_reported_and_survived(tmp_path):
     run = python(STEP, path)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("UserWarning: fastreg: compiled extension failed to load under torch") == 1
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
+def test_an_extension_of_another_torch_is_not_loaded(tmp_path):
+    path = copy_without_extension(tmp_path)
+    extension = Path(importlib.util.find_spec("fastreg._C").origin)
+    built = b"FASTREG_TORCH=" + torch.__version__.encode() + b"\0"
+    major, minor, rest = torch.__version__.split(".", 2)
+    other = f"{major}.{int(minor) + 1:0{len(minor)}}.{rest}"
+    content = extension.read_bytes()
+    assert content.count(built) == 1
+    (path / "fastreg" / extension.name).write_bytes(
+        content.replace(built, b"FASTREG_TORCH=" + other.encode() + b"\0")
+    )
+    run = python(STEP, path)
+    assert run.returncode == 0, run.stderr
+    message = f"compiled extension was built against torch {other}, and this is torch {torch.__version__}"
+    assert run.stderr.count(f"UserWarning: fastreg: {message}, using the PyTorch reference (slow)") == 1
+    assert "pip install --no-build-isolation -e ." in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "differs"),
+    [
+        ("2.13.0+cpu", "2.13.1+cu130", False),
+        ("2.13.0", "2.14.0", True),
+        ("2.14.0.dev20261101", "2.14.0", True),
+        ("2.14.0.dev20261101", "2.14.0.dev20261101", False),
+    ],
+)
+def test_minor_versions_of_torch_differ(monkeypatch, tmp_path, built, running, differs):
+    (tmp_path / "extension").write_bytes(b"\x7fELF\0FASTREG_TORCH=" + built.encode() + b"\0...")
+    monkeypatch.setattr(torch, "__version__", running)
+    assert bool(_ext._other_torch(tmp_path / "extension")) is differs
+
+
+def test_instruction_sets_that_were_not_built_are_named():
+    def said(refused, built, machine, used):
+        available = [s for s in built if s in machine]
+        return _ext._sets_to_warn_of(
+            {
+                "isa": used,
+                "isa_refused": refused,
+                "isa_built": built,
+                "isa_of_machine": machine,
+                "isa_available": available,
+            }
+        )
+
+    every = ["baseline", "avx2", "avx512"]
+    assert said("", every, every, "avx512") == ""
+    assert said("", ["baseline"], every, "baseline") == ""
+    message = said("avx2", ["baseline", "avx512"], every, "avx512")
+    assert message.startswith(
+        "fastreg: FASTREG_ISA=avx2 was not built (baseline, avx512): using avx512. `FASTREG_ISAS=all pip"
+    )
+    assert (
+        said("avx512", every, every[:2], "avx2")
+        == "fastreg: FASTREG_ISA=avx512 is not of this machine (baseline, avx2): using avx2"
+    )
+    message = said("", ["baseline", "avx512"], every[:2], "baseline")
+    assert message.startswith(
+        "fastreg: built for avx512, which is not of this machine (baseline, avx2): using baseline"
+    )
 
 
 def test_every_op_has_an_implementation_on_every_device():
@@ -186,3 +252,113 @@ def test_an_object_is_current_as_long_as_its_sources_say_the_same(setup_py, tmp_
     os.utime(source, (0, 0))  # older than the object, which says nothing
     setup_py["digest"].cache_clear()
     assert not setup_py["is_current"](done, ["-O3"])
+
+
+def test_torchs_headers_are_those_of_this_environment(setup_py, tmp_path):
+    done = tmp_path / "op.o"
+    done.with_suffix(".d").write_text(f"{done}: {SETUP} /elsewhere/lib/torch/include/ATen/ATen.h")
+    assert setup_py["files_of"](done) == [str(SETUP), f"{setup_py['torch_headers']()}/ATen/ATen.h"]
+    assert Path(setup_py["files_of"](done)[1]).exists()
+
+
+def test_an_object_whose_source_was_edited_meanwhile_is_not_current(setup_py, tmp_path):
+    source = tmp_path / "op.cpp"
+    source.touch(), os.utime(source, (0, 0))
+    compiler = tmp_path / "compiler"  # ... -MMD -MF listed -o object
+    compiler.write_text(f'echo "$5: {source}" > "$3"; touch "$5"; [ -z "$EDIT" ] || echo "int b;" > {source}')
+    for edit, current in ((False, True), (True, False)):
+        done = tmp_path / f"{edit}.o"
+        command = ["env", f"EDIT={'1' * edit}", "sh", str(compiler)]
+        setup_py["compiled"](command, done, command)
+        assert setup_py["is_current"](done, command) is current
+
+
+def test_instruction_sets_are_those_that_are_asked_for(setup_py, fake_nvcc, monkeypatch):
+    sets = setup_py["instruction_sets"]
+    if len(setup_py["ISAS"]) == 1:
+        pytest.skip("there is only one")
+    monkeypatch.delenv("FASTREG_ISAS", raising=False)
+    old = fake_nvcc("echo '#define __AVX__ 1'")
+    assert sets(old, "all") == ["baseline", "avx2", "avx512"]
+    assert sets(old, "native") == ["baseline"]
+    assert sets(fake_nvcc("echo '#define __AVX2__ 1\n#define __FMA__ 1\n#define __F16C__ 1'"), "native") == [
+        "baseline",
+        "avx2",
+    ]
+    assert sets(fake_nvcc("exit 1"), "native") == ["baseline", "avx2", "avx512"]
+    monkeypatch.setenv("FASTREG_ISAS", "avx512")
+    assert sets(old, "all") == ["baseline", "avx512"]
+    monkeypatch.setenv("FASTREG_ISAS", "sse9")
+    with pytest.raises(
+        SystemExit, match="FASTREG_ISAS must be native, all or some of baseline avx2 avx512, got sse9"
+    ):
+        sets(old, "all")
+
+
+COMPILER = """#!/bin/sh
+case "$*" in
+  --version) echo "$FAKE_VERSION"; exit;;
+  *" -dM "*) exit 1;;
+esac
+while [ $# -gt 0 ]; do
+  case $1 in -MF) listed=$2;; -o) out=$2;; -c) source=$2;; esac
+  shift
+done
+[ -z "$listed" ] || echo "$out: $source" > "$listed"
+touch "$out"
+"""
+
+
+def test_a_build_compiles_what_is_not_of_this_compiler(tmp_path):
+    """The objects of one folder, built by two checkouts."""
+    pytest.importorskip("setuptools")
+    if not SETUP.exists():
+        pytest.skip("not in a checkout")
+    compiler = tmp_path / "c++"
+    compiler.write_text(COMPILER), compiler.chmod(0o755)
+
+    def build(version, sets):
+        own = {
+            "CC": str(compiler),
+            "CXX": str(compiler),
+            "LDCXXSHARED": f"{compiler} -shared",
+            "FAKE_VERSION": version,
+        }
+        own |= {
+            "FASTREG_OBJECTS": str(tmp_path / "objects"),
+            "FASTREG_ISAS": sets,
+            "FASTREG_CUDA": "0",
+            "MAX_JOBS": "2",
+        }
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("FASTREG_")}
+        command = [sys.executable, str(SETUP), "--quiet", "build_ext", "--build-lib", str(tmp_path / "lib")]
+        command += ["--build-temp", str(tmp_path / "temp")]
+        run = subprocess.run(command, cwd=SETUP.parent, env=clean | own, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    kernels = len(list((SETUP.parent / "csrc" / "cpu").glob("*.cpp")))
+    first = build("a compiler 1.0", "baseline")
+    assert f"fastreg._C: {2 * kernels + 1} objects to compile, about " in first
+    assert f"[ 1/{2 * kernels + 1}] " in first
+    assert build("a compiler 1.0", "baseline") == "fastreg._C is up to date\n"
+    assert f"fastreg._C: {2 * kernels + 1} objects to compile" in build("a compiler 1.1", "baseline")
+    # module.cpp says what was built; the bindings are the same for all sets.
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert f"fastreg._C: {kernels + 1} objects to compile" in build("a compiler 1.1", "avx2")
+
+
+def test_without_torch_a_build_says_what_to_do(tmp_path):
+    if not SETUP.exists():
+        pytest.skip("not in a checkout")
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
+    run = subprocess.run(
+        [sys.executable, str(SETUP), "--version"],
+        cwd=SETUP.parent,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "FASTREG_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "install torch, then pip install --no-build-isolation -e ." in run.stderr
+    assert "Traceback" not in run.stderr

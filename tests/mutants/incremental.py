@@ -4,8 +4,8 @@ Only objects of this machine's instruction set that the line can be in are compi
 source's, not the optimiser's. The others are declared current.
 """
 
+import importlib.util
 import re
-import runpy
 import sys
 
 import setuptools
@@ -28,36 +28,26 @@ def passes(lines, line):
     return "kernels" not in only, "bindings" not in only
 
 
-def narrowed(build, isa, wanted):
-    class Narrow(build):
-        def build_extensions(self):
-            compile_all = self.compiler.compile
-
-            def compile_changed(sources, macros, extra_postargs, **rest):
-                of_isa = dict(macros).get("FASTREG_ISA")
-                if of_isa not in (None, isa) or not wanted[of_isa is not None]:
-                    return None
-                print("compiles", sources[0], of_isa or "bindings", flush=True)
-                flags = ["-O1" if of_isa and f == "-O3" else f for f in extra_postargs]
-                return compile_all(sources, macros=macros, extra_postargs=flags, **rest)
-
-            self.compiler.compile = compile_changed
-            super().build_extensions()
-
-    return Narrow
-
-
 def build(isa, path, line):
     """In a copy of the tree with its objects: it is the working directory."""
     wanted = passes(path.read_text(encoding="utf-8").splitlines(), line)
-    install = setuptools.setup
+    arguments, install = {}, setuptools.setup
+    setuptools.setup = lambda **given: arguments.update(given)
+    spec = importlib.util.spec_from_file_location("setup_of_fastreg", path.cwd() / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    compiled = setup.compiled
 
-    def setup(**arguments):
-        commands = arguments["cmdclass"]
-        mine = {**commands, "build_ext": narrowed(commands["build_ext"], isa, wanted)}
-        install(**{**arguments, "cmdclass": mine})
+    def compiled_where_changed(command, done, made_with, read=""):
+        of_isa = [f.removeprefix("-DFASTREG_ISA=") for f in command if f.startswith("-DFASTREG_ISA=")]
+        if of_isa not in ([], [isa]) or not wanted[bool(of_isa)]:
+            setup.note_key(done, made_with)
+            return ""
+        print("compiles", done.stem, *of_isa or ["bindings"], flush=True)
+        command = ["-O1" if of_isa and f == "-O3" else f for f in command]
+        return compiled(command, done, made_with, read)
 
-    setuptools.setup = setup
+    setup.compiled = compiled_where_changed
     sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
-    runpy.run_path("setup.py", run_name="__main__")
+    install(**arguments)
     return 0

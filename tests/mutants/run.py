@@ -70,6 +70,7 @@ def forked(tree, function):
                 os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
                 os.chdir(tree)
                 os.environ.update(PYTHONPATH=str(tree), FASTREG_CUDA="0", MAX_JOBS="1")
+                os.environ.update(FASTREG_ISAS="native", FASTREG_OBJECTS="")
                 others = [p for p in sys.path if Path(p) != HERE and not Path(p, "fastreg").is_dir()]
                 sys.path[:] = [str(tree), *others]
                 signal.alarm(900)
