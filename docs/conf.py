@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fastreg.ops  # noqa: E402
 from fastreg._version import __version__  # noqa: E402
 
 project = "fastreg"
@@ -67,6 +68,12 @@ def _signature(app, what, name, obj, options, signature, annotation):
     return None
 
 
+def _list_ops(app, docname, source):
+    if docname == "ops/index":
+        source[0] = source[0].replace("   OPS\n", "".join(f"   {op}\n" for op in fastreg.ops.__all__))
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _plain, priority=400)  # before napoleon
+    app.connect("source-read", _list_ops)
     app.connect("autodoc-process-signature", _signature)

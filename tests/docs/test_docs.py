@@ -228,10 +228,8 @@ def test_environment_variables_are_all_in_the_table():
 
 def test_every_op_has_a_place():
     pages = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs/ops").glob("*.md")}
-    index = pages.pop(ROOT / "docs/ops/index.md")
     for op in fastreg.ops.__all__:
         assert sum(f".. autofunction:: fastreg.{op}\n" in text for text in pages.values()) == 1, op
-        assert re.search(rf"^   {op}$", index, re.M), op
 
 
 def test_every_method_has_a_page():
