@@ -226,6 +226,22 @@ def test_environment_variables_are_all_in_the_table():
     assert set(re.findall(r"^\| `(FASTREG_\w+)`", page, re.M)) == read
 
 
+def test_git_ignores_what_the_commands_write():
+    written = set()
+    for path in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+            written |= set(re.findall(r"(?:^cat >|\s-o) ([\w.-]+)", block, re.M))
+    assert {"demo", "registered", "runs"} <= written
+    # Without the trailing slash a rule for folders does not hold.
+    names = [n if "." in n else f"{n}/" for n in sorted(written)]
+    run = subprocess.run(
+        ["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if run.returncode == 128:
+        pytest.skip("needs git")
+    assert run.stdout.split() == names
+
+
 def test_every_op_has_a_place():
     pages = {p: p.read_text(encoding="utf-8") for p in (ROOT / "docs/ops").glob("*.md")}
     for op in fastreg.ops.__all__:
