@@ -5,10 +5,9 @@ from common import BACKEND
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of an op are of its kernels; of the contract, those marked there; no error is."""
+    """Tests of an op are of its kernels; of the contract, those marked there."""
     for item in items:
-        mine = item.path.parent == Path(__file__).parent
-        if mine and not (item.get_closest_marker("contract") or item.originalname == "test_errors"):
+        if item.path.parent == Path(__file__).parent and not item.get_closest_marker("contract"):
             item.add_marker(pytest.mark.kernel)
 
 

@@ -4,6 +4,7 @@ python tests/ops/contract.py    the records as a table
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ class Case:
 
     call: Callable  # of tensors, any size of them
     make: Callable  # (n, spatial, dtype) -> those tensors, N first in each; those with gradients require them
+    empty: float = math.nan  # a result of one number, of no voxels: a mean; 0: a sum, a mean over weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Contract:
     """A property is True (it holds for `cases`), a dict of the cases it holds for, or the reason why it does not apply."""
 
     cases: dict
+    valid: dict  # arguments
+    errors: list  # (error, match, what is changed in `valid`)
     opcheck: Callable  # dtype -> an iterable of what the op registers: (op, arguments) or (op, arguments, test_utils)
     gradcheck: bool | dict | str
     double_backward: bool  # gradgradcheck; False: it raises
@@ -33,6 +37,7 @@ class Contract:
     compiled: bool | dict | str
     empty_batch: bool | dict | str
     empty_axes: bool | dict | str
+    empty_channels: bool | dict | str
     repeats: bool | dict | str  # the same bits in every run, by any number of threads
     dimensions: tuple = (3, 2)
     tolerance: float = 0.0  # relative, between layouts of the same values: 0 for the same bits
@@ -46,10 +51,9 @@ PROPERTIES = (
     "compiled",
     "empty_batch",
     "empty_axes",
+    "empty_channels",
     "repeats",
 )
-# These no longer trace the backward: of what takes long to trace, or has no double backward.
-WITHOUT_AOT = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def like(n, spatial):
@@ -71,7 +75,7 @@ def held(contract, name):
 def table():
     """Markdown: a row an op, what it promises; below it why a property does not apply."""
     names = ["opcheck", *PROPERTIES, "double_backward"]
-    head = ["op", "cases", *(n.replace("_", " ") for n in names)]
+    head = ["op", "cases", "errors", *(n.replace("_", " ") for n in names)]
     rows, reasons = [head, ["---"] * len(head)], []
     for op, contract in contracts().items():
         cells = []
@@ -80,7 +84,7 @@ def table():
             if isinstance(value, str):
                 reasons.append(f"{op}, {name.replace('_', ' ')}: {value}")
             cells.append("-" if isinstance(value, str) else "raises" if value is False else "yes")
-        rows.append([f"`{op}`", str(len(contract.cases)), *cells])
+        rows.append([f"`{op}`", str(len(contract.cases)), str(len(contract.errors)), *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"- {r}" for r in reasons)])
 

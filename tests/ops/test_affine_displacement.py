@@ -76,30 +76,24 @@ def test_singular_matrix():
     )
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "matrix", "shape"),
-    [
-        (TypeError, "matrix must be a tensor, got list", [1], (3, 4)),
-        (TypeError, "matrix must be fp64, fp32, fp16 or bf16, got torch.int64", torch.zeros(1, 2, 3).long(), (3, 4)),
-        (ValueError, r"matrix must have shape \(N, 3, 4\) or \(N, 2, 3\), got \(2, 3\)", torch.zeros(2, 3), (3, 4)),
-        (ValueError, r"matrix must have shape \(N, 3, 4\), got \(1, 3, 3\)", torch.zeros(1, 3, 3), (3, 4, 5)),
-        (ValueError, r"matrix must have shape \(N, 3, 4\) or \(N, 2, 3\), got \(1, 4, 5\)", torch.zeros(1, 4, 5), (3, 4)),
-        (ValueError, r"shape must be 3 integers >= 0, got \(3, 4\)", torch.zeros(1, 3, 4), (3, 4)),
-        (ValueError, r"shape must be 2 integers >= 0, got \(3, -1\)", torch.zeros(1, 2, 3), (3, -1)),
-        (TypeError, r"shape must be 2 integers, got \(3, 1.5\)", torch.zeros(1, 2, 3), (3, 1.5)),
-        (TypeError, "shape must be 2 integers, got 3", torch.zeros(1, 2, 3), 3),
-    ],
-)  # fmt: skip
-def test_errors(error, match, matrix, shape):
-    with pytest.raises(error, match=f"fastreg::affine_displacement: {match}"):
-        fastreg.affine_displacement(matrix, shape)
-
-
 def opcheck(dtype):
     yield torch.ops.fastreg.affine_displacement.default, (make(3, dtype), (2, 3, 4), True)
     grad = torch.rand(2, 3, 2, 3, 4, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     yield torch.ops.fastreg.affine_displacement_bwd.default, (grad,)
 
+
+VALID = {"matrix": torch.zeros(1, 3, 4), "shape": (3, 4, 5)}
+ERRORS = [
+    (TypeError, "matrix must be a tensor, got list", {"matrix": [1], "shape": (3, 4)}),
+    (TypeError, "matrix must be fp64, fp32, fp16 or bf16, got torch.int64", {"matrix": torch.zeros(1, 2, 3).long(), "shape": (3, 4)}),
+    (ValueError, r"matrix must have shape \(N, 3, 4\) or \(N, 2, 3\), got \(2, 3\)", {"matrix": torch.zeros(2, 3), "shape": (3, 4)}),
+    (ValueError, r"matrix must have shape \(N, 3, 4\), got \(1, 3, 3\)", {"matrix": torch.zeros(1, 3, 3), "shape": (3, 4, 5)}),
+    (ValueError, r"matrix must have shape \(N, 3, 4\) or \(N, 2, 3\), got \(1, 4, 5\)", {"matrix": torch.zeros(1, 4, 5), "shape": (3, 4)}),
+    (ValueError, r"shape must be 3 integers >= 0, got \(3, 4\)", {"matrix": torch.zeros(1, 3, 4), "shape": (3, 4)}),
+    (ValueError, r"shape must be 2 integers >= 0, got \(3, -1\)", {"matrix": torch.zeros(1, 2, 3), "shape": (3, -1)}),
+    (TypeError, r"shape must be 2 integers, got \(3, 1.5\)", {"matrix": torch.zeros(1, 2, 3), "shape": (3, 1.5)}),
+    (TypeError, "shape must be 2 integers, got 3", {"matrix": torch.zeros(1, 2, 3), "shape": 3}),
+]  # fmt: skip
 
 CONTRACT = Contract(
     cases={
@@ -108,6 +102,8 @@ CONTRACT = Contract(
             lambda n, spatial, dtype: (make(len(spatial), dtype, n), like(n, spatial)),
         )
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=True,
@@ -116,5 +112,6 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels="a displacement has a component an axis",
     repeats=True,
 )

@@ -131,46 +131,6 @@ def test_nan_reaches_its_support_only(order):
     assert torch.equal(~got.isfinite(), expected)
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (
-            TypeError,
-            "coefficients must be fp64, fp32, fp16 or bf16, got torch.int64",
-            {"coefficients": torch.zeros(1, 3, 4, 5, 6).long()},
-        ),
-        (
-            ValueError,
-            r"coefficients must have shape \(N, 3, D, H, W\), got \(1, 2, 4, 5, 6\)",
-            {"coefficients": torch.zeros(1, 2, 4, 5, 6)},
-        ),
-        (
-            ValueError,
-            r"coefficients must have ceil\(n / spacing\) \+ 3 control points per axis, \(4, 5, 6\) for the shape "
-            r"\(1, 4, 6\), got \(1, 3, 4, 5, 5\)",
-            {"coefficients": torch.zeros(1, 3, 4, 5, 5)},
-        ),
-        (ValueError, "spacing must be an integer or 3 integers >= 1, got", {"spacing": 0}),
-        (ValueError, "spacing must be an integer or 3 integers >= 1, got", {"spacing": (2, 2)}),
-        (TypeError, "spacing must be an integer or 3 integers, got 2.5", {"spacing": 2.5}),
-        (ValueError, r"shape must be 3 integers >= 1, got \(3, 0, 4\)", {"shape": (3, 0, 4)}),
-        (ValueError, r"shape must be 3 integers >= 1, got \(3, 4\)", {"shape": (3, 4)}),
-        (TypeError, "shape must be 3 integers, got 4", {"shape": 4}),
-        (ValueError, "order must be 1, 2 or 3, got 4", {"order": 4}),
-        (ValueError, "order must be 1, 2 or 3, got 'cubic'", {"order": "cubic"}),
-    ],
-)
-def test_errors(error, match, change):
-    arguments = {
-        "coefficients": torch.zeros(1, 3, 4, 5, 6),
-        "spacing": 2,
-        "shape": (1, 4, 6),
-        "order": 3,
-    } | change
-    with pytest.raises(error, match=rf"fastreg::bspline_displacement: {match}"):
-        fastreg.bspline_displacement(**arguments)
-
-
 def opcheck(dtype):
     c = make((2, 4, 5, 6), (1, 2, 3), 3, dtype)
     yield torch.ops.fastreg.bspline_displacement.default, (c, [1, 2, 3], [4, 5, 6], 3)
@@ -186,8 +146,43 @@ def case(order, *spacing):
     )
 
 
+VALID = {
+    "coefficients": torch.zeros(1, 3, 4, 5, 6),
+    "spacing": 2,
+    "shape": (1, 4, 6),
+    "order": 3,
+}
+ERRORS = [
+    (
+        TypeError,
+        "coefficients must be fp64, fp32, fp16 or bf16, got torch.int64",
+        {"coefficients": torch.zeros(1, 3, 4, 5, 6).long()},
+    ),
+    (
+        ValueError,
+        r"coefficients must have shape \(N, 3, D, H, W\), got \(1, 2, 4, 5, 6\)",
+        {"coefficients": torch.zeros(1, 2, 4, 5, 6)},
+    ),
+    (
+        ValueError,
+        r"coefficients must have ceil\(n / spacing\) \+ 3 control points per axis, \(4, 5, 6\) for the shape "
+        r"\(1, 4, 6\), got \(1, 3, 4, 5, 5\)",
+        {"coefficients": torch.zeros(1, 3, 4, 5, 5)},
+    ),
+    (ValueError, "spacing must be an integer or 3 integers >= 1, got", {"spacing": 0}),
+    (ValueError, "spacing must be an integer or 3 integers >= 1, got", {"spacing": (2, 2)}),
+    (TypeError, "spacing must be an integer or 3 integers, got 2.5", {"spacing": 2.5}),
+    (ValueError, r"shape must be 3 integers >= 1, got \(3, 0, 4\)", {"shape": (3, 0, 4)}),
+    (ValueError, r"shape must be 3 integers >= 1, got \(3, 4\)", {"shape": (3, 4)}),
+    (TypeError, "shape must be 3 integers, got 4", {"shape": 4}),
+    (ValueError, "order must be 1, 2 or 3, got 4", {"order": 4}),
+    (ValueError, "order must be 1, 2 or 3, got 'cubic'", {"order": "cubic"}),
+]  # fmt: skip
+
 CONTRACT = Contract(
     cases={"linear": case(1, 2, 3, 1), "quadratic": case(2, 1, 2, 3), "cubic": case(3, 3, 3, 3)},
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=True,
@@ -196,5 +191,6 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes="refused: a field of control points has a voxel",
+    empty_channels="a displacement has a component an axis",
     repeats=True,
 )

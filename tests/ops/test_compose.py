@@ -118,23 +118,6 @@ def test_non_finite_and_far(padding):
     assert torch.equal(fastreg.compose(u, v), u)
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (TypeError, "u must be a tensor, got list", {"u": [1]}),
-        (TypeError, "v must be fp64, fp32, fp16 or bf16, got torch.int64", {"v": torch.zeros(1, 2, 4, 5).long()}),
-        (ValueError, r"u must have shape \(N, 2, H, W\), got \(1, 3, 4, 5\)", {"u": torch.zeros(1, 3, 4, 5)}),
-        (ValueError, r"v must have the shape \(1, 2, 4, 5\) of u, got \(1, 2, 4, 6\)", {"v": torch.zeros(1, 2, 4, 6)}),
-        (ValueError, "v must be on [a-z:0-9]+ as the other tensors, got meta", {"v": torch.zeros(1, 2, 4, 5, device="meta")}),
-        (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
-    ],
-)  # fmt: skip
-def test_errors(error, match, change):
-    arguments = {"u": torch.zeros(1, 2, 4, 5), "v": torch.zeros(1, 2, 4, 5)} | change
-    with pytest.raises(error, match=f"fastreg::compose: {match}"):
-        fastreg.compose(**arguments)
-
-
 def opcheck(dtype):
     u, v = make((2, 2, 4, 5), dtype)
     yield torch.ops.fastreg.compose.default, (u, v, "border")
@@ -148,6 +131,16 @@ def far(shape, dtype):
     return torch.randn(shape).to(dtype).requires_grad_(), (6 * torch.randn(shape)).to(dtype).requires_grad_()
 
 
+VALID = {"u": torch.zeros(1, 2, 4, 5), "v": torch.zeros(1, 2, 4, 5)}
+ERRORS = [
+    (TypeError, "u must be a tensor, got list", {"u": [1]}),
+    (TypeError, "v must be fp64, fp32, fp16 or bf16, got torch.int64", {"v": torch.zeros(1, 2, 4, 5).long()}),
+    (ValueError, r"u must have shape \(N, 2, H, W\), got \(1, 3, 4, 5\)", {"u": torch.zeros(1, 3, 4, 5)}),
+    (ValueError, r"v must have the shape \(1, 2, 4, 5\) of u, got \(1, 2, 4, 6\)", {"v": torch.zeros(1, 2, 4, 6)}),
+    (ValueError, "v must be on [a-z:0-9]+ as the other tensors, got meta", {"v": torch.zeros(1, 2, 4, 5, device="meta")}),
+    (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
+]  # fmt: skip
+
 CONTRACT = Contract(
     cases={
         padding: Case(
@@ -156,6 +149,8 @@ CONTRACT = Contract(
         )
         for padding in PADDINGS
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=True,
@@ -164,6 +159,7 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels="a displacement has a component an axis",
     repeats={"far": Case(fastreg.compose, lambda n, spatial, dtype: far((n, len(spatial), *spatial), dtype))},
     large=((17, 9, 40), (33, 70)),
 )

@@ -159,39 +159,32 @@ def test_infinite_extent_is_a_translation():
     assert torch.equal(out, torch.tensor([-2.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 9, 17))
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (
-            TypeError,
-            "params must be fp64, fp32, fp16 or bf16, got torch.int64",
-            {"params": torch.zeros(1, 2, 7).long()},
-        ),
-        (
-            ValueError,
-            r"params must have shape \(N, T, 7\), got \(1, 2, 6\)",
-            {"params": torch.zeros(1, 2, 6)},
-        ),
-        (ValueError, r"params must have shape \(N, T, 7\), got \(2, 7\)", {"params": torch.zeros(2, 7)}),
-        (ValueError, r"shape must be 2 integers >= 1, got \(3, 0\)", {"shape": (3, 0)}),
-        (ValueError, r"shape must be 2 integers >= 1, got \(3, 4, 5\)", {"shape": (3, 4, 5)}),
-        (TypeError, "shape must be 2 integers, got 4", {"shape": 4}),
-        (TypeError, "shape must be 2 integers, got", {"shape": (4.5, 3)}),
-        (ValueError, "sigma_is must be 'std' or 'var', got 'sd'", {"sigma_is": "sd"}),
-    ],
-)
-def test_errors(error, match, change):
-    arguments = {"params": torch.zeros(1, 2, 7), "shape": (4, 5)} | change
-    with pytest.raises(error, match=rf"fastreg::gaussian_displacement: {match}"):
-        fastreg.gaussian_displacement(**arguments)
-
-
 def opcheck(dtype):
     params = make(2, 3, dtype)
     yield torch.ops.fastreg.gaussian_displacement.default, (params, [4, 5], "std")
     grad = torch.randn(2, 2, 4, 5).to(dtype)
     yield torch.ops.fastreg.gaussian_displacement_bwd.default, (grad, params.detach(), "var")
 
+
+VALID = {"params": torch.zeros(1, 2, 7), "shape": (4, 5)}
+ERRORS = [
+    (
+        TypeError,
+        "params must be fp64, fp32, fp16 or bf16, got torch.int64",
+        {"params": torch.zeros(1, 2, 7).long()},
+    ),
+    (
+        ValueError,
+        r"params must have shape \(N, T, 7\), got \(1, 2, 6\)",
+        {"params": torch.zeros(1, 2, 6)},
+    ),
+    (ValueError, r"params must have shape \(N, T, 7\), got \(2, 7\)", {"params": torch.zeros(2, 7)}),
+    (ValueError, r"shape must be 2 integers >= 1, got \(3, 0\)", {"shape": (3, 0)}),
+    (ValueError, r"shape must be 2 integers >= 1, got \(3, 4, 5\)", {"shape": (3, 4, 5)}),
+    (TypeError, "shape must be 2 integers, got 4", {"shape": 4}),
+    (TypeError, "shape must be 2 integers, got", {"shape": (4.5, 3)}),
+    (ValueError, "sigma_is must be 'std' or 'var', got 'sd'", {"sigma_is": "sd"}),
+]  # fmt: skip
 
 CONTRACT = Contract(
     cases={
@@ -201,6 +194,8 @@ CONTRACT = Contract(
         )
         for sigma_is in SIGMA_IS
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=False,
@@ -209,6 +204,7 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes="refused: an image has a voxel",
+    empty_channels="a Gaussian has seven numbers",
     repeats=True,
     dimensions=(2,),
     large=((37, 70),),

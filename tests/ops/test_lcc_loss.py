@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -576,39 +577,6 @@ def test_the_shift_of_an_image_without_a_middle(monkeypatch):
         assert_close(got, expected, 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
-        (TypeError, "window must be an int, got 9.0", {"window": 9.0}),
-        (ValueError, "window must be odd and positive, got 8", {"window": 8}),
-        (ValueError, "window must be odd and positive, got -1", {"window": -1}),
-        (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
-        (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
-        (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
-        (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
-        (ValueError, "padding must be 'zeros' or 'valid', got ", {"padding": np.array(["zeros", "valid"])}),
-        (TypeError, "smooth_dr must be a number", {"smooth_dr": "1"}),
-        (ValueError, "padding must be 'zeros' or 'valid', got 'border'", {"padding": "border"}),
-        (ValueError, "kernel must be 'box' or 'gaussian' or 'triangular', got 'rectangular'", {"kernel": "rectangular"}),
-        (ValueError, "window must be odd and positive, got 6", {"kernel": "triangular", "window": 6}),
-        (ValueError, "sigma must be a number > 0, got 0", {"kernel": "gaussian", "sigma": 0}),
-        (ValueError, "sigma must be a number > 0, got -2.0", {"kernel": "gaussian", "sigma": -2.0}),
-        (ValueError, "sigma must be a number > 0, got nan", {"kernel": "gaussian", "sigma": float("nan")}),
-        (TypeError, "sigma must be a number", {"kernel": "gaussian", "sigma": "2"}),
-        (ValueError, "sigma must be None for kernel 'box', got 2.0", {"sigma": 2.0}),
-        (ValueError, "sigma must be None for kernel 'triangular', got 2.0", {"kernel": "triangular", "sigma": 2.0}),
-        (ValueError, "denominator must be", {"denominator": "sum"}),
-        (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
-        (ValueError, "smooth_dr must be a number >= 0, got -1", {"smooth_dr": -1}),
-    ],
-)  # fmt: skip
-def test_errors(error, match, change):
-    arguments = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)} | change
-    with pytest.raises(error, match=f"fastreg::lcc_loss: {match}"):
-        fastreg.lcc_loss(arguments.pop("fixed"), arguments.pop("moved"), **arguments)
-
-
 @pytest.mark.parametrize("kernel", ["box", "gaussian"])
 def test_windows_that_pass_nothing_back_pass_no_nan(kernel):
     fixed, moved = torch.rand(2, 1, 1, 1, 12).requires_grad_().unbind(0)
@@ -656,23 +624,51 @@ def opcheck(dtype):
         yield torch.ops.fastreg.lcc_loss.default, arguments, ("test_schema", "test_faketensor")
 
 
-def case(masked=False, **options):
+def case(masked=False, empty=math.nan, **options):
     def make(n, spatial, dtype):
-        images = pair((n, 1, *spatial), dtype)
+        images = pair((n, 2, *spatial), dtype)
         return (*images, torch.rand(n, 1, *spatial).to(dtype)) if masked else images
 
-    return Case(lambda f, m, mask=None: fastreg.lcc_loss(f, m, 5, mask=mask, **options), make)
+    return Case(lambda f, m, mask=None: fastreg.lcc_loss(f, m, 5, mask=mask, **options), make, empty)
 
+
+VALID = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)}
+ERRORS = [
+    (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
+    (TypeError, "window must be an int, got 9.0", {"window": 9.0}),
+    (ValueError, "window must be odd and positive, got 8", {"window": 8}),
+    (ValueError, "window must be odd and positive, got -1", {"window": -1}),
+    (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
+    (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
+    (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
+    (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
+    (ValueError, "padding must be 'zeros' or 'valid', got ", {"padding": np.array(["zeros", "valid"])}),
+    (TypeError, "smooth_dr must be a number", {"smooth_dr": "1"}),
+    (ValueError, "padding must be 'zeros' or 'valid', got 'border'", {"padding": "border"}),
+    (ValueError, "kernel must be 'box' or 'gaussian' or 'triangular', got 'rectangular'", {"kernel": "rectangular"}),
+    (ValueError, "window must be odd and positive, got 6", {"kernel": "triangular", "window": 6}),
+    (ValueError, "sigma must be a number > 0, got 0", {"kernel": "gaussian", "sigma": 0}),
+    (ValueError, "sigma must be a number > 0, got -2.0", {"kernel": "gaussian", "sigma": -2.0}),
+    (ValueError, "sigma must be a number > 0, got nan", {"kernel": "gaussian", "sigma": float("nan")}),
+    (TypeError, "sigma must be a number", {"kernel": "gaussian", "sigma": "2"}),
+    (ValueError, "sigma must be None for kernel 'box', got 2.0", {"sigma": 2.0}),
+    (ValueError, "sigma must be None for kernel 'triangular', got 2.0", {"kernel": "triangular", "sigma": 2.0}),
+    (ValueError, "denominator must be", {"denominator": "sum"}),
+    (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
+    (ValueError, "smooth_dr must be a number >= 0, got -1", {"smooth_dr": -1}),
+]  # fmt: skip
 
 CONTRACT = Contract(
     cases={
         "box": case(),
-        "gaussian": case(kernel="gaussian", reduction="sum"),
-        "triangular-masked": case(True, kernel="triangular"),
+        "gaussian": case(kernel="gaussian", reduction="sum", empty=0.0),
+        "triangular-masked": case(True, 0.0, kernel="triangular"),
         "map": case(reduction="none"),
         "gaussian-map-masked": case(True, kernel="gaussian", reduction="none", padding="valid"),
         "triangular-map": case(kernel="triangular", reduction="none"),
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck={
         "-".join(str(o) for o in options.values()): case(
@@ -692,6 +688,7 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels="NaN, the mean of no channels: test_no_channels_average_to_nan",
     repeats=True,
     tolerance=1e-6,
     large=((7, 6, 9),) if QUICK else ((70, 9, 23), (40, 33)),

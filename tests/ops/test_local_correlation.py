@@ -298,32 +298,6 @@ def test_mixed_dtypes():
     assert [g.dtype for g in torch.autograd.grad(out.sum(), (*halves, narrow))] == [torch.float16] * 3
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (TypeError, "fixed must be fp64, fp32, fp16 or bf16", {"fixed": torch.zeros(1, 2, 3, 4, 5).long()}),
-        (ValueError, r"fixed must have shape \(N, C, D, H, W\)", {"fixed": torch.zeros(2, 3, 4)}),
-        (ValueError, "moving must have the shape", {"moving": torch.zeros(1, 2, 3, 4, 6)}),
-        (ValueError, "moving must be on", {"moving": torch.zeros(1, 2, 3, 4, 5, device="meta")}),
-        (ValueError, r"displacement must have shape \(N, 3, D, H, W\)", {"displacement": torch.zeros(1, 2, 3, 4, 5)}),
-        (ValueError, "displacement must have .* N = 1", {"displacement": torch.zeros(2, 3, 3, 4, 5)}),
-        (TypeError, "displacement must be a tensor", {"displacement": 1.0}),
-        (ValueError, "radius must be an int >= 0 and below 32768, or one per axis", {"radius": -1}),
-        (ValueError, "radius must be an int >= 0 and below 32768, or one per axis", {"radius": (1, 2)}),
-        (ValueError, "radius must be an int >= 0 and below 32768, or one per axis", {"radius": 2**40}),
-        (TypeError, "radius must be an int or 3 ints", {"radius": 1.5}),
-        (TypeError, "radius must be an int or 3 ints", {"radius": True}),
-        (TypeError, "radius must be an int or 3 ints", {"radius": "two"}),
-        (ValueError, "scale must be 'mean' or 'sum' or 'sqrt', got 'max'", {"scale": "max"}),
-        (ValueError, "padding must be 'zeros' or 'border', got 'reflection'", {"padding": "reflection"}),
-    ],
-)  # fmt: skip
-def test_errors(error, match, change):
-    image = torch.zeros(1, 2, 3, 4, 5)
-    with pytest.raises(error, match=rf"fastreg::local_correlation: {match}"):
-        fastreg.local_correlation(**{"fixed": image, "moving": image} | change)
-
-
 @pytest.mark.parametrize("apart", [100.0, 1000.0])
 def test_gradients_of_maps_with_means_apart(apart):
     fixed, moving = torch.rand(1, 3, 5, 6, 7), torch.rand(1, 3, 5, 6, 7) + apart
@@ -369,6 +343,25 @@ def opcheck(dtype):
             yield bwd.default, (*tensors, *options, *needs)
 
 
+VALID = {"fixed": torch.zeros(1, 2, 3, 4, 5), "moving": torch.zeros(1, 2, 3, 4, 5)}
+ERRORS = [
+    (TypeError, "fixed must be fp64, fp32, fp16 or bf16", {"fixed": torch.zeros(1, 2, 3, 4, 5).long()}),
+    (ValueError, r"fixed must have shape \(N, C, D, H, W\)", {"fixed": torch.zeros(2, 3, 4)}),
+    (ValueError, "moving must have the shape", {"moving": torch.zeros(1, 2, 3, 4, 6)}),
+    (ValueError, "moving must be on", {"moving": torch.zeros(1, 2, 3, 4, 5, device="meta")}),
+    (ValueError, r"displacement must have shape \(N, 3, D, H, W\)", {"displacement": torch.zeros(1, 2, 3, 4, 5)}),
+    (ValueError, "displacement must have .* N = 1", {"displacement": torch.zeros(2, 3, 3, 4, 5)}),
+    (TypeError, "displacement must be a tensor", {"displacement": 1.0}),
+    (ValueError, "radius must be an int >= 0 and below 32768, or one per axis", {"radius": -1}),
+    (ValueError, "radius must be an int >= 0 and below 32768, or one per axis", {"radius": (1, 2)}),
+    (ValueError, "radius must be an int >= 0 and below 32768, or one per axis", {"radius": 2**40}),
+    (TypeError, "radius must be an int or 3 ints", {"radius": 1.5}),
+    (TypeError, "radius must be an int or 3 ints", {"radius": True}),
+    (TypeError, "radius must be an int or 3 ints", {"radius": "two"}),
+    (ValueError, "scale must be 'mean' or 'sum' or 'sqrt', got 'max'", {"scale": "max"}),
+    (ValueError, "padding must be 'zeros' or 'border', got 'reflection'", {"padding": "reflection"}),
+]  # fmt: skip
+
 CONTRACT = Contract(
     cases={
         f"{'displaced' if displaced else 'still'}-{'normalize' if normalize else 'raw'}-{padding}": Case(
@@ -377,6 +370,8 @@ CONTRACT = Contract(
         )
         for displaced, normalize, padding in itertools.product((False, True), (False, True), PADDINGS)
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=False,
@@ -385,5 +380,6 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels={"": Case(correlate(1), lambda n, spatial, dtype: make((n, 0, *spatial), dtype, True))},
     repeats=True,
 )

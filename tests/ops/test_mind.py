@@ -49,7 +49,7 @@ if INTERPRETED:
 
 
 # Tiles whose gradients overlap.
-LARGE = ((1, 3, 10), (20, 4)) if INTERPRETED else ((26, 27, 30), (200, 40))
+LARGE = ((26, 27, 30), (200, 40))
 
 
 def size(shape, interpreted):
@@ -227,8 +227,18 @@ def case(options):
     )
 
 
+VALID = {"image": torch.zeros(1, 1, 4, 5, 6)}
+ERRORS = [
+    (ValueError, r"image must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"image": torch.zeros(4, 5, 6)}),
+    (ValueError, "image must have at least one channel", {"image": torch.zeros(1, 0, 4, 5, 6)}),
+    (ValueError, "radius must be at least 0, got -1", {"radius": -1}),
+    (ValueError, "patch must be 'box' or 'gaussian', got 'round'", {"patch": "round"}),
+]  # fmt: skip
+
 CONTRACT = Contract(
     cases={"ssc": case(OPTIONS), "six": case(F3RNET)},
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck="the mean that bounds V counts as a constant: test_reference_gradient, test_descriptors",
     double_backward=False,
@@ -237,6 +247,7 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels="refused",
     repeats=True,
     tolerance=1e-6,
     large=LARGE,

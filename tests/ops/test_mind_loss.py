@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -215,34 +216,6 @@ def test_mixed_dtypes_are_promoted():
     assert [g.dtype for g in torch.autograd.grad(loss, (f, m))] == [torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
-        (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
-        (ValueError, "fixed must have at least one channel", dict.fromkeys(("fixed", "moved"), torch.zeros(1, 0, 4, 5, 6))),
-        (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
-        (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
-        (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
-        (TypeError, "radius must be an int, got 1.0", {"radius": 1.0}),
-        (TypeError, "dilation must be an int, got True", {"dilation": True}),
-        (ValueError, "radius must be at least 0, got -1", {"radius": -1}),
-        (ValueError, "dilation must be at least 1, got 0", {"dilation": 0}),
-        (ValueError, "neighbourhood must be 'ssc' or 'six', got 'eight'", {"neighbourhood": "eight"}),
-        (ValueError, "patch must be 'box' or 'gaussian', got 'round'", {"patch": "round"}),
-        (ValueError, "sigma must be a number > 0", {"patch": "gaussian", "sigma": 0}),
-        (ValueError, "norm must be 'l2' or 'l1', got 2", {"norm": 2}),
-        (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
-    ],
-)  # fmt: skip
-def test_errors(error, match, change):
-    arguments = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)} | change
-    with pytest.raises(error, match=f"fastreg::mind_loss: {match}"):
-        fastreg.mind_loss(arguments.pop("fixed"), arguments.pop("moved"), **arguments)
-    with pytest.raises(ValueError, match="fastreg::mind: image must have shape"):
-        fastreg.mind(torch.zeros(4, 5, 6))
-
-
 def test_prepared_loss_keeps_its_mean_through_casts():
     fixed, moved = (3000 * torch.rand(size((1, 1, 8, 9, 10), (1, 1, 3, 4, 5))) for _ in range(2))
     prepared = fastreg.nn.MINDLoss().prepare(fixed)
@@ -314,12 +287,12 @@ def opcheck(dtype):
         yield ops.mind_loss.default, arguments, ("test_schema", "test_faketensor")
 
 
-def case(masked=False, **options):
+def case(masked=False, empty=math.nan, **options):
     def made(n, spatial, dtype):
-        images = pair((n, 1, *spatial), dtype)
+        images = pair((n, 2, *spatial), dtype)
         return (*images, torch.rand(n, 1, *spatial).to(dtype)) if masked else images
 
-    return Case(lambda f, m, mask=None: fastreg.mind_loss(f, m, mask=mask, **options), made)
+    return Case(lambda f, m, mask=None: fastreg.mind_loss(f, m, mask=mask, **options), made, empty)
 
 
 def prepared(options, norm, reduction):
@@ -335,13 +308,34 @@ def prepared(options, norm, reduction):
     )
 
 
+VALID = {"fixed": torch.zeros(1, 1, 4, 5, 6), "moved": torch.zeros(1, 1, 4, 5, 6)}
+ERRORS = [
+    (TypeError, "fixed must be fp64, fp32, fp16 or bf16, got torch.int16", {"fixed": torch.zeros(1, 1, 4, 5, 6).short()}),
+    (ValueError, r"fixed must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(4, 5, 6\)", {"fixed": torch.zeros(4, 5, 6)}),
+    (ValueError, "fixed must have at least one channel", dict.fromkeys(("fixed", "moved"), torch.zeros(1, 0, 4, 5, 6))),
+    (ValueError, r"moved must have the shape \(1, 1, 4, 5, 6\) of fixed, got \(1, 1, 4, 5, 7\)", {"moved": torch.zeros(1, 1, 4, 5, 7)}),
+    (ValueError, r"mask must have shape \(1, 1, 4, 5, 6\), got \(1, 4, 5, 6\)", {"mask": torch.zeros(1, 4, 5, 6)}),
+    (ValueError, "mask must not require a gradient", {"mask": torch.zeros(1, 1, 4, 5, 6, requires_grad=True)}),
+    (TypeError, "radius must be an int, got 1.0", {"radius": 1.0}),
+    (TypeError, "dilation must be an int, got True", {"dilation": True}),
+    (ValueError, "radius must be at least 0, got -1", {"radius": -1}),
+    (ValueError, "dilation must be at least 1, got 0", {"dilation": 0}),
+    (ValueError, "neighbourhood must be 'ssc' or 'six', got 'eight'", {"neighbourhood": "eight"}),
+    (ValueError, "patch must be 'box' or 'gaussian', got 'round'", {"patch": "round"}),
+    (ValueError, "sigma must be a number > 0", {"patch": "gaussian", "sigma": 0}),
+    (ValueError, "norm must be 'l2' or 'l1', got 2", {"norm": 2}),
+    (ValueError, "reduction must be 'mean' or 'sum' or 'none', got None", {"reduction": None}),
+]  # fmt: skip
+
 CONTRACT = Contract(
     cases={
         "ssc": case(radius=1),
-        "six-masked": case(True, **F3RNET, norm="l1", reduction="sum"),
+        "six-masked": case(True, 0.0, **F3RNET, norm="l1", reduction="sum"),
         "map": case(reduction="none"),
         "map-masked": case(True, **F3RNET, reduction="none"),
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck={
         f"{name}-{norm}-{reduction}": prepared(options, norm, reduction)
@@ -355,6 +349,7 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels="refused",
     repeats=True,
     tolerance=1e-6,
     large=LARGE,

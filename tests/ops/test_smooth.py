@@ -104,38 +104,31 @@ def test_nan_reaches_its_window_only(padding):
     assert torch.equal(grad.isnan(), expected)
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (
-            TypeError,
-            "u must be fp64, fp32, fp16 or bf16, got torch.int64",
-            {"u": torch.zeros(1, 3, 4, 5).long()},
-        ),
-        (
-            ValueError,
-            r"u must have shape .N, C, D, H, W. or .N, C, H, W., got .3, 4, 5.",
-            {"u": torch.zeros(3, 4, 5)},
-        ),
-        (ValueError, "sigma must be a number >= 0, or one per axis", {"sigma": -1.0}),
-        (ValueError, "sigma must be a number >= 0, or one per axis", {"sigma": (1.0, 2.0)}),
-        (TypeError, "sigma must be a number or 3 numbers", {"sigma": "wide"}),
-        (ValueError, "sigma must have truncate", {"sigma": 1e9}),
-        (ValueError, "truncate must be a number > 0", {"truncate": 0}),
-        (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
-    ],
-)
-def test_errors(error, match, change):
-    arguments = {"u": torch.zeros(1, 3, 3, 4, 5), "sigma": 1.0} | change
-    with pytest.raises(error, match=rf"fastreg::smooth: {match}"):
-        fastreg.smooth(**arguments)
-
-
 def opcheck(dtype):
     u = make((2, 1, 4, 5, 6), dtype)
     yield torch.ops.fastreg.smooth.default, (u, [1.0, 0.5, 0.0], "border", 4.0)
     yield torch.ops.fastreg.smooth_bwd.default, (u, [1.0, 0.5, 0.0], "reflection", 3.0)
 
+
+VALID = {"u": torch.zeros(1, 3, 3, 4, 5), "sigma": 1.0}
+ERRORS = [
+    (
+        TypeError,
+        "u must be fp64, fp32, fp16 or bf16, got torch.int64",
+        {"u": torch.zeros(1, 3, 4, 5).long()},
+    ),
+    (
+        ValueError,
+        r"u must have shape .N, C, D, H, W. or .N, C, H, W., got .3, 4, 5.",
+        {"u": torch.zeros(3, 4, 5)},
+    ),
+    (ValueError, "sigma must be a number >= 0, or one per axis", {"sigma": -1.0}),
+    (ValueError, "sigma must be a number >= 0, or one per axis", {"sigma": (1.0, 2.0)}),
+    (TypeError, "sigma must be a number or 3 numbers", {"sigma": "wide"}),
+    (ValueError, "sigma must have truncate", {"sigma": 1e9}),
+    (ValueError, "truncate must be a number > 0", {"truncate": 0}),
+    (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
+]  # fmt: skip
 
 CONTRACT = Contract(
     cases={
@@ -145,6 +138,8 @@ CONTRACT = Contract(
         )
         for padding in PADDINGS
     },
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=True,
@@ -153,5 +148,10 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels={
+        "": Case(
+            partial(fastreg.smooth, sigma=0.7), lambda n, spatial, dtype: (make((n, 0, *spatial), dtype),)
+        )
+    },
     repeats=True,
 )

@@ -334,32 +334,6 @@ def test_mixed_dtypes(image_dtype, u_dtype):
     check_against_reference(fastreg.warp, reference("linear", "zeros"), (image, u))
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (TypeError, "image must be a tensor, got list", {"image": [1]}),
-        (TypeError, "image must be fp64, fp32, fp16 or bf16, got torch.int64", {"image": torch.zeros(2, 1, 3, 4, 5).long()}),
-        (TypeError, "displacement must be fp64", {"displacement": torch.zeros(2, 3, 3, 4, 5, dtype=torch.complex64)}),
-        (ValueError, r"image must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(3, 4, 5\)", {"image": torch.zeros(3, 4, 5)}),
-        (ValueError, r"displacement must have shape \(N, 3, D, H, W\), got \(2, 2, 3, 4, 5\)", {"displacement": torch.zeros(2, 2, 3, 4, 5)}),
-        (ValueError, r"with the spatial shape \(3, 4, 5\), got \(2, 3, 3, 4, 6\)", {"displacement": torch.zeros(2, 3, 3, 4, 6)}),
-        (ValueError, "with N = 2, got", {"displacement": torch.zeros(1, 3, 3, 4, 5)}),
-        (ValueError, "must be on [a-z:0-9]+ as the other tensors, got meta", {"displacement": torch.zeros(2, 3, 3, 4, 5, device="meta")}),
-        (ValueError, "displacement must be a dense tensor", {"displacement": torch.zeros(2, 3, 3, 4, 5).to_sparse()}),
-        (TypeError, "displacement must be a tensor, got NoneType", {"displacement": None}),
-        (TypeError, "affine must be a tensor, got list", {"affine": [1]}),
-        (ValueError, r"affine must have shape \(N, 3, 4\), got \(2, 3, 3\)", {"affine": torch.zeros(2, 3, 3)}),
-        (ValueError, r"affine must have shape \(N, 3, 4\) with N = 2, got \(1, 3, 4\)", {"affine": torch.zeros(1, 3, 4)}),
-        (ValueError, "mode must be 'linear' or 'nearest', got 'cubic'", {"mode": "cubic"}),
-        (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
-    ],
-)  # fmt: skip
-def test_errors(error, match, change):
-    arguments = {"image": torch.zeros(2, 1, 3, 4, 5), "displacement": torch.zeros(2, 3, 3, 4, 5)} | change
-    with pytest.raises(error, match=f"fastreg::warp: .*{match}" if "must be on" not in match else match):
-        fastreg.warp(arguments.pop("image"), arguments.pop("displacement"), **arguments)
-
-
 def opcheck(dtype):
     op, bwd = torch.ops.fastreg.warp.default, torch.ops.fastreg.warp_bwd.default
     image, u = make((2, 2, 4, 5, 6), dtype)
@@ -391,17 +365,39 @@ def made_affine(n, spatial, dtype):
 
 CASES = {padding: Case(partial(fastreg.warp, padding=padding), made) for padding in PADDINGS} | {
     "nearest": Case(partial(fastreg.warp, mode="nearest"), made),
-    "affine": Case(lambda image, u, affine: fastreg.warp(image, u, affine=affine),
-                   lambda *size: (*made(*size), made_affine(*size))),
-    "affine-border": Case(lambda image, u, affine: fastreg.warp(image, u, affine=affine, padding="border"),
-                          lambda *size: (*made(*size), made_affine(*size))),
+    **{
+        f"affine-{padding}": Case(lambda image, u, affine, p=padding: fastreg.warp(image, u, affine=affine, padding=p),
+                                  lambda *size: (*made(*size), made_affine(*size)))
+        for padding in PADDINGS
+    },
     "affine-alone": Case(lambda image, affine: fastreg.warp(image, None, affine=affine, padding="reflection"),
                          lambda *size: (made(*size)[0], made_affine(*size))),
     "affine-of-a-fixed-field": Case(lambda image, u, affine: fastreg.warp(image, u, affine=affine),
                                     lambda *size: (made(*size)[0], made(*size)[1].detach(), made_affine(*size))),
 }  # fmt: skip
+VALID = {"image": torch.zeros(2, 1, 3, 4, 5), "displacement": torch.zeros(2, 3, 3, 4, 5)}
+ERRORS = [
+    (TypeError, "image must be a tensor, got list", {"image": [1]}),
+    (TypeError, "image must be fp64, fp32, fp16 or bf16, got torch.int64", {"image": torch.zeros(2, 1, 3, 4, 5).long()}),
+    (TypeError, "displacement must be fp64", {"displacement": torch.zeros(2, 3, 3, 4, 5, dtype=torch.complex64)}),
+    (ValueError, r"image must have shape \(N, C, D, H, W\) or \(N, C, H, W\), got \(3, 4, 5\)", {"image": torch.zeros(3, 4, 5)}),
+    (ValueError, r"displacement must have shape \(N, 3, D, H, W\), got \(2, 2, 3, 4, 5\)", {"displacement": torch.zeros(2, 2, 3, 4, 5)}),
+    (ValueError, r"with the spatial shape \(3, 4, 5\), got \(2, 3, 3, 4, 6\)", {"displacement": torch.zeros(2, 3, 3, 4, 6)}),
+    (ValueError, "with N = 2, got", {"displacement": torch.zeros(1, 3, 3, 4, 5)}),
+    (ValueError, "must be on [a-z:0-9]+ as the other tensors, got meta", {"displacement": torch.zeros(2, 3, 3, 4, 5, device="meta")}),
+    (ValueError, "displacement must be a dense tensor", {"displacement": torch.zeros(2, 3, 3, 4, 5).to_sparse()}),
+    (TypeError, "displacement must be a tensor, got NoneType", {"displacement": None}),
+    (TypeError, "affine must be a tensor, got list", {"affine": [1]}),
+    (ValueError, r"affine must have shape \(N, 3, 4\), got \(2, 3, 3\)", {"affine": torch.zeros(2, 3, 3)}),
+    (ValueError, r"affine must have shape \(N, 3, 4\) with N = 2, got \(1, 3, 4\)", {"affine": torch.zeros(1, 3, 4)}),
+    (ValueError, "mode must be 'linear' or 'nearest', got 'cubic'", {"mode": "cubic"}),
+    (ValueError, "padding must be 'zeros' or 'border' or 'reflection', got 'wrap'", {"padding": "wrap"}),
+]  # fmt: skip
+
 CONTRACT = Contract(
     cases=CASES,
+    valid=VALID,
+    errors=ERRORS,
     opcheck=opcheck,
     gradcheck=True,
     double_backward=True,
@@ -410,6 +406,12 @@ CONTRACT = Contract(
     compiled=True,
     empty_batch=True,
     empty_axes=True,
+    empty_channels={
+        "": Case(
+            fastreg.warp,
+            lambda n, spatial, dtype: (make((n, 0, *spatial), dtype)[0], make((n, 2, *spatial), dtype)[1]),
+        )
+    },
     repeats={
         "far": Case(fastreg.warp, lambda *size: made(*size, 6.0)),
         "affine": CASES["affine-border"],
