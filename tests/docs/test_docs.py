@@ -46,6 +46,8 @@ def commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bin")
     scripts = {
         "fastreg": f"import sys; from fastreg.data import phantom; phantom.thorax.__defaults__ = ({SMALL}, 0)\n"
+        # Four steps of a training say as much as a hundred.
+        "sys.argv = ['4' if before == '--steps' else text for before, text in zip(['', *sys.argv], sys.argv)]\n"
         "from fastreg.cli import main; sys.exit(main())",
         "python": "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
     }
