@@ -70,8 +70,8 @@ def _plain(value: Any) -> Any:
 
 def refuse_own_inputs(out: Name, paths: Iterable[Name | None], outputs: Iterable[str]) -> None:
     """InputError where one of the outputs in the folder `out` would replace one of the paths (None: not given)."""
-    for path in paths:
-        for name in outputs if path is not None else ():
+    for path in (p for p in paths if p is not None):
+        for name in outputs:
             with contextlib.suppress(OSError):  # not there
                 if os.path.samefile(path, Path(out, name)):
                     raise InputError(f"{path}: is an input, and an output would replace it")

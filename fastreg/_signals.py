@@ -2,15 +2,19 @@
 
 import contextlib
 import signal
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
-def named(*names):
+def named(*names: str) -> list[signal.Signals]:
     """Those of the signals that this system has."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
-def handled(numbers, handler):
+def handled(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
     """Inside, handler takes these signals; afterwards what took them before. Outside the main thread: nothing happens."""
     previous = []
     try:

@@ -4,10 +4,13 @@ Exit status: 0; 1 where the demo misses its goals; 2 for bad input, with one lin
 Outputs are complete or absent.
 """
 
+import argparse
 import difflib
 import logging
 import signal
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from fastreg import _signals
 from fastreg._refusals import Refusal
@@ -16,7 +19,7 @@ from fastreg.commands import apply, demo, info, register, train
 from fastreg.commands.options import Parser
 
 
-def _parser():
+def _parser() -> Parser:
     parser = Parser(prog="fastreg", description="Deformable image registration.")
     parser.add_argument("--version", action="version", version=f"fastreg {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -27,7 +30,7 @@ def _parser():
     return parser
 
 
-def _parsed(argv):
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
         # The command's own parser, which knows where its help is.
@@ -35,24 +38,24 @@ def _parsed(argv):
     return args
 
 
-def _meant(parser, unknown):
+def _meant(parser: Parser, unknown: Sequence[str]) -> str:
     flags = [flag for action in parser._actions for flag in action.option_strings]
     close = [difflib.get_close_matches(text.split("=")[0], flags, 1) for text in unknown if text[:2] == "--"]
     return "".join(f"; did you mean {flag[0]}?" for flag in close if flag)
 
 
-def _terminate(number, _):
+def _terminate(number: int, _: object) -> NoReturn:
     # As an exception, so that the unfinished output is removed.
     sys.exit(128 + number)
 
 
-def _line(error):
+def _line(error: object) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or 'failed').lower()}"
     return " ".join(str(error).split())
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     # It announces its font cache on the first run, and complains about unwritable homes.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -1,22 +1,26 @@
 """How well a displacement registers a Case, where landmarks or labels tell."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastreg import io, metrics
+from fastreg.data.pairs import Case
 
 
-def scores(case, u, *, surfaces=False):
+def scores(case: Case, u: torch.Tensor, *, surfaces: bool = False) -> dict[str, Any]:
     """Scores of u (1, nd, *fixed grid), voxels, on the CPU.
 
     Returns:
         dict: "tre" ({"unit", "landmarks", "before", "after"}: of metrics.TRE) where the case has landmarks; "dice" ({"before",
         "after"}: {"mean", label: ...}) and "moved_labels" (ndarray) where it has labels; with surfaces "assd" (the same, mm).
     """
-    found, grid = {}, case.fixed_grid
-    if case.fixed_landmarks is not None:
+    found: dict[str, Any] = {}
+    grid = case.fixed_grid
+    if case.fixed_landmarks is not None and case.moving_landmarks is not None:
         fixed = torch.from_numpy(grid.to_index(case.fixed_landmarks))
         moving = torch.from_numpy(grid.to_index(case.moving_landmarks))
         found["tre"] = {
@@ -43,14 +47,14 @@ def scores(case, u, *, surfaces=False):
     for when, moved in (("before", before), ("after", after)):
         of_labels = metrics.dice(fixed, moved, labels).per_label
         of_labels = {label: of_labels.get(label, 0.0) for label in labels}
-        found["dice"][when] = {"mean": _mean(of_labels), **of_labels}
+        found["dice"][when] = {"mean": _mean(of_labels), **of_labels}  # type: ignore[misc]
         if surfaces:
             distances = metrics.assd(fixed, moved, grid.spacing_zyx, labels).per_label
-            found["assd"][when] = {"mean": _mean(distances), **distances}
+            found["assd"][when] = {"mean": _mean(distances), **distances}  # type: ignore[misc]
     return found
 
 
-def _mean(values):
+def _mean(values: Mapping[int, float]) -> float:
     """Over labels; one that is lost, at an infinite distance, is in the scores by label alone."""
     finite = [v for v in values.values() if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else math.nan

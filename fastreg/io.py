@@ -10,13 +10,16 @@ import gzip
 import math
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from fastreg._files import InputError, replacing, require_utf8
+from fastreg._files import InputError, Name, replacing, require_utf8
 from fastreg._refusals import Missing
 
 __all__ = [
@@ -35,7 +38,7 @@ __all__ = [
 SLAB = 1 << 20  # voxels
 
 
-def _sitk():
+def _sitk() -> Any:
     try:
         import SimpleITK
     except ImportError as error:
@@ -53,45 +56,45 @@ class Geometry:
     direction: tuple[float, ...]
 
     @classmethod
-    def of(cls, shape, spacing):
+    def of(cls, shape: Sequence[int], spacing: Sequence[float]) -> "Geometry":
         """The grid of an array: shape and spacing (mm) in (z, y, x), origin 0, axes along the patient's."""
         nd = len(shape)
         eye = tuple(float(v) for v in np.eye(nd).ravel())
         return cls(tuple(shape)[::-1], tuple(float(s) for s in spacing)[::-1], (0.0,) * nd, eye)
 
     @property
-    def nd(self):
+    def nd(self) -> int:
         return len(self.size)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """(z, y, x)."""
         return self.size[::-1]
 
     @property
-    def spacing_zyx(self):
+    def spacing_zyx(self) -> tuple[float, ...]:
         """mm, (z, y, x)."""
         return self.spacing[::-1]
 
     @property
-    def matrix(self):
+    def matrix(self) -> np.ndarray:
         """(nd, nd): turns a step in voxels (z, y, x) into mm (x, y, z)."""
         direction = np.asarray(self.direction, dtype=np.float64).reshape(self.nd, self.nd)
         return (direction * np.asarray(self.spacing))[:, ::-1].copy()
 
-    def to_physical(self, index):
+    def to_physical(self, index: ArrayLike) -> np.ndarray:
         """(..., nd) voxels (z, y, x) -> (..., nd) mm (x, y, z)."""
         return np.asarray(index, dtype=np.float64) @ self.matrix.T + np.asarray(self.origin)
 
-    def to_index(self, points):
+    def to_index(self, points: ArrayLike) -> np.ndarray:
         """(..., nd) mm (x, y, z) -> (..., nd) voxels (z, y, x)."""
         return (np.asarray(points, dtype=np.float64) - self.origin) @ np.linalg.inv(self.matrix).T
 
-    def contains(self, index):
+    def contains(self, index: np.ndarray) -> np.ndarray:
         """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
         return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)
 
-    def matches(self, other):
+    def matches(self, other: "Geometry") -> bool:
         """Whether both are one grid, up to what file formats round away (a thousandth of a voxel)."""
         if self.size != other.size:
             return False
@@ -99,12 +102,12 @@ class Geometry:
         apart = np.abs(self.to_physical(corners) - other.to_physical(corners)).max()
         return bool(apart <= 1e-3 * min(self.spacing))
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{'x'.join(map(str, self.size))} voxels of {' x '.join(f'{s:g}' for s in self.spacing)} mm"
 
 
 @contextlib.contextmanager
-def _silent_stderr():
+def _silent_stderr() -> Iterator[None]:
     """The C libraries below SimpleITK print to file descriptor 2; what they say is in the error we raise."""
     try:
         saved = os.dup(2)
@@ -121,7 +124,7 @@ def _silent_stderr():
         os.close(null)
 
 
-def _nifti_files(path):
+def _nifti_files(path: Path) -> tuple[Path, Path] | None:
     """(header, data) of a NIfTI or Analyze image, one file or two; None: it is none."""
     name = path.name.lower()
     if name.endswith((".nii", ".nii.gz")):
@@ -135,10 +138,10 @@ def _nifti_files(path):
         wanted = wanted.upper() if suffix.isupper() else wanted
         files = [path.with_name(stem + wanted + gz) for gz in ("", ".gz", ".GZ")]
         found += [file for file in files if file.exists()][:1]
-    return tuple(found) if len(found) == 2 else None
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
-def _not_finite_in_nifti(path, image):
+def _not_finite_in_nifti(path: Path, image: Any) -> int:
     """How many values of a NIfTI or Analyze image are NaN or infinite; EOFError where it is cut short.
 
     SimpleITK reads both without a word, as zeros, so the bytes have to be looked at.
@@ -159,14 +162,14 @@ def _not_finite_in_nifti(path, image):
         while block := stream.read(1 << 22):
             if dtype and missing > 0:
                 values = np.frombuffer(block[:missing], dtype, min(len(block), missing) // (bits // 8))
-                bad += values.size - np.count_nonzero(np.isfinite(values))
+                bad += values.size - int(np.count_nonzero(np.isfinite(values)))
             missing -= len(block)
     if missing > 0:
         raise EOFError
     return bad
 
 
-def _read(path):
+def _read(path: Name) -> tuple[Any, int]:
     sitk = _sitk()
     path = Path(path)
     require_utf8(path)
@@ -196,7 +199,7 @@ def _read(path):
     return image, bad
 
 
-def _geometry(image, path):
+def _geometry(image: Any, path: Name) -> Geometry:
     """The grid of a SimpleITK image, which must be one that can be interpolated on."""
     geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     flat = [axis for axis, n in zip("xyz", geometry.size, strict=False) if n < 2]
@@ -211,7 +214,7 @@ def _geometry(image, path):
     return geometry
 
 
-def read_image(path):
+def read_image(path: Name) -> tuple[np.ndarray, Geometry]:
     """Reads a scalar 2D or 3D image: any file SimpleITK reads, or a folder with one DICOM series.
 
     Returns:
@@ -237,7 +240,7 @@ def read_image(path):
     return array, geometry
 
 
-def read_displacement(path):
+def read_displacement(path: Name) -> tuple[torch.Tensor, Geometry]:
     """Reads an ITK displacement field (x, y, z), mm, LPS, as write_displacement writes it.
 
     Returns:
@@ -261,7 +264,7 @@ def read_displacement(path):
     ], geometry
 
 
-def read_landmarks(path, nd):
+def read_landmarks(path: Name, nd: int) -> np.ndarray:
     """Reads points from a csv file whose header names x, y and z (2D: x and y); other columns are ignored.
 
     Returns:
@@ -295,7 +298,7 @@ def read_landmarks(path, nd):
     return np.asarray(points, dtype=np.float64)
 
 
-def write_landmarks(path, points):
+def write_landmarks(path: Name, points: ArrayLike) -> None:
     """Writes (P, nd) points, mm, (x, y, z), as read_landmarks reads them."""
     points = np.asarray(points, dtype=np.float64)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
@@ -304,7 +307,7 @@ def write_landmarks(path, points):
         writer.writerows([f"{v:.9g}" for v in point] for point in points)
 
 
-def _write(path, image, geometry):
+def _write(path: Name, image: Any, geometry: Geometry) -> None:
     require_utf8(path)
     sitk = _sitk()
     image.SetSpacing(geometry.spacing)
@@ -318,7 +321,7 @@ def _write(path, image, geometry):
             raise OSError(f"{path}: cannot be written as an image") from error
 
 
-def write_image(path, array, geometry):
+def write_image(path: Name, array: ArrayLike, geometry: Geometry) -> None:
     """Writes an array (z, y, x) on its grid; the extension of path is the format. OSError when that fails."""
     array = np.asarray(array)
     known = {np.dtype(np.float16): np.float32, np.dtype(bool): np.uint8}  # what files cannot hold
@@ -326,7 +329,7 @@ def write_image(path, array, geometry):
     _write(path, _sitk().GetImageFromArray(array), geometry)
 
 
-def write_displacement(path, u, geometry):
+def write_displacement(path: Name, u: torch.Tensor, geometry: Geometry) -> None:
     """Writes u (1, nd, *spatial), in voxels of geometry, as an ITK displacement field: (x, y, z), mm, fp32.
 
     ITK's DisplacementFieldTransform of the file maps a fixed point to the moving point it corresponds to.
@@ -336,7 +339,15 @@ def write_displacement(path, u, geometry):
     _write(path, _sitk().GetImageFromArray(vectors, isVector=True), geometry)
 
 
-def resample(image, geometry, onto, u=None, *, mode="linear", outside=0.0):
+def resample(
+    image: torch.Tensor,
+    geometry: Geometry,
+    onto: Geometry,
+    u: torch.Tensor | None = None,
+    *,
+    mode: str = "linear",
+    outside: float | None = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Interpolates an image once on another grid: out(p) = image at the physical point of p + u(p).
 
     Args:

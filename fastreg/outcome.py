@@ -86,7 +86,7 @@ class Outcome:
         io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
         io.write_displacement(folder / "displacement.nii.gz", u, grid)
         if self.moved_labels is not None:
-            labels = self.moved_labels.astype(case.moving_labels.dtype)
+            labels = self.moved_labels.astype(case.moving_labels.dtype)  # type: ignore[union-attr]
             io.write_image(folder / "moved_labels.nii.gz", labels, grid)
         draw(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
         summary |= {

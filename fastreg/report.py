@@ -1,6 +1,7 @@
 """The picture of a registration: images before and after, differences, the deformed grid, the Jacobian."""
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def require_matplotlib() -> None:
         raise Missing("matplotlib", "the picture")
 
 
-def _anatomical(geometry):
+def _anatomical(geometry: Geometry) -> tuple[list[int], list[bool]]:
     """For superior, posterior, left (2D: no S): the nearest axis of the array, whether it runs backwards."""
     nd = geometry.nd
     direction = np.asarray(geometry.direction).reshape(nd, nd)[::-1, ::-1]  # (z, y, x) both ways
@@ -49,21 +50,21 @@ def _anatomical(geometry):
     return order, flip
 
 
-def _turn(array, order, flip):
-    return np.flip(array.transpose(order), [axis for axis, f in enumerate(flip) if f])
+def _turn(array: np.ndarray, order: Sequence[int], flip: Sequence[bool]) -> np.ndarray:
+    return np.flip(array.transpose(order), tuple(axis for axis, f in enumerate(flip) if f))
 
 
-def _percentile(values, shares):
+def _percentile(values: np.ndarray, shares: Any) -> Any:
     flat = values.ravel()
     return np.nanpercentile(flat[:: max(1, flat.size // 1_000_000)], shares)
 
 
-def _window(image):
+def _window(image: np.ndarray) -> tuple[float, float]:
     low, high = _percentile(image, [0.5, 99.5])
     return (low, high) if high > low else (low, low + 1)
 
 
-def _cuts(before):
+def _cuts(before: np.ndarray) -> list[int]:
     """The slice of each axis to show: in the middle half, the most central where images differed most."""
     cuts = []
     for axis, n in enumerate(before.shape):
@@ -76,7 +77,7 @@ def _cuts(before):
     return cuts
 
 
-def _planes(nd, cuts):
+def _planes(nd: int, cuts: Sequence[int]) -> list[tuple[str, int | None, int | None, int, int, bool]]:
     """(name, axis cut, slice, vertical axis, horizontal axis, whether the vertical one points up)."""
     if nd == 2:
         return [("", None, None, 0, 1, False)]
@@ -120,12 +121,14 @@ def draw(
     fixed, moving, moved, determinant = (
         _turn(np.asarray(a, dtype=np.float32), order, flip) for a in (fixed, moving, moved, determinant)
     )
-    u = [_turn(u[axis], order, flip) * (-1 if back else 1) for axis, back in zip(order, flip, strict=True)]
+    moves = [
+        _turn(u[axis], order, flip) * (-1 if back else 1) for axis, back in zip(order, flip, strict=True)
+    ]
     spacing = [geometry.spacing_zyx[axis] for axis in order]
 
     fixed_window, moving_window = _window(fixed), _window(moving)
 
-    def scaled(image, window):
+    def scaled(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
         return np.clip((image - window[0]) / (window[1] - window[0]), 0, 1)
 
     before = scaled(moving, moving_window) - scaled(fixed, fixed_window)
@@ -159,24 +162,26 @@ def draw(
     page_h = top + bottom + sum(cell_h) + (len(planes) - 1) * gap
 
     figure = Figure(figsize=(page_w, page_h), facecolor=PAPER)
-    text = {"color": INK, "family": "DejaVu Sans"}
-    centred = {**text, "size": 9, "ha": "center", "va": "center"}
+    text: dict[str, Any] = {"color": INK, "family": "DejaVu Sans"}
+    centred: dict[str, Any] = {**text, "size": 9, "ha": "center", "va": "center"}
     if title:
         figure.text(left / page_w, 1 - 0.2 / page_h, title, size=10, va="center", parse_math=False, **text)
 
-    def axes_at(x, y, w, h):
+    def axes_at(x: float, y: float, w: float, h: float) -> Any:
         return figure.add_axes((x / page_w, 1 - (y + h) / page_h, w / page_w, h / page_h))
 
     shown = {}
     y0 = top
     for row, (plane, cut, at, vertical, horizontal, up) in enumerate(planes):
 
-        def plane_of(volume, cut=cut, at=at):
+        def plane_of(volume: np.ndarray, cut: Any = cut, at: Any = at) -> np.ndarray:
             return volume if cut is None else volume.take(at, cut)
 
         w, h = size[horizontal] * scale, size[vertical] * scale
-        extent = (-0.5 * spacing[horizontal], size[horizontal] - 0.5 * spacing[horizontal])
-        extent += (size[vertical] - 0.5 * spacing[vertical], -0.5 * spacing[vertical])
+        extent = (
+            -0.5 * spacing[horizontal], size[horizontal] - 0.5 * spacing[horizontal],
+            size[vertical] - 0.5 * spacing[vertical], -0.5 * spacing[vertical],
+        )  # fmt: skip
         if plane:
             figure.text(0.2 / page_w, 1 - (y0 + h / 2) / page_h, plane, rotation=90, **centred)
         for column, (name, volume, style) in enumerate(columns):
@@ -193,7 +198,9 @@ def draw(
                 background = 1 - 0.22 * scaled(plane_of(fixed), fixed_window)
                 ax.imshow(background, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
                 steps = spacing[vertical], spacing[horizontal]
-                lines = _grid_lines(plane_of(u[vertical]), plane_of(u[horizontal]), *steps, max(size) / 36)
+                lines = _grid_lines(
+                    plane_of(moves[vertical]), plane_of(moves[horizontal]), *steps, max(size) / 36
+                )
                 ax.add_collection(LineCollection(lines, colors="#1b4f8f", linewidths=0.55, alpha=0.9))
             else:
                 shown[name] = ax.imshow(plane_of(volume), extent=extent, interpolation="nearest", **style)
@@ -218,8 +225,8 @@ def draw(
     figure.colorbar(shown["Jacobian determinant"], cax=bar, orientation="horizontal")
     bars.append(bar)
     share = float((~(determinant > 0)).mean())
-    folded = "no folding" if share == 0 else f"folding (≤ 0): {100 * share:.2g} % of voxels"
-    bar.set_xlabel(folded, size=7, labelpad=1, family="DejaVu Sans", color=FOLD if share else INK)
+    folds = "no folding" if share == 0 else f"folding (≤ 0): {100 * share:.2g} % of voxels"
+    bar.set_xlabel(folds, size=7, labelpad=1, family="DejaVu Sans", color=FOLD if share else INK)
     for bar in bars:
         bar.tick_params(labelsize=6.5, length=2, pad=1.5, color=INK, labelcolor=INK, width=0.6)
         for spine in bar.spines.values():
@@ -227,7 +234,13 @@ def draw(
     return figure
 
 
-def _grid_lines(u_vertical, u_horizontal, step_vertical, step_horizontal, mesh):
+def _grid_lines(
+    u_vertical: np.ndarray,
+    u_horizontal: np.ndarray,
+    step_vertical: float,
+    step_horizontal: float,
+    mesh: float,
+) -> list[np.ndarray]:
     """Lines some `mesh` mm apart, (x, y) in mm, each point p drawn at p + u(p)."""
     rows, columns = u_vertical.shape
     y = (np.arange(rows)[:, None] + u_vertical) * step_vertical
@@ -238,7 +251,7 @@ def _grid_lines(u_vertical, u_horizontal, step_vertical, step_horizontal, mesh):
     return [*points[first_row::every_row], *points[:, first_column::every_column].swapaxes(0, 1)]
 
 
-def _letters(ax, vertical, horizontal):
+def _letters(ax: Any, vertical: Sequence[str], horizontal: Sequence[str]) -> None:
     from matplotlib.patheffects import withStroke
 
     style = {"color": "#ffd166", "size": 6.5, "weight": "bold", "family": "DejaVu Sans"}

@@ -1,5 +1,6 @@
 """`fastreg apply`: a trained net on two scans, or a displacement field on images, labels and points."""
 
+import argparse
 import time
 
 import numpy as np
@@ -15,14 +16,14 @@ from fastreg.training import checkpoint
 from fastreg.training.build import predict
 
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import add_common, device_of
+from .options import Parser, add_common, device_of
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points")
 PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask")
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "apply",
         help="a trained net, or a displacement field",
@@ -51,7 +52,7 @@ def add(commands):
     command.set_defaults(run=_run)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     by_net = args.weights is not None
     for name in FIELD_ONLY if by_net else PAIR_ONLY:
         if getattr(args, name) is not None:
@@ -62,7 +63,7 @@ def _run(args):
     return _apply_net(args) if by_net else _apply_field(args)
 
 
-def _apply_net(args):
+def _apply_net(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     report.require_matplotlib()
     args.fixed, args.moving = args.images
@@ -90,7 +91,7 @@ def _apply_net(args):
     return 0
 
 
-def _apply_field(args):
+def _apply_field(args: argparse.Namespace) -> int:
     (args.moving,) = args.images
     refuse_own_inputs(args.out, (args.field, args.moving, args.labels, args.points), FIELD_OUTPUTS)
     device_of(args)
@@ -124,6 +125,6 @@ def _apply_field(args):
     return 0
 
 
-def _moved(index, u, grid):
+def _moved(index: np.ndarray, u: torch.Tensor, grid: io.Geometry) -> np.ndarray:
     """mm in the moving image of points of the fixed one, voxels."""
     return grid.to_physical(move_points(torch.from_numpy(index), u).numpy())

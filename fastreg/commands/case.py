@@ -1,19 +1,21 @@
 """A pair of scans on the command line: what users pass is read."""
 
+import argparse
+
 from fastreg._console import warn
 from fastreg._files import InputError
 from fastreg.data import pairs
 
 
-def _pair(args, kind):
+def _pair(args: argparse.Namespace, kind: str) -> tuple[str | None, str | None]:
     paths = getattr(args, f"fixed_{kind}"), getattr(args, f"moving_{kind}")
     if (paths[0] is None) != (paths[1] is None):
         missing = "fixed" if paths[0] is None else "moving"
         raise InputError(f"--fixed-{kind} and --moving-{kind} go together: --{missing}-{kind} is missing")
-    return paths if paths[0] is not None else None
+    return paths
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Landmarks, labels and mask of a pair."""
     for which in ("fixed", "moving"):
         text = f"points in the {which} image: header x,y,z, mm, LPS; row i of one matches row i of the other"
@@ -24,21 +26,22 @@ def add_arguments(parser):
     parser.add_argument("--mask", metavar="IMAGE", help="fixed grid; weights of the comparison")
 
 
-def read_case(args):
+def read_case(args: argparse.Namespace) -> pairs.Case:
     """The Case that the arguments name."""
-    landmarks, labels = _pair(args, "landmarks"), _pair(args, "labels")
+    fixed_labels, moving_labels = _pair(args, "labels")
+    fixed_landmarks, moving_landmarks = _pair(args, "landmarks")
     pair = pairs.Pair(
-        args.fixed, args.moving, *(labels or (None, None)), *(landmarks or (None, None)), args.mask
+        args.fixed, args.moving, fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, args.mask
     )
     return pairs.read_case(pair, warn)
 
 
-def paths_of(args):
+def paths_of(args: argparse.Namespace) -> tuple[str | None, ...]:
     """The files of a pair that the arguments name."""
     kinds = ("", "_landmarks", "_labels")
     return (*(getattr(args, f"{which}{kind}") for kind in kinds for which in ("fixed", "moving")), args.mask)
 
 
-def files_of(args):
+def files_of(args: argparse.Namespace) -> dict[str, str]:
     """For the report."""
     return {"fixed": args.fixed, "moving": args.moving}

@@ -1,5 +1,6 @@
 """`fastreg demo`: a synthetic thorax whose motion is known."""
 
+import argparse
 import contextlib
 import time
 
@@ -10,7 +11,7 @@ from fastreg.data import phantom
 from fastreg.data.pairs import Case
 from fastreg.outcome import OUTPUTS
 
-from .options import add_common
+from .options import Parser, add_common
 from .register import add_parameters, solve
 
 INPUTS = ("fixed.nii.gz", "moving.nii.gz", "fixed_labels.nii.gz", "moving_labels.nii.gz")
@@ -19,7 +20,7 @@ PAIRS = "pairs.csv"  # for fastreg train
 DEMO_OUTPUTS = (*OUTPUTS, *INPUTS, *LANDMARKS, PAIRS)
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "demo",
         help="register a synthetic breathing thorax and judge the result",
@@ -33,14 +34,14 @@ def add(commands):
     command.set_defaults(run=_run)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     if args.out is not None:
         report.require_matplotlib()
-        output = output_folder(args.out, DEMO_OUTPUTS, replace=args.force)
-    else:
-        output = contextlib.nullcontext()
-    with output as folder:
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if args.out is not None:
+            folder = stack.enter_context(output_folder(args.out, DEMO_OUTPUTS, replace=args.force))
         if not args.quiet:
             with telling():
                 print("making a breathing thorax whose motion is known ...")

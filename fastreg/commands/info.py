@@ -1,5 +1,6 @@
 """`fastreg info`: versions, devices, implementations."""
 
+import argparse
 import os
 import platform
 
@@ -8,13 +9,15 @@ import torch
 from fastreg import _ext
 from fastreg._version import __version__
 
+from .options import Parser
 
-def add(commands):
+
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser("info", help="versions, devices, which implementation each op has")
     command.set_defaults(run=_run)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     build = _ext.build_info()
     print(f"fastreg     {__version__}")
     print(f"torch       {torch.__version__}")

@@ -8,7 +8,7 @@ from fastreg.training import Net
 NAMES = ("preset", "set", "intensity", "crop", "size", "spacing")
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """--preset, --set and what makes the net's input; None where not given."""
     presets = "; ".join(f"{name}: {', '.join(cls.presets)}" for name, cls in models.MODELS.items())
     parser.add_argument("--preset", help=f'arguments of the model, "paper" by default ({presets})')

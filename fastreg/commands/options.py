@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,18 +13,18 @@ from fastreg.training.distributed import usable
 class Parser(argparse.ArgumentParser):
     """Whose errors are InputError, one line; `-1000,-100` is a value, not an option."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._negative_number_matcher = re.compile(r"-[\d.]")
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def numbers(text):
+def numbers(text: str) -> int | float | tuple[int | float, ...]:
     """A number, or several that commas separate."""
 
-    def one(part):
+    def one(part: str) -> int | float:
         try:
             return int(part)
         except ValueError:
@@ -36,7 +37,7 @@ def numbers(text):
 numbers.__name__ = "number"  # argparse names it in its message
 
 
-def set_threads(args):
+def set_threads(args: argparse.Namespace) -> None:
     """As the arguments say."""
     if args.threads is not None:
         if args.threads < 1:
@@ -46,19 +47,19 @@ def set_threads(args):
         torch.set_num_threads(args.threads)
 
 
-def device_of(args):
+def device_of(args: argparse.Namespace) -> torch.device:
     """The torch.device that the arguments ask for; sets the number of threads."""
     set_threads(args)
     return usable(args.device)
 
 
-def add_common(parser):
+def add_common(parser: argparse.ArgumentParser) -> None:
     """What every command that computes takes."""
-    parser = parser.add_argument_group("common")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
-    parser.add_argument(
+    group = parser.add_argument_group("common")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    group.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    group.add_argument(
         "--progress", action="store_true", help="the progress bar, though stderr is no terminal"
     )
-    parser.add_argument("--force", action="store_true", help="replace outputs that OUT already holds")
+    group.add_argument("--force", action="store_true", help="replace outputs that OUT already holds")

@@ -5,7 +5,9 @@ import contextlib
 import inspect
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from fastreg import io, models, report
 from fastreg._console import bar, progress, seen, telling, warn
 from fastreg._descent import SIMILARITIES, TRANSFORMS
 from fastreg._files import InputError, output_folder, refuse_own_inputs
-from fastreg.data.pairs import sample_of, weights_of
+from fastreg.data.pairs import Case, sample_of, weights_of
 from fastreg.outcome import OUTPUTS, Outcome, intensities
 from fastreg.registration import register
 from fastreg.training import Training
@@ -21,7 +23,7 @@ from fastreg.training.build import predict
 
 from . import nets
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import add_common, device_of, numbers
+from .options import Parser, add_common, device_of, numbers
 
 STEPS = 300  # of a net on one pair
 
@@ -40,7 +42,7 @@ CHOICES = {"similarity": SIMILARITIES, "transform": TRANSFORMS}
 METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "register",
         help="register two images",
@@ -65,18 +67,18 @@ def add(commands):
     command.set_defaults(run=_run)
 
 
-def tunable():
+def tunable() -> list[inspect.Parameter]:
     """The parameters of `register` that a number on the command line can set."""
     given = ("fixed", "moving", "spacing", "mask", "progress")
     return [p for p in inspect.signature(register).parameters.values() if p.name not in given]
 
 
-def add_parameters(parser):
+def add_parameters(parser: argparse.ArgumentParser) -> None:
     """A flag for each parameter of `register`; one that is not given is not in the arguments."""
     group = parser.add_argument_group("the pairwise optimiser", "parameters of fastreg.register")
     for p in tunable():
         flag = "--" + p.name.replace("_", "-")
-        options = {
+        options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
             "help": f"{HELP.get(p.name, 'see fastreg.register')} (default: {_pasted(p)})",
         }
@@ -88,7 +90,7 @@ def add_parameters(parser):
             group.add_argument(flag, type=numbers, metavar=METAVARS.get(p.name, "X"), **options)
 
 
-def _pasted(parameter):
+def _pasted(parameter: inspect.Parameter) -> str:
     """A default as one would type it."""
     value = parameter.default
     if value is None:
@@ -99,21 +101,24 @@ def _pasted(parameter):
 
 
 @contextlib.contextmanager
-def _progress(args):
+def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int, int, int, float], None] | None]:
     """Yields the `progress` argument of register: a bar a level; where nobody looks a line a level; None if --quiet."""
     if args.quiet and not args.progress:
         yield None
         return
-    shown = level_shown = ended = None
+    shown: Any = None
+    level_shown: int | None = None
+    ended: str | None = None
+    begin = time.perf_counter()
 
-    def end():
+    def end() -> None:
         if shown is not None:
             shown.close()
         elif ended is not None and not args.quiet:
             with telling():
                 print(ended)
 
-    def told(level, n_levels, iteration, n_iterations, loss):
+    def told(level: int, n_levels: int, iteration: int, n_iterations: int, loss: float) -> None:
         nonlocal shown, level_shown, ended, begin
         if level != level_shown:
             end()
@@ -126,20 +131,19 @@ def _progress(args):
         spent = time.perf_counter() - begin
         ended = f"level {level + 1} of {n_levels}: {iteration + 1} iterations, loss {loss:.4f}, {spent:.1f} s"
 
-    begin = time.perf_counter()
     try:
         yield told
     finally:
         end()
 
 
-def _begin(args, case, device, what="registering"):
+def _begin(args: argparse.Namespace, case: Case, device: torch.device, what: str = "registering") -> None:
     if not args.quiet and not seen(always=args.progress):
         with telling():
             print(f"{what}: {case.fixed_grid}, {device}")
 
 
-def solve(case, args):
+def solve(case: Case, args: argparse.Namespace) -> Outcome:
     """Registers a Case as the arguments say: an Outcome."""
     device = device_of(args)
     parameters = {p.name: getattr(args, p.name, p.default) for p in tunable()}
@@ -167,7 +171,7 @@ def solve(case, args):
     return Outcome(case, u, device, summary, (start, inside))
 
 
-def _optimise(case, args):
+def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
     """A net on the pair alone, as RRN's authors trained on the scans that they registered: an Outcome."""
     given = [p.name for p in tunable() if hasattr(args, p.name) and p.name != "learning_rate"]
     if given:
@@ -208,7 +212,7 @@ def _optimise(case, args):
     return Outcome(case, u, device, summary)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     report.require_matplotlib()
     refuse_own_inputs(args.out, paths_of(args), OUTPUTS)

@@ -1,8 +1,11 @@
 """`fastreg train`: a net on many pairs, or on the one that it is to register."""
 
+import argparse
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from fastreg import models, report
 from fastreg._console import telling
@@ -13,10 +16,10 @@ from fastreg.training.run import resumable
 from fastreg.training.settings import merged
 
 from . import nets
-from .options import add_common, set_threads
+from .options import Parser, add_common, set_threads
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "train",
         help="train a net",
@@ -66,7 +69,7 @@ def add(commands):
     command.set_defaults(run=_run)
 
 
-def _settings(args, saved):
+def _settings(args: argparse.Namespace, saved: Mapping[str, Any] | None) -> Settings:
     """All arguments of the run: given ones before those of the checkpoint, these before defaults."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
@@ -76,7 +79,7 @@ def _settings(args, saved):
     return Settings(**(given if saved is None else merged(args.out, given, saved)))
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes must be positive, got {args.minutes}")
     saved = resumable(args.out, args.resume)

@@ -7,6 +7,7 @@ A csv has a header: `fixed`, `moving`, and where there are any `fixed_labels`, `
 import csv
 import functools
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 
 from fastreg import io
-from fastreg._files import InputError
+from fastreg._files import InputError, Name
 
+from .preprocessing import Preprocessing
 from .sample import Sample
 
 TASKS = ("inter", "intra", "one-shot")
 OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask")
 SMALL_OVERLAP = 0.1
+Warn = Callable[[str], object]
 IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".tif", ".tiff", ".jpg", ".dcm", ".hdr")
 
 
@@ -37,7 +40,7 @@ class Pair:
     mask: str | None = None
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"{Path(self.moving).name} → {Path(self.fixed).name}"
 
 
@@ -57,14 +60,14 @@ class Case:
     mask: np.ndarray | None = None
 
     @property
-    def weights(self):
+    def weights(self) -> torch.Tensor | None:
         """The mask as fp32 (1, 1, *spatial), at most 1, or None: only ratios count, and fp32 does not hold all that a file may."""
         if self.mask is None:
             return None
         return torch.from_numpy((self.mask / float(self.mask.max())).astype(np.float32))[None, None]
 
 
-def _read_intensities(path):
+def _read_intensities(path: Name) -> tuple[np.ndarray, io.Geometry]:
     array, grid = io.read_image(path)
     if array.min() == array.max():
         raise InputError(f"{path}: must not be constant, got {array.min():g} everywhere")
@@ -74,7 +77,7 @@ def _read_intensities(path):
     return array, grid
 
 
-def read_beside(path, grid, image):
+def read_beside(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
     """An image that must lie on the grid of another one."""
     array, own = io.read_image(path)
     if not own.matches(grid):
@@ -83,7 +86,7 @@ def read_beside(path, grid, image):
     return array
 
 
-def read_labels(path, grid, image):
+def read_labels(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
     """Whole numbers on the grid of an image."""
     array = read_beside(path, grid, image)
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
@@ -93,7 +96,7 @@ def read_labels(path, grid, image):
     return array
 
 
-def read_mask(path, grid, image):
+def read_mask(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
     """Weights on the grid of an image."""
     array = read_beside(path, grid, image)
     if array.min() < 0 or not array.any():
@@ -101,7 +104,7 @@ def read_mask(path, grid, image):
     return array
 
 
-def _read_points(paths, grids, warn):
+def _read_points(paths: Sequence[Name], grids: Sequence[io.Geometry], warn: Warn) -> list[np.ndarray]:
     points = [io.read_landmarks(path, grids[0].nd) for path in paths]
     if len(points[0]) != len(points[1]):
         raise InputError(f"{paths[0]} holds {len(points[0])} landmarks, {paths[1]} holds {len(points[1])}")
@@ -114,17 +117,17 @@ def _read_points(paths, grids, warn):
     return points
 
 
-def read_case(pair, warn=lambda message: None):
+def read_case(pair: Pair, warn: Warn = lambda message: None) -> Case:
     """What the files of a Pair hold. InputError for those that do not fit each other; warn(message) for what may be meant."""
     fixed, fixed_grid = _read_intensities(pair.fixed)
     moving, moving_grid = _read_intensities(pair.moving)
     if fixed_grid.nd != moving_grid.nd:
         raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
     case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
-    if pair.fixed_landmarks:
+    if pair.fixed_landmarks and pair.moving_landmarks:
         paths = pair.fixed_landmarks, pair.moving_landmarks
         case.fixed_landmarks, case.moving_landmarks = _read_points(paths, (fixed_grid, moving_grid), warn)
-    if pair.fixed_labels:
+    if pair.fixed_labels and pair.moving_labels:
         case.fixed_labels = read_labels(pair.fixed_labels, fixed_grid, pair.fixed)
         case.moving_labels = read_labels(pair.moving_labels, moving_grid, pair.moving)
         if not (case.fixed_labels.any() or case.moving_labels.any()):
@@ -134,7 +137,9 @@ def read_case(pair, warn=lambda message: None):
     return case
 
 
-def weights_of(mask, inside, warn=lambda message: None):
+def weights_of(
+    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = lambda message: None
+) -> tuple[float, torch.Tensor | None]:
     """Where a loss counts: where the moving image reaches (inside, bool), times the user's mask (or None), both
     (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere).
     """
@@ -154,7 +159,7 @@ def weights_of(mask, inside, warn=lambda message: None):
 # Lists of pairs
 
 
-def find_pairs(path, task="inter"):
+def find_pairs(path: Name, task: str = "inter") -> list[Pair]:
     """The pairs that a csv lists or a folder implies: list of Pair. InputError says what is missing.
 
     A folder holds images, or `images/` with `labels/` (the same file names) and `landmarks/` (NAME.csv) beside it. Each is
@@ -178,7 +183,7 @@ def find_pairs(path, task="inter"):
     return pairs
 
 
-def _of_csv(path):
+def _of_csv(path: Path) -> list[Pair]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
@@ -211,13 +216,13 @@ def _of_csv(path):
     return pairs
 
 
-def _stem(path):
+def _stem(path: Path) -> str:
     name = path.name
     suffix = next((s for s in sorted(IMAGES, key=len, reverse=True) if name.lower().endswith(s)), "")
     return name[: len(name) - len(suffix)]
 
 
-def _of_folder(path, task):
+def _of_folder(path: Path, task: str) -> list[Pair]:
     inside = path / "images"
     folder = inside if inside.is_dir() else path
     images = sorted(
@@ -227,17 +232,17 @@ def _of_folder(path, task):
         raise InputError(f"{folder}: must hold at least two images, got {len(images)}")
     beside = [path] if inside.is_dir() else []
 
-    def extra(kind, name):
+    def extra(kind: str, name: str) -> str | None:
         found = [str(f / kind / name) for f in beside if (f / kind / name).exists()]
         return found[0] if found else None
 
-    def pair(fixed, moving):
-        files = {"fixed": str(fixed), "moving": str(moving)}
+    def pair(fixed: Path, moving: Path) -> Pair:
+        files: dict[str, str | None] = {"fixed": str(fixed), "moving": str(moving)}
         for kind, name in (("labels", lambda f: f.name), ("landmarks", lambda f: f"{_stem(f)}.csv")):
             both = extra(kind, name(fixed)), extra(kind, name(moving))
             if all(both):
                 files[f"fixed_{kind}"], files[f"moving_{kind}"] = both
-        return Pair(**files)
+        return Pair(**files)  # type: ignore[arg-type]
 
     if task == "one-shot":
         if len(images) != 2:
@@ -253,25 +258,32 @@ def _of_folder(path, task):
 # What a net is trained on
 
 
-class Pairs:
+class Pairs(Sequence[Sample]):
     """Pair files as a sequence of Sample, read when they are asked for; the last ones stay in memory.
 
     Args: pairs (list of Pair). preprocessing (Preprocessing). keep (int): samples that stay. ndim: 2 or 3, that images must
     have, or None.
     """
 
-    def __init__(self, pairs, preprocessing, *, keep=64, ndim=None):
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        preprocessing: Preprocessing,
+        *,
+        keep: int = 64,
+        ndim: int | None = None,
+    ) -> None:
         self.pairs, self.preprocessing, self.ndim = list(pairs), preprocessing, ndim
         self._sample = functools.lru_cache(maxsize=keep)(self._read)
         self._image = functools.lru_cache(maxsize=keep)(_read_intensities)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, k):
+    def __getitem__(self, k: int) -> Sample:  # type: ignore[override]
         return self._sample(k)
 
-    def _read(self, k):
+    def _read(self, k: int) -> Sample:
         pair = self.pairs[k]
         arrays = {side: self._image(getattr(pair, side)) for side in ("fixed", "moving")}
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
@@ -282,7 +294,9 @@ class Pairs:
         return sample_of(case, self.preprocessing, self.ndim)[0]
 
 
-def sample_of(case, preprocessing, ndim=None, warn=lambda message: None):
+def sample_of(
+    case: Case, preprocessing: Preprocessing, ndim: int | None = None, warn: Warn = lambda message: None
+) -> tuple[Sample, io.Geometry]:
     """(Sample, Geometry): a Case as a net takes it, and the grid that it takes it on."""
     if ndim is not None and case.fixed_grid.nd != ndim:
         raise InputError(f"{case.title}: the net registers {ndim}D images, got {case.fixed_grid.nd}D")

@@ -10,6 +10,7 @@ the chest wall (by up to 30 mm), which is what smooth registration finds hard. B
 the same anatomy at its two places, neither by interpolating the other; noise and lung density differ.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,7 +195,7 @@ def _wall_distance(points):
     return np.array([np.sqrt(((surface - p) ** 2).sum(1).min()) for p in points])
 
 
-def thorax(shape=(112, 112, 160), seed=0):
+def thorax(shape: tuple[int, ...] = (112, 112, 160), seed: int = 0) -> Phantom:
     """A thorax at end-exhale (fixed) and end-inhale (moving). The same seed and shape give the same phantom.
 
     Args: shape (tuple): voxels (D, H, W), each at least 16; they always cover 280 x 224 x 320 mm. seed (int).
@@ -209,12 +210,12 @@ def thorax(shape=(112, 112, 160), seed=0):
 
     lung_waves, soft_waves, wall_waves = (_waves(rng, 8, *mm) for mm in ((12, 45), (12, 40), (10, 30)))
     trees = [_tree(rng, side, 330) for side in (-1, 1)]
-    marks = []
+    ends = []
     for nodes, parent, _ in trees:
         children = np.bincount(parent[1:], minlength=len(nodes))
         # what an expert would mark: where vessels branch or end
-        marks.append(nodes[(children != 1) & (np.arange(len(nodes)) > 0)])
-    marks = np.concatenate(marks)
+        ends.append(nodes[(children != 1) & (np.arange(len(nodes)) > 0)])
+    marks = np.concatenate(ends)
     depth = _lung_depth(marks[:, 0], *_q(*marks.T))
     marks = marks[depth > 2.0]
     marks = marks[rng.permutation(len(marks))[:300]]
@@ -291,7 +292,7 @@ def thorax(shape=(112, 112, 160), seed=0):
     )
 
 
-def score(phantom, displacement, seconds=0.0):
+def score(phantom: Phantom, displacement: torch.Tensor, seconds: float = 0.0) -> dict[str, float]:
     """How well a displacement (1, 3, D, H, W), in voxels, explains the phantom.
 
     Returns: dict: tre_before, tre_after, tre_wall (means, mm; wall: landmarks near it), folding, seconds.
@@ -311,7 +312,7 @@ def score(phantom, displacement, seconds=0.0):
     }
 
 
-def failures(result, *, goals=GOALS):
+def failures(result: Mapping[str, float], *, goals: Mapping[str, float] = GOALS) -> list[str]:
     """The goals that a `score` misses, one sentence each; empty when all are met. NaN misses.
 
     Seconds are no failure: they say as much about what else the machine does."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,12 @@ class Preprocessing:
     spacing: mm of each axis after the crop, or None; not with size.
     """
 
-    intensity: str | tuple = "percentiles"
-    crop: tuple | None = None
-    size: tuple | None = None
-    spacing: tuple | None = None
+    intensity: str | tuple[float, float] = "percentiles"
+    crop: tuple[tuple[int | None, int | None], ...] | None = None
+    size: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         i = self.intensity
         window = isinstance(i, (tuple, list)) and len(i) == 2 and -math.inf < i[0] < i[1] < math.inf
         if not window and i not in INTENSITIES:
@@ -43,7 +44,7 @@ class Preprocessing:
                     f"{name} must be {'at least 2' if name == 'size' else 'positive'}, got {value}"
                 )
 
-    def grid(self, fixed):
+    def grid(self, fixed: io.Geometry) -> io.Geometry:
         """The net's grid (Geometry) for a fixed image's: cropped, then resampled between its corner voxels' centres."""
         nd, shape = fixed.nd, fixed.shape
         for name in ("crop", "size", "spacing"):
@@ -73,7 +74,7 @@ class Preprocessing:
         origin = fixed.to_physical(start)
         return io.Geometry(tuple(size)[::-1], step[::-1], tuple(float(v) for v in origin), fixed.direction)
 
-    def scaled(self, array):
+    def scaled(self, array: np.ndarray) -> np.ndarray:
         """The array's intensities as the net takes them, fp32."""
         array = np.asarray(array, dtype=np.float64)
         if self.intensity == "zscore":
@@ -86,13 +87,15 @@ class Preprocessing:
         elif self.intensity == "minmax":
             low, high = array.min(), array.max()
         else:
-            low, high = self.intensity
+            low, high = self.intensity  # type: ignore[str-unpack]
         out = np.clip((array - low) / (high - low), 0, 1).astype(np.float32)
         if out.min() == out.max():
             raise InputError(f"the image must not be constant between the intensities {low:g} and {high:g}")
         return out
 
-    def image(self, array, geometry, onto):
+    def image(
+        self, array: np.ndarray, geometry: io.Geometry, onto: io.Geometry
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(array on geometry) -> (1, 1, *onto.shape) and where the image reaches, bool of the same shape.
 
         Smoothed first where the new voxels are larger; beyond the image its border goes on.
@@ -107,7 +110,7 @@ class Preprocessing:
             return image, torch.ones_like(image, dtype=torch.bool)
         return io.resample(image, geometry, onto, outside=None)
 
-    def displacement(self, u, grid, fixed):
+    def displacement(self, u: torch.Tensor, grid: io.Geometry, fixed: io.Geometry) -> torch.Tensor:
         """The net's displacement (1, nd, *grid.shape), voxels of grid, on the fixed image's grid in its voxels.
 
         Beyond a crop its border goes on.
@@ -119,6 +122,6 @@ class Preprocessing:
         u = u * u.new_tensor(scale).view(1, nd, *[1] * nd)
         return io.resample(u, grid, fixed, outside=None)[0]
 
-    def plain(self):
+    def plain(self) -> dict[str, Any]:
         """As a dict, for a checkpoint: Preprocessing(**plain) builds it."""
         return asdict(self)

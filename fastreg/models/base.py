@@ -1,7 +1,9 @@
 """What the models share: the interface, padding to the sizes a net can halve, checkpointing, losses by name."""
 
 import inspect
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,14 @@ from fastreg._repr import shapes
 
 from .recipe import PaperInput, Recipe
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CHECKPOINTS = ("none", "blocks")
 PADDINGS = ("zeros", "border", "reflection")
 
 # Each minimised; what a model's `similarity` may name.
-SIMILARITIES = {
+SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
     "lcc": ops.lcc_loss,
     "mind": ops.mind_loss,
     "mse": ops.mse_loss,
@@ -37,16 +42,16 @@ class Prediction:
     """
 
     displacement: torch.Tensor
-    fields: list = field(default_factory=list)
+    fields: list[torch.Tensor] = field(default_factory=list)
     affine: torch.Tensor | None = None
     parameters: torch.Tensor | None = None
 
     __repr__ = shapes
 
-    def sample(self, k):
+    def sample(self, k: int) -> "Prediction":
         """That of the k-th pair of the batch alone."""
 
-        def one(t):
+        def one(t: Any) -> Any:
             return None if t is None else t[k : k + 1]
 
         fields = [one(f) for f in self.fields]
@@ -76,15 +81,17 @@ class Model(nn.Module):
     divisor = 16
     ndim = 3
     checkpoint = "none"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    arguments: dict[str, Any]
     recipe = Recipe()
     paper_input: PaperInput | None = None
     default_intensity = "percentiles"
 
-    def __init_subclass__(cls, **presets):
+    def __init_subclass__(cls, **presets: dict[str, Any]) -> None:
         super().__init_subclass__()
         cls.presets = {"paper": {}, **presets}
 
-    def __new__(cls, *args, **options):
+    def __new__(cls, *args: Any, **options: Any) -> "Self":
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(self, *args, **options)
@@ -99,36 +106,36 @@ class Model(nn.Module):
         return self
 
     @classmethod
-    def from_preset(cls, name="paper", **options):
+    def from_preset(cls, name: str = "paper", **options: Any) -> "Self":
         """The model as the paper has it ("paper") or as its authors released it ("released"), where there is one."""
         cls.choice("preset", name, cls.presets)
         return cls(**{**cls.presets[name], **options})
 
     @classmethod
-    def fail(cls, kind, text):
+    def fail(cls, kind: type[ValueError] | type[TypeError], text: str) -> NoReturn:
         refuse(kind, "fastreg.models.", f"{cls.__name__}: {text}")
 
     @classmethod
-    def choice(cls, name, value, allowed):
+    def choice(cls, name: str, value: Any, allowed: Collection[Any]) -> None:
         if value not in allowed:
             cls.fail(ValueError, f"{name} must be one of {tuple(allowed)}, got {value!r}")
 
     @classmethod
-    def mind_options(cls, mind, default):
+    def mind_options(cls, mind: dict[str, Any] | None, default: Mapping[str, Any]) -> dict[str, Any]:
         """A dict of options of fastreg.mind_loss, or `default` for None."""
         known = inspect.signature(ops.mind_loss).parameters.keys() - {"fixed", "moved", "mask", "reduction"}
         if not (mind is None or (isinstance(mind, dict) and mind.keys() <= known)):
             cls.fail(TypeError, f"mind must be a dict of {', '.join(sorted(known))}, got {mind!r}")
         return dict(default if mind is None else mind)
 
-    def forward(self, fixed, moving, *, fixed_features=None):
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor, *, fixed_features: Any = None) -> Prediction:
         """Prediction of the motion from fixed to moving.
 
         Args: fixed, moving (Tensor): see the class, of one shape. fixed_features: what encode_fixed(fixed) returned.
         Raises: TypeError, ValueError.
         """
         self._check(fixed, moving)
-        size = fixed.shape[2:]
+        crop: Any = (..., *(slice(n) for n in fixed.shape[2:]))
         padded = [self._padded(t) for t in (fixed, moving)]
         if self._encode is None and fixed_features is not None:
             self.fail(TypeError, "takes no fixed_features")
@@ -136,33 +143,39 @@ class Model(nn.Module):
             padded.append(self._encode(padded[0]) if fixed_features is None else fixed_features)
         prediction = self.predict(*padded)
         if padded[0].shape != fixed.shape:
-            prediction.displacement = prediction.displacement[(..., *(slice(n) for n in size))]
+            prediction.displacement = prediction.displacement[crop]
         return prediction
 
-    _encode = None
+    _encode: Callable[[torch.Tensor], Any] | None = None
 
-    def encode_fixed(self, fixed):
+    def encode_fixed(self, fixed: torch.Tensor) -> Any:
         """What the net makes of the fixed image alone, for ``fixed_features``. TypeError for a model that has no such part."""
         self._check(fixed, fixed)
         if self._encode is None:
             self.fail(TypeError, "has no features of the fixed image alone")
         return self._encode(self._padded(fixed))
 
-    def predict(self, fixed, moving):
+    def predict(self, fixed: torch.Tensor, moving: torch.Tensor, *features: Any) -> Prediction:
         """The prediction for images of sizes that the net can halve (and the features of the fixed one, where it has)."""
         raise NotImplementedError
 
-    def terms(self, fixed, moving, prediction, mask=None):
+    def terms(
+        self,
+        fixed: torch.Tensor,
+        moving: torch.Tensor,
+        prediction: Prediction,
+        mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """The weighted terms of the loss by name, scalars; their sum is `loss`. mask: see `loss`."""
         raise NotImplementedError
 
-    def _padded(self, image):
+    def _padded(self, image: torch.Tensor) -> torch.Tensor:
         """With zeros at the end of each axis, up to the next size that the net can halve."""
         d = self.divisor
         missing = [(n + d - 1) // d * d - n for n in image.shape[2:]]
         return F.pad(image, [p for m in reversed(missing) for p in (0, m)]) if any(missing) else image
 
-    def _check(self, fixed, moving):
+    def _check(self, fixed: torch.Tensor, moving: torch.Tensor) -> None:
         weights = next(self.parameters())
         for name, image in (("fixed", fixed), ("moving", moving)):
             if not isinstance(image, torch.Tensor):
@@ -191,18 +204,25 @@ class Model(nn.Module):
                     f"{name} must be on the device of the weights, {weights.device}, got {image.device}",
                 )
 
-    def loss(self, fixed, moving, prediction, mask=None):
+    def loss(
+        self,
+        fixed: torch.Tensor,
+        moving: torch.Tensor,
+        prediction: Prediction,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The paper's loss of a prediction: a scalar with gradient.
 
         mask (Tensor or None): (N, 1, *spatial), 0 or more: weights of the similarity (of the fixed image's voxels).
         """
-        return sum(self.terms(fixed, moving, prediction, mask).values())
+        total: Any = sum(self.terms(fixed, moving, prediction, mask).values())
+        return total
 
-    def block(self, function, *tensors):
+    def block(self, function: Callable[..., Any], *tensors: Any) -> Any:
         """function(*tensors), recomputed in the backward pass under checkpoint="blocks"."""
         if self.checkpoint == "blocks" and torch.is_grad_enabled():
             return checkpoint(function, *tensors, use_reentrant=False)
         return function(*tensors)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())

@@ -4,6 +4,9 @@
 growing concatenation per convolution. Both give the numbers of the concatenating form (tests/models/test_models.py).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +15,16 @@ from torch.autograd.function import once_differentiable
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def conv(nd, inputs, outputs, kernel=3, *, stride=1, dilation=1, bias=True):
+def conv(
+    nd: int,
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    bias: bool = True,
+) -> nn.Module:
     """A convolution that keeps the size (or divides it by stride)."""
     padding = dilation * (kernel // 2)
     return CONVS[nd](inputs, outputs, kernel, stride=stride, padding=padding, dilation=dilation, bias=bias)
@@ -23,24 +35,27 @@ class FlowHead(nn.Module):
     (VoxelMorph: 1e-5, so that training starts at the identity); None: PyTorch's.
     """
 
-    def __init__(self, nd, inputs, outputs=None, deviation=1e-5):
+    def __init__(
+        self, nd: int, inputs: int, outputs: int | None = None, deviation: float | None = 1e-5
+    ) -> None:
         super().__init__()
-        self.conv = conv(nd, inputs, outputs or nd)
+        layer: Any = conv(nd, inputs, outputs or nd)
+        self.conv = layer
         if deviation is not None:
-            nn.init.normal_(self.conv.weight, std=deviation)
-            nn.init.zeros_(self.conv.bias)
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return self.conv(x.to(self.conv.weight.dtype))
 
 
-def single(x):
+def single(x: torch.Tensor) -> torch.Tensor:
     """At least fp32: for sums over space and what follows from them, under autocast too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def activated(layer, x, slope):
+def activated(layer: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
     """LeakyReLU of layer(x), in place: the backward needs its sign alone, and the next layer keeps it anyway."""
     return F.leaky_relu_(layer(x), slope)
 
@@ -118,7 +133,7 @@ class _ConcatConv(torch.autograd.Function):
         return None, None, *grads, *parts
 
 
-def concat_conv(layer, sources, slope):
+def concat_conv(layer: nn.Module, sources: Sequence[torch.Tensor], slope: float | None) -> torch.Tensor:
     """``leaky_relu(layer(cat(sources, 1)), slope)`` that keeps sources and output instead of the concatenation.
 
     slope None: without the LeakyReLU. The last source has the size of the result; a smaller one is read at the nearest voxel (``F.interpolate``). The
@@ -186,7 +201,9 @@ class _DenseBlock(torch.autograd.Function):
         return None, None, None, None, *sources, *grads
 
 
-def dense_block(layers, sources, slope, activate=0):
+def dense_block(
+    layers: Sequence[nn.Module], sources: Sequence[torch.Tensor], slope: float, activate: int = 0
+) -> torch.Tensor:
     """A DenseNet block: each convolution, followed by a LeakyReLU, reads the sources and all outputs before it; the last
     output is returned.
 
@@ -233,7 +250,7 @@ class _NormAct(torch.autograd.Function):
         return _normalize_backward(grad, y, rstd, ctx.slope), None, None
 
 
-def norm_act_(x, slope, eps=1e-5):
+def norm_act_(x: torch.Tensor, slope: float, eps: float = 1e-5) -> torch.Tensor:
     """``leaky_relu(instance_norm(x))`` in place of x, an activation nobody else keeps. Keeps its output alone."""
     return _NormAct.apply(x, slope, eps)
 
@@ -274,7 +291,7 @@ class _Chain(torch.autograd.Function):
         return None, None, None, grad_parts[0] + carried if ctx.needs_input_grad[3] else None, *grads
 
 
-def chain(layers, x, slope, eps=1e-5):
+def chain(layers: Sequence[nn.Module], x: torch.Tensor, slope: float, eps: float = 1e-5) -> torch.Tensor:
     """``cat([x, e1, e2, ...], 1)`` where e1 is x through the first convolution, instance normalisation and LeakyReLU, e2
     is e1 through the second, and so on. The concatenation is the one buffer they are written to, and all that is kept.
     """

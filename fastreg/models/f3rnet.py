@@ -2,10 +2,13 @@
 resolution exchanges features with a U-shaped one through multi-scale residual blocks (MRB).
 """
 
+from typing import Any
+
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastreg import ops
+from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
@@ -108,15 +111,15 @@ class F3RNet(Model):
     def __init__(
         self,
         *,
-        variant="mrb",
-        f3d_policy="fit",
-        pool="max",
-        up="trilinear",
-        mind=None,
-        weight=1.5,
-        padding="border",
-        checkpoint="none",
-    ):
+        variant: str = "mrb",
+        f3d_policy: str = "fit",
+        pool: str = "max",
+        up: str = "trilinear",
+        mind: dict[str, Any] | None = None,
+        weight: float = 1.5,
+        padding: Padding = "border",
+        checkpoint: str = "none",
+    ) -> None:
         super().__init__()
         self.choice("variant", variant, VARIANTS)
         self.choice("f3d_policy", f3d_policy, POLICIES)
@@ -146,14 +149,15 @@ class F3RNet(Model):
         self.head = FlowHead(3, STREAM)
         self.up = up
 
-    def predict(self, fixed, moving):
+    def predict(self, fixed: Tensor, moving: Tensor) -> Prediction:
         if isinstance(self.stem, _F3D):
             x = activated(self.stem[1], concat_conv(self.stem[0], (moving, fixed), None), SLOPE)
         else:
             x = concat_conv(self.stem, (moving, fixed), SLOPE)
         for layer in self.before:
             x = self.block(layer, x)
-        h, skips = None, []
+        h: Any = None
+        skips: list[Tensor] = []
         for layer in self.down:
             x, h = self.block(layer, x, h if h is None else F.max_pool3d(h, 2))
             skips.append(h)
@@ -173,7 +177,9 @@ class F3RNet(Model):
             x = self.block(layer, x)
         return Prediction(self.head(x))
 
-    def terms(self, fixed, moving, prediction, mask=None):
+    def terms(
+        self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         return {

@@ -2,11 +2,14 @@
 the spatial gradients of a deformable map, which are summed up, and an affine matrix.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastreg import ops
+from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
 from .blocks import FlowHead, chain, conv, norm_act_
@@ -44,15 +47,15 @@ class LinDef(Model):
     def __init__(
         self,
         *,
-        affine=True,
-        order="two_pass",
-        alpha=1e-6,
-        beta=1e-6,
-        encoder=(32, 64, 128, 32, 32),
-        decoder=(128, 64, 32, 32, 32),
-        padding="border",
-        checkpoint="none",
-    ):
+        affine: bool = True,
+        order: str = "two_pass",
+        alpha: float = 1e-6,
+        beta: float = 1e-6,
+        encoder: Sequence[int] = (32, 64, 128, 32, 32),
+        decoder: Sequence[int] = (128, 64, 32, 32, 32),
+        padding: Padding = "border",
+        checkpoint: str = "none",
+    ) -> None:
         super().__init__()
         if len(encoder) != 5 or len(decoder) != 5:
             self.fail(ValueError, f"encoder and decoder must have 5 widths, got {encoder} and {decoder}")
@@ -70,11 +73,11 @@ class LinDef(Model):
         self.decoder = nn.ModuleList(conv(3, i, o) for i, o in zip(inputs, decoder, strict=True))
         self.head = FlowHead(3, decoder[-1], deviation=0)
         self.linear = nn.Linear(features, 12) if affine else None
-        if affine:
+        if self.linear is not None:
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
-    def predict(self, fixed, moving):
+    def predict(self, fixed: Tensor, moving: Tensor) -> Prediction:
         # Two blocks: each layer as one would keep what the next one keeps anyway.
         x, step = self.block(self._encoded, torch.cat([moving, fixed], 1))
         phi = 2 * torch.sigmoid(self.head(self.block(self._decoded, x)))
@@ -113,7 +116,9 @@ class LinDef(Model):
             out.append(F.conv3d(x, layer.weight * s.view(1, -1, 1, 1, 1), layer.bias, padding=layer.padding))
         return norm_act_(out[0] if len(out) == 1 else torch.cat(out), SLOPE)
 
-    def terms(self, fixed, moving, prediction, mask=None):
+    def terms(
+        self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         phi, u = prediction.fields
         if self.affine and self.order == "two_pass":
             moved = ops.warp(moving, u, padding=self.padding)

@@ -2,10 +2,14 @@
 whose moving maps are warped by the field so far, and a residual of the field per level.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastreg import ops
+from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
@@ -50,17 +54,17 @@ class PRDFE(Model, simulation=SIMULATION):
     def __init__(
         self,
         *,
-        variant="prdfe",
-        encoder=(24, 40, 40, 40),
-        decoder=(40, 40, 40, 40, 40, 24, 24),
-        ndim=3,
-        unet_skip=True,
-        direct=False,
-        scale_magnitude=None,
-        weight=0.001,
-        padding="border",
-        checkpoint="none",
-    ):
+        variant: str = "prdfe",
+        encoder: Sequence[int] = (24, 40, 40, 40),
+        decoder: Sequence[int] = (40, 40, 40, 40, 40, 24, 24),
+        ndim: int = 3,
+        unet_skip: bool = True,
+        direct: bool = False,
+        scale_magnitude: bool | None = None,
+        weight: float = 0.001,
+        padding: Padding = "border",
+        checkpoint: str = "none",
+    ) -> None:
         super().__init__()
         self.choice("variant", variant, VARIANTS)
         if len(encoder) != 4 or len(decoder) != 7:
@@ -102,9 +106,9 @@ class PRDFE(Model, simulation=SIMULATION):
         scale = "exact" if self.scale_magnitude else 1
         return ops.resize_displacement(u, size, align_corners=False, scale=scale)
 
-    def predict(self, fixed, moving, f_levels):
+    def predict(self, fixed: Tensor, moving: Tensor, f_levels: list[Tensor]) -> Prediction:
         m_levels = self._encode(moving)
-        h, fields, steps = None, [], []
+        h, fields, steps = None, list[Tensor](), list[Tensor]()
 
         def level(layers, *sources):
             x = concat_conv(layers[0], sources, SLOPE)
@@ -113,7 +117,7 @@ class PRDFE(Model, simulation=SIMULATION):
             return x
 
         for layers, head, f, m in zip(self.decoder, self.heads, f_levels, m_levels, strict=True):
-            u = None
+            u: Any = None
             if fields:
                 size = f.shape[2:]
                 u = (
@@ -130,7 +134,9 @@ class PRDFE(Model, simulation=SIMULATION):
             fields.append(step if u is None or self.variant == "pdfe" else u + step)
         return Prediction(fields[-1], fields)
 
-    def terms(self, fixed, moving, prediction, mask=None):
+    def terms(
+        self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         u = prediction.displacement
         return {
             "similarity": ops.mse_loss(fixed, ops.warp(moving, u, padding=self.padding), mask=mask),

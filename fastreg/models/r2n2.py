@@ -4,13 +4,16 @@ after the other, 2D.
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastreg import ops
-from fastreg.ops.gaussian_displacement import SIGMA_IS
+from fastreg.ops.gaussian_displacement import SIGMA_IS, SigmaIs
+from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
 from .blocks import conv, single
@@ -140,19 +143,19 @@ class R2N2(Model, released=RELEASED):
     def __init__(
         self,
         *,
-        steps=25,
-        widths=(32, 64, 128, 256),
-        blocks=3,
-        activation="tanh",
-        norm=False,
-        coordinates=True,
-        sigma_max=0.3,
-        sigma_is="std",
-        noise="weights",
-        weight=0.1,
-        padding="zeros",
-        checkpoint="none",
-    ):
+        steps: int = 25,
+        widths: Sequence[int] = (32, 64, 128, 256),
+        blocks: int = 3,
+        activation: str = "tanh",
+        norm: bool = False,
+        coordinates: bool = True,
+        sigma_max: float = 0.3,
+        sigma_is: SigmaIs = "std",
+        noise: str = "weights",
+        weight: float = 0.1,
+        padding: Padding = "zeros",
+        checkpoint: str = "none",
+    ) -> None:
         super().__init__()
         self.choice("activation", activation, ACTIVATIONS)
         self.choice("noise", noise, NOISES)
@@ -211,20 +214,24 @@ class R2N2(Model, released=RELEASED):
         parameters = [position, sigma, torch.sigmoid(raw[:, 4:]) * math.pi, torch.tanh(raw[:, 2:4])]
         return torch.cat(parameters, 1), *new
 
-    def predict(self, fixed, moving, of_fixed):
-        states, warped = [None] * len(self.units), moving
-        u, fields, parameters = None, [], []
+    def predict(self, fixed: Tensor, moving: Tensor, of_fixed: Tensor) -> Prediction:
+        states: list[Tensor | None] = [None] * len(self.units)
+        warped, u = moving, moving.new_empty(0)
+        fields: list[Tensor] = []
+        parameters = []
         for _ in range(self.steps):
             proposal, *states = self.block(self._step, of_fixed, warped, *states)
             parameters.append(proposal)
             step = ops.gaussian_displacement(proposal[:, None], fixed.shape[2:], sigma_is=self.sigma_is)
-            u = step if u is None else u + step
+            u = u + step if fields else step
             fields.append(u)
             warped = ops.warp(moving, u, padding=self.padding)
         return Prediction(u, fields, parameters=torch.stack(parameters, 1))
 
-    def terms(self, fixed, moving, prediction, mask=None):
-        similarity = 0
+    def terms(
+        self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        similarity: Any = 0
         for u in prediction.fields:
             moved = ops.warp(moving, u, padding=self.padding)
             inside = _inside(u) if mask is None else _inside(u) * mask

@@ -2,10 +2,14 @@
 volume and a dense estimator that refines the displacement of the level below.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastreg import ops
+from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv, dense_block, single
@@ -57,19 +61,19 @@ class RRN(Model, released={"regularizer": "diffusion"}):
     def __init__(
         self,
         *,
-        cost_volume=True,
-        radius=2,
-        normalize=True,
-        window=5,
-        regularizer="tv",
-        weight=None,
-        deviation=None,
-        pyramid=PYRAMID,
-        dense=DENSE,
-        refine=REFINE,
-        padding="zeros",
-        checkpoint="none",
-    ):
+        cost_volume: bool = True,
+        radius: int = 2,
+        normalize: bool = True,
+        window: int = 5,
+        regularizer: str = "tv",
+        weight: float | None = None,
+        deviation: float | None = None,
+        pyramid: Sequence[int] = PYRAMID,
+        dense: Sequence[int] = DENSE,
+        refine: Sequence[int] = REFINE,
+        padding: Padding = "zeros",
+        checkpoint: str = "none",
+    ) -> None:
         super().__init__()
         self.choice("regularizer", regularizer, REGULARIZERS)
         self.cost_volume, self.radius, self.normalize = cost_volume, radius, normalize
@@ -123,9 +127,11 @@ class RRN(Model, released={"regularizer": "diffusion"}):
         warped = moving if u is None else ops.warp(moving, u, padding="zeros")
         return list(_normalized(fixed, warped) if self.normalize else (fixed, warped)), 0
 
-    def predict(self, fixed, moving, f_levels):
+    def predict(self, fixed: Tensor, moving: Tensor, f_levels: list[Tensor]) -> Prediction:
         m_levels = self._encode(moving)
-        u, context, fields = None, None, []
+        u: Any = None
+        context: Any = None
+        fields: list[Tensor] = []
         for k, (f, m) in enumerate(zip(f_levels, m_levels, strict=True)):
             carried = []
             if k:
@@ -149,7 +155,9 @@ class RRN(Model, released={"regularizer": "diffusion"}):
             u = ops.resize_displacement(u, [2 * n for n in u.shape[2:]], scale=2)
         return Prediction(u, fields)
 
-    def terms(self, fixed, moving, prediction, mask=None):
+    def terms(
+        self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         regularizer = ops.total_variation if self.regularizer == "tv" else ops.diffusion

@@ -1,8 +1,12 @@
 """VoxelMorph (Balakrishnan et al. 2018): a U-Net from the pair to the displacement. The baseline of four of the papers."""
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
 
 from fastreg import ops
+from fastreg.ops.warp import Padding
 
 from .base import SIMILARITIES, Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
@@ -33,15 +37,15 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
     def __init__(
         self,
         *,
-        encoder=(16, 32, 32, 32),
-        decoder=(32, 32, 32, 32, 32, 16, 16),
-        ndim=3,
-        similarity="lcc",
-        mind=None,
-        weight=1.0,
-        padding="zeros",
-        checkpoint="none",
-    ):
+        encoder: Sequence[int] = (16, 32, 32, 32),
+        decoder: Sequence[int] = (32, 32, 32, 32, 32, 16, 16),
+        ndim: int = 3,
+        similarity: str = "lcc",
+        mind: dict[str, Any] | None = None,
+        weight: float = 1.0,
+        padding: Padding = "zeros",
+        checkpoint: str = "none",
+    ) -> None:
         super().__init__()
         if len(encoder) != 4 or len(decoder) not in (6, 7):
             self.fail(ValueError, f"encoder must have 4 widths, decoder 6 or 7, got {encoder} and {decoder}")
@@ -58,9 +62,9 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         self.decoder = nn.ModuleList(conv(ndim, i, o) for i, o in zip(inputs, d, strict=True))
         self.head = FlowHead(ndim, d[-1])
 
-    def predict(self, fixed, moving):
+    def predict(self, fixed: Tensor, moving: Tensor) -> Prediction:
         skips = [fixed.new_empty(0)] * 4
-        x = None
+        x = fixed
         for k, layer in enumerate(self.encoder):
             x = concat_conv(layer, (moving, fixed), SLOPE) if k == 0 else activated(layer, x, SLOPE)
             skips[k] = x
@@ -74,7 +78,9 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
             x = activated(layer, x, SLOPE)
         return Prediction(self.head(x))
 
-    def terms(self, fixed, moving, prediction, mask=None):
+    def terms(
+        self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
         return {

@@ -49,7 +49,8 @@ class Net:
 
     def preprocessing(self) -> Preprocessing:
         """InputError for what makes no sense."""
-        cls, options = self.cls, {"intensity": self.cls.default_intensity}
+        cls = self.cls
+        options: dict[str, Any] = {"intensity": cls.default_intensity}
         for name, kind in (("intensity", float), ("size", int), ("spacing", float)):
             value = getattr(self, name)
             if value == "paper" and name != "spacing":

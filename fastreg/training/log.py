@@ -5,7 +5,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from fastreg._files import InputError, replacing
 
@@ -44,18 +44,19 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.stream: TextIO | None = None
+        self.stream: IO[str] | None = None
         self.writer: csv.DictWriter[str] | None = None
         if path.exists() and (rows := [r for r in _rows(path) if int(r["step"]) <= step]):
             _write(path, rows)
             self._open(list(rows[0]), "a")
 
-    def _open(self, names: Sequence[str], mode: str) -> tuple[TextIO, "csv.DictWriter[str]"]:
-        self.stream = open(self.path, mode, newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.stream, names, restval="")
+    def _open(self, names: Sequence[str], mode: str) -> tuple[IO[str], "csv.DictWriter[str]"]:
+        stream = open(self.path, mode, newline="", encoding="utf-8")
+        writer = csv.DictWriter(stream, names, restval="")
+        self.stream, self.writer = stream, writer
         if mode == "w":
-            self.writer.writeheader()
-        return self.stream, self.writer
+            writer.writeheader()
+        return stream, writer
 
     def write(self, row: Mapping[str, Any]) -> None:
         row = {**row, "names": json.dumps(row["names"], ensure_ascii=False)}

@@ -27,7 +27,7 @@ from fastreg.outcome import about, peak_memory
 from . import checkpoint
 from .distributed import ranks
 from .log import Log, append, steps
-from .step import PLACE, NotFinite, Training
+from .step import PLACE, NotFinite, Training, recipe_of
 from .validation import Validation
 
 LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
@@ -36,7 +36,7 @@ LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
 FILES = (LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN)
 LENGTH = ("steps", "patience")  # of a recipe: what another start may change
 
-Samples = Pairs | Sequence[Sample]
+Samples = Sequence[Sample]
 Resume = bool | Literal["auto"] | Mapping[str, Any]
 
 
@@ -371,7 +371,7 @@ def _recipe(given: Recipe | None, model: nn.Module, saved: Mapping[str, Any] | N
     """The one given, or the model's: with the batch that it was started with, or the smallest that processes can share."""
     if given is not None:
         return given
-    recipe: Recipe = getattr(model, "recipe", Recipe())
+    recipe = recipe_of(model)
     return replace(recipe, batch_size=shared_batch(recipe.batch_size, saved))
 
 

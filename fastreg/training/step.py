@@ -47,10 +47,11 @@ def terms_of(
     model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, prediction: Any, mask: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """The weighted terms of a model's loss by name; of one that has no `terms`, its `loss` alone, which need not take a mask."""
-    if hasattr(model, "terms"):
-        return model.terms(fixed, moving, prediction, mask)
+    own: Any = model
+    if hasattr(own, "terms"):
+        return own.terms(fixed, moving, prediction, mask)
     given = {} if mask is None else {"mask": mask}
-    return {"loss": model.loss(fixed, moving, prediction, **given)}
+    return {"loss": own.loss(fixed, moving, prediction, **given)}
 
 
 def _one(prediction: Any, k: int) -> Any:
@@ -75,8 +76,14 @@ class _Loss(nn.Module):
             terms_of(self.model, fixed[k : k + 1], moving[k : k + 1], _one(prediction, k), mask[k : k + 1])
             for k in range(len(mask))
         ]
-        means = {name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}
+        means: Any = {name: sum(t[name] for t in terms) / len(terms) for name in terms[0]}
         return means, displacement_of(prediction)
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """How the model's paper trains it, where it has one."""
+    recipe = getattr(model, "recipe", None)
+    return recipe if isinstance(recipe, Recipe) else Recipe()
 
 
 class Training:
@@ -112,7 +119,7 @@ class Training:
         if len(pairs) == 0:
             refuse(ValueError, PLACE, "there must be at least one pair to train on")
         self.model, self.pairs = model, pairs
-        self.recipe: Recipe = recipe or getattr(model, "recipe", Recipe())
+        self.recipe = recipe or recipe_of(model)
         self.seed, self.amp, self.compile = seed, amp, compile
         self.rank, self.world = ranks()
         if self.recipe.batch_size < 1 or self.recipe.batch_size % self.world:

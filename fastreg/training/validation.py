@@ -22,7 +22,7 @@ class Validation:
     pairs: a Pairs, whose files may name landmarks and labels, or any sequence of Sample. At most `most` of them are looked at.
     """
 
-    def __init__(self, pairs: Pairs | Sequence[Sample], most: int = 8) -> None:
+    def __init__(self, pairs: Sequence[Sample], most: int = 8) -> None:
         self.pairs = pairs
         # Evenly over the list: the first pairs of a folder share one fixed image.
         self.which = range(len(pairs))[:: max(1, len(pairs) // most)][:most]
@@ -50,10 +50,10 @@ class Validation:
         device, rows, self._drawn = next(model.parameters()).device, [], None
         for k in self.which:
             case, sample, grid = self._read(k)
-            images = [t.to(device) for t in (sample.fixed, sample.moving)]
-            prediction = model(*images)
+            fixed, moving = (t.to(device) for t in (sample.fixed, sample.moving))
+            prediction = model(fixed, moving)
             mask = None if sample.mask is None else sample.mask.to(device)
-            terms = {name: float(v) for name, v in terms_of(model, *images, prediction, mask).items()}
+            terms = {name: float(v) for name, v in terms_of(model, fixed, moving, prediction, mask).items()}
             u = displacement_of(prediction).float().cpu()
             if isinstance(self.pairs, Pairs):
                 u = self.pairs.preprocessing.displacement(u, grid, case.fixed_grid)
