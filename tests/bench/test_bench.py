@@ -606,7 +606,10 @@ def test_a_scalar_that_keeps_the_storage_of_a_volume_holds_a_scalar():
 # Models
 
 
-@pytest.mark.parametrize("name", models.SUBJECTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("r2n2", "rrn") else ()) for n in models.SUBJECTS],
+)
 def test_saved_bytes_of_models(name):
     """What is counted without computing is what a step really keeps, in each form."""
     if fastreg.backends()["warp"]["cpu"].startswith("PyTorch"):

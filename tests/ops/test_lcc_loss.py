@@ -691,5 +691,5 @@ CONTRACT = Contract(
     empty_channels="NaN, the mean of no channels: test_no_channels_average_to_nan",
     repeats=True,
     tolerance=1e-6,
-    large=((7, 6, 9),) if QUICK else ((70, 9, 23), (40, 33)),
+    large=((70, 9, 23), (40, 33)),
 )
