@@ -237,9 +237,9 @@ MUTANTS = [
     ),
     Mutant(
         "integrate_zero_weight_meets_nan", "nan", CPU,
-        "if (weight == A(0)) continue;",
-        "",
-        "integrate_velocity", "finite or nan", "a corner of weight 0 passes its NaN on to the gradient",
+        "for (int i = 0; i < count * w; ++i) all &= -int32_t(value[i] - value[i] == A(0));",
+        "for (int i = 0; i < count * w; ++i) all &= -1;",
+        "integrate_velocity", "finite or nan", "a corner of weight 0 passes its NaN on",
     ),
     # compose
     Mutant(
