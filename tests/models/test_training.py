@@ -115,6 +115,17 @@ def _saved(state):
     return buffer
 
 
+def test_what_a_model_draws_hangs_on_seed_and_step():
+    def drawn(seed):
+        numbers, training = [], Training(net(), samples(), seed=seed)
+        training.model.register_forward_pre_hook(lambda *_: numbers.append(float(torch.rand(()))))
+        training.advance(), training.advance()
+        return numbers
+
+    assert drawn(0) == drawn(0)
+    assert len({*drawn(0), *drawn(1)}) == 4
+
+
 def test_gradient_is_clipped():
     loose, _ = trained(1, recipe=Recipe(learning_rate=1e-2))
     norm = trained(1)[1][0]["gradient"]

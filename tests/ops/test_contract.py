@@ -135,6 +135,20 @@ def test_layouts(contract, case):
         )
 
 
+@every("layouts")
+def test_fakes_lie_in_memory_as_results_do(contract, case):
+    """torch.compile takes the strides of results and gradients from the fake kernels."""
+
+    def strides(name):
+        inputs = case.make(2, spatial(contract, (3, 4, 5), (4, 5))[-1], torch.float32)
+        return [t.stride() for t in run(case.call, again(inputs, lambda t: layouts(t)[name]))]
+
+    for name in ("transposed", "channels_last"):
+        expected = strides(name)
+        with FakeTensorMode():
+            assert strides(name) == expected
+
+
 @pytest.mark.usefixtures("reproducible")
 @every("vmap")
 def test_vmap(contract, case):

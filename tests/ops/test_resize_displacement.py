@@ -110,6 +110,14 @@ def test_nan_reaches_its_neighbours_only():
     assert out.isnan().nonzero().tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_round_to_even(dtype):
+    """What lies half-way between two of them, in vectors and at the end of a row alike."""
+    u = (1 + torch.finfo(dtype).eps * torch.randint(0, 16, (1, 2, 5, 37))).to(dtype)
+    out, wide = (fastreg.resize_displacement(t, (5, 73), scale=1.0) for t in (u, u.float()))
+    assert torch.equal(out, wide.to(dtype))
+
+
 def test_large_halves_do_not_overflow():
     u = torch.full((1, 2, 8, 8), 60000.0, dtype=torch.float16)
     assert_close(fastreg.resize_displacement(u, (4, 4), scale=1), torch.full((1, 2, 4, 4), 60000.0))
