@@ -139,6 +139,9 @@ class MINDLoss(_Op, op=ops.mind_loss):
 class MSELoss(_Op, op=ops.mse_loss): ...
 
 
+class MILoss(_Op, op=ops.mi_loss): ...
+
+
 class Diffusion(_Op, op=ops.diffusion): ...
 
 

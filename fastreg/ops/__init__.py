@@ -9,6 +9,7 @@ from fastreg.ops.integrate_velocity import integrate_velocity
 from fastreg.ops.jacobian_determinant import jacobian_determinant
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.local_correlation import local_correlation
+from fastreg.ops.mi_loss import mi_loss
 from fastreg.ops.mind import mind
 from fastreg.ops.mind_loss import mind_loss
 from fastreg.ops.mse_loss import mse_loss
@@ -29,6 +30,7 @@ __all__ = [
     "jacobian_determinant",
     "lcc_loss",
     "local_correlation",
+    "mi_loss",
     "mind",
     "mind_loss",
     "mse_loss",
