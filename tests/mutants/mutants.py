@@ -483,7 +483,7 @@ MUTANTS = [
         "vmap_folds_the_wrong_axis", "vmap", ALL,
         "arg = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)",
         "arg = arg.unsqueeze(0).expand(size, *arg.shape) if dim is None else arg.movedim(0, dim)",
-        "warp lcc_loss", "vmap", "right for in_dims=0 and 1 of two axes alone",
+        "bspline_displacement warp", "vmap", "right for in_dims of 0 and 1",
     ),
     Mutant(
         "unit_gradients_ignore_upstream", "chain rule", ALL,

@@ -161,7 +161,7 @@ def test_vmap(contract, case):
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad(expected, wanted(inputs), weight)
     assert_same(run(torch.vmap(case.call), inputs, weight), (expected, *grads), 1e-12)
-    dims = [1, *[0] * (len(inputs) - 1)]
+    dims = [2, *[0] * (len(inputs) - 1)]
     moved = [t.detach().movedim(0, d) for t, d in zip(inputs, dims, strict=True)]
     assert_same([torch.vmap(case.call, tuple(dims))(*moved)], [expected], 1e-12)
     for i in range(len(inputs) if len(inputs) > 1 else 0):  # one for all
