@@ -55,7 +55,11 @@ def _plain(app, what, name, obj, options, lines):
     if what == "class" and first is not None:
         end = next((i for i in range(first, len(lines)) if not lines[i].strip()), len(lines))
         lines[first:end] = ["", "Attributes:", *(f"    {line}" for line in lines[first:end])]
+    example = False
     for i, line in enumerate(lines):
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        if example:
+            continue
         parts = _CODE.split(line)
         parts[::2] = [p.replace("*", r"\*").replace("|", r"\|") for p in parts[::2]]
         lines[i] = "".join(parts)
