@@ -180,7 +180,7 @@ def where(results):
     there = kernels()
 
     def cpu(op):
-        return f"{'C++' if op in there['cpu'] else 'reference'}; {executed.get((op, 'cpu'), 'not executed')}"
+        return f"{'C++' if op in there['cpu'] else 'reference'}; {executed.get((op, 'cpu'), 'tests alone')}"
 
     def gpu(op, kind):
         if op not in there[kind]:

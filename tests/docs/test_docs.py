@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastreg
+from fastreg import lcc_loss, mi_loss
 
 ROOT = Path(fastreg.__file__).parents[1]
 if not (ROOT / "docs").exists():
@@ -168,6 +169,51 @@ def test_swaps_keep_the_numbers():
                 torch.testing.assert_close(results[0][key], value, rtol=1e-4, atol=1e-5)
                 compared += 1
     assert compared >= 1
+
+
+def monai_lncc(kernel):
+    from monai.losses import LocalNormalizedCrossCorrelationLoss as LNCC
+
+    return lambda fixed, moved: LNCC(kernel_size=7, kernel_type=kernel)(moved, fixed)
+
+
+def monai_mi():
+    from monai.losses import GlobalMutualInformationLoss
+
+    return lambda fixed, moved: GlobalMutualInformationLoss("gaussian", num_bins=16)(moved, fixed)
+
+
+def neurite_ncc():
+    from neurite.nn.modules import NCC
+
+    return lambda fixed, moved: NCC(7)(fixed, moved)
+
+
+SAME = {
+    "MONAI, rectangular": (
+        lambda: monai_lncc("rectangular"),
+        lambda f, m: lcc_loss(f, m, 7, denominator="clamp"),
+    ),
+    "MONAI, triangular": (
+        lambda: monai_lncc("triangular"),
+        lambda f, m: lcc_loss(f, m, 7, denominator="clamp", kernel="triangular"),
+    ),
+    "MONAI, gaussian": (
+        lambda: monai_lncc("gaussian"),
+        lambda f, m: lcc_loss(f, m, 7, denominator="clamp", kernel="gaussian"),
+    ),
+    "MONAI, mutual information": (monai_mi, lambda f, m: mi_loss(f, m, bins=16)),
+    "neurite": (neurite_ncc, lambda f, m: -lcc_loss(f, m, 7)),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_numbers_of_other_packages(name):
+    """The table of docs/ops/similarity.md."""
+    pytest.importorskip(name.partition(",")[0].lower())
+    theirs, ours = SAME[name]
+    fixed, moved = torch.rand(2, 1, 1, 16, 17, 18)
+    torch.testing.assert_close(theirs()(fixed, moved).squeeze(), ours(fixed, moved), rtol=1e-5, atol=1e-6)
 
 
 # Links
