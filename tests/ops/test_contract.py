@@ -65,6 +65,7 @@ def test_every_op_has_every_property():
         for name in PROPERTIES:
             value = getattr(contract, name)
             assert value is True or (isinstance(value, (dict, str)) and value)
+        assert contract.errors
     registered = {
         n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastreg::")
     }
