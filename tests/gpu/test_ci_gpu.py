@@ -57,6 +57,8 @@ def test_what_the_stages_run(plan):
             assert {f"test-cuda-{op}-0", f"test-cuda-{op}-1"} <= set(tests)
             assert (f"test-triton-{op}" in tests) == (op in plan.triton)
     assert tests["test-triton-warp"].environment["FASTREG_TEST_CASES"] == "3"
+    taken = tests["test-cuda-mind-0"].command
+    assert taken[taken.index("-k") + 1] == "test_mind.py or [mind- or [mind]", "not what is of mind_loss"
     # Each step of an op with kernels once per tool.
     for tool in ("memcheck", "racecheck"):
         sanitized = [u for u in units["sanitize"] if re.fullmatch(rf"{tool}-cuda-\w+-0", u.name)]

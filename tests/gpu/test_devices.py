@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastreg
 from fastreg import _ext
@@ -74,7 +75,8 @@ def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("library") / "_C_cuda.so"
     source = ROOT / "csrc" / "cuda" / "archs.cu"
     command = ["g++", "-shared", "-fPIC", "-x", "c++", str(source), "-o", str(path)]
-    subprocess.run([*command, '-DFASTREG_CUDA_ARCHS="80 90+ptx"'], check=True)
+    macros = {"FASTREG_CUDA_ARCHS": "80 90+ptx", "FASTREG_TORCH_VERSION": torch.__version__}
+    subprocess.run([*command, *(f'-D{name}="{value}"' for name, value in macros.items())], check=True)
     return path
 
 
