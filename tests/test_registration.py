@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastreg
 from fastreg import metrics
-from fastreg._descent import grid_shape, relaxed
+from fastreg._descent import TRANSFORMS, grid_shape, relaxed, transform
 from fastreg.registration import _pyramid, register
 
 QUICK = {"iterations": 40}
@@ -234,6 +234,14 @@ def test_units_are_millimetres():
     a = register(fixed, moving, spacing=1.0, smoothing=2.0, **QUICK).displacement
     b = register(fixed, moving, spacing=0.5, smoothing=1.0, **QUICK).displacement
     assert (a - b).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_a_step_is_as_long_along_every_axis_in_mm(kind):
+    shape = (20, 24, 28)
+    level = transform(kind, torch.zeros(1, 3, 1, 1, 1), shape, shape, (3.0, 1.0, 2.0), None)
+    length = level.scale.flatten() * torch.tensor(level.spacing)
+    torch.testing.assert_close(length, length.min().expand(3))
 
 
 def test_relax_removes_folds_and_nothing_else():

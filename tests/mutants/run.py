@@ -85,9 +85,19 @@ def forked(tree, function):
         return code, out.read()
 
 
+def tested(arguments):
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+    extension = sys.modules["fastreg"]._ext._state["extension"] if "fastreg" in sys.modules else "loaded"
+    if extension != "loaded":
+        print(f"NOT LOADED: {extension}")
+    return code
+
+
 def first_failure(tree, arguments):
     """What a run of pytest ended with: None if all passed, else the first test that did not."""
-    code, out = forked(tree, lambda: pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+    code, out = forked(tree, lambda: tested(arguments))
+    if "NOT LOADED" in out:  # and the reference answered, in which no mutant is
+        raise SystemExit(out[out.index("NOT LOADED") :])
     if code in (0, 5) or "ERROR: not found:" in out:  # 5: none chosen
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", out, re.MULTILINE)

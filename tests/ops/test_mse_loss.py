@@ -126,6 +126,14 @@ def test_nan():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_below_zero_count_as_zero(reduction):
+    inputs, mask = make((2, 3, 5, 6, 7)), make_mask((2, 3, 5, 6, 7))
+    below = torch.where(mask == 0, -1.0, mask)
+    a, b = (fastreg.mse_loss(*inputs, mask=m, reduction=reduction) for m in (below, mask))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_nan_weight_is_not_ignored(reduction):
     fixed, moved = make((2, 2, 4, 30), torch.float32)
     mask = torch.ones(2, 1, 4, 30)
