@@ -136,6 +136,7 @@ def test_layouts(contract, case):
         )
 
 
+@pytest.mark.skipif(not COMPILED, reason="the references leave it to PyTorch how their results lie")
 @every("layouts")
 def test_fakes_lie_in_memory_as_results_do(contract, case):
     """torch.compile takes the strides of results and gradients from the fake kernels."""
