@@ -48,10 +48,9 @@ def floating(op: str, **tensors: Any) -> None:
             continue
         tensor(op, name, t)
         if t.dtype not in FLOATS and not (name == "mask" and t.dtype == torch.bool):
-            rule = "be fp64, fp32, fp16 or bf16" + (" or bool" if name == "mask" else "")
-            fail(
-                op, name, rule, f"{t.dtype}: pass {name}.float()" if t.dtype in WHOLE else t.dtype, TypeError
-            )
+            rule = "be fp64, fp32, fp16, bf16 or bool" if name == "mask" else "be fp64, fp32, fp16 or bf16"
+            hint = f": pass {name}.float()" if t.dtype in WHOLE else ""
+            fail(op, name, rule, f"{t.dtype}{hint}", TypeError)
         if t.layout != torch.strided or t.is_nested:
             fail(op, name, "be a dense tensor", t.layout)
         device = device or t.device
