@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastreg
-from fastreg import metrics
+from fastreg import _descent, metrics
 from fastreg._descent import TRANSFORMS, grid_shape, relaxed, transform
 from fastreg.registration import _pyramid, register
 
@@ -242,6 +242,13 @@ def test_a_step_is_as_long_along_every_axis_in_mm(kind):
     level = transform(kind, torch.zeros(1, 3, 1, 1, 1), shape, shape, (3.0, 1.0, 2.0), None)
     length = level.scale.flatten() * torch.tensor(level.spacing)
     torch.testing.assert_close(length, length.min().expand(3))
+
+
+def test_smoothing_is_the_finest_levels_and_twice_as_wide_at_each_coarser_one(monkeypatch):
+    widths = []
+    monkeypatch.setattr(_descent, "transform", lambda *a: widths.append(a[-1]) or transform(*a))
+    register(texture((50, 52)), texture((50, 52), seed=1), smoothing=1.5, iterations=0)
+    assert widths == [6.0, 3.0, 1.5]
 
 
 def test_relax_removes_folds_and_nothing_else():
