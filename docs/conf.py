@@ -41,7 +41,6 @@ autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-suppress_warnings = ["myst.xref_missing"]
 default_role = "code"
 
 _CODE = re.compile(r"(``.*?``|`[^`]+`)")
