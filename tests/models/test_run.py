@@ -12,7 +12,6 @@ from test_training import net, samples
 from torchrun import run_two
 
 import fastreg
-from fastreg import training
 from fastreg.io import InputError
 from fastreg.models import VoxelMorph
 from fastreg.training import Recipe, Run, Sample, checkpoint
@@ -239,8 +238,3 @@ def test_two_processes_and_one_log(tmp_path):
         )
         assert two == pytest.approx(one, rel=1e-4)
         assert len(rows(tmp_path / name / "validation.csv")) == 2
-
-
-def test_names():
-    for name in training.__all__:
-        assert getattr(training, name) is not None
