@@ -261,6 +261,16 @@ def test_relax_removes_folds_and_nothing_else():
     assert torch.equal(smoothed[:, :, :4], u[:, :, :4])
 
 
+def test_relax_sees_the_affine_part():
+    u = torch.zeros(1, 3, 24, 24, 24)
+    u[0, 0, 10:13] = torch.tensor([0.7, 0.0, -0.7])[:, None, None]
+    half = torch.eye(3, 4)[None] * torch.tensor([0.5, 1.0, 1.0])[:, None]
+    shift = fastreg.affine_displacement(half, (24, 24, 24))
+    assert torch.equal(relaxed(u), u)
+    assert metrics.folding(u + shift) > 0
+    assert metrics.folding(relaxed(u, shift) + shift) == 0
+
+
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
@@ -375,6 +385,11 @@ def test_velocity_comes_before_the_affine_part():
     assert metrics.folding(result.displacement) == 0
     before, after = ((fixed - t).square().mean() for t in (moving, result.moved))
     assert after < 0.35 * before
+    u = fastreg.resize_displacement(fastreg.integrate_velocity(result.velocity, 5), (48, 48))
+    u = torch.einsum("nij,nj...->ni...", result.affine[..., :2], u)
+    torch.testing.assert_close(
+        result.displacement, u + fastreg.affine_displacement(result.affine, (48, 48)), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_progress_counts_the_affine_levels():
