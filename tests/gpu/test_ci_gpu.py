@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -171,14 +172,30 @@ def test_on_a_pretended_gpu(gpu, tmp_path, monkeypatch, capsys):
     assert gpu.os.environ["PYTHONPATH"] == f"{ROOT}:{tmp_path / 'site'}:before"
 
 
-def test_the_stub_of_simpleitk_has_what_convexadam_names(gpu, tmp_path, monkeypatch, capsys):
+def test_stubs_have_what_peers_name(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "SITE", tmp_path)
     monkeypatch.setattr(gpu, "REQUIRED", ("a_package_nobody_has",))
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     gpu.prepare()
     assert "lacks a_package_nobody_has" in capsys.readouterr().out
-    names = {}
-    exec((tmp_path / "SimpleITK.py").read_text() + "def read(image: Image) -> Image: ...", names)
+    named = (
+        "import SimpleITK as sitk, matplotlib, matplotlib.pyplot as plt, matplotlib.pylab, matplotlib.cm\n"
+        "from matplotlib.colors import Colormap\n"
+        "from mpl_toolkits.axes_grid1 import make_axes_locatable\n"
+        "from skimage import measure\n"
+        "def read(image: sitk.Image, colours: Colormap) -> sitk.Image: ...\n"
+        "print(sitk.__file__, hasattr(plt, '__all__'))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", named], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert run.stdout == f"{tmp_path / 'SimpleITK' / '__init__.py'} False\n", run.stderr
+
+
+def test_a_python_that_is_not_there(gpu, monkeypatch):
+    monkeypatch.setenv("PYTHON", "/nowhere/python")
+    with pytest.raises(SystemExit, match="PYTHON=/nowhere/python: No such file or directory"):
+        gpu.main(["test", "--list"])
 
 
 def test_the_state_is_that_of_the_sources(gpu, tmp_path, monkeypatch):
