@@ -200,7 +200,10 @@ SECTIONS = {
         ("hippocampus, turned", "lungs MR, turned"),
     ),
     "transforms": (("defaults", "velocity", "bspline", "affine"), ALIKE),
-    "masks": (("defaults", "mask"), ("hippocampus, blocked", "lungs MR, blocked", *ALIKE)),
+    "masks": (
+        ("defaults", "mask"),
+        ("hippocampus, blocked", "lungs MR, blocked", "hippocampus", "lungs MR", "brains"),
+    ),
     "all": (None, None),
 }
 NAMES = {"tre": "TRE, mm", "dice": "Dice"}
