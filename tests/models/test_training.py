@@ -154,6 +154,15 @@ def test_plateau_and_patience():
     assert not training.done
 
 
+def test_epochs_are_continued():
+    training, again = (Training(net(), samples(2), Recipe(plateau=3, patience=5)) for _ in range(2))
+    for loss in (3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0):  # an epoch of mean 2, two no better, half of one
+        training._count(loss)
+    again.restore(training.state())
+    counted = ("epoch_sum", "epoch_steps", "best", "stale", "waited")
+    assert [getattr(again, name) for name in counted] == [2.0, 1, 2.0, 2, 2]
+
+
 def test_recipes_are_those_of_the_papers():
     assert RECIPES["lindef"] == Recipe(1e-3, batch_size=2, plateau=50, patience=100, epoch=100, steps=30_000)
     assert RECIPES["r2n2"].amsgrad
