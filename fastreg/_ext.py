@@ -61,9 +61,9 @@ def _load_cpu() -> str:
     if spec is None:
         _state["extension"] = "not built"
         return f"fastreg: compiled extension not found, {slow}"
-    if other := _other_torch(spec.origin):
-        _state["extension"] = f"not loaded: {other}"
-        return f"fastreg: compiled extension {other}, {slow}"
+    if unfit := _unfit(spec.origin):
+        _state["extension"] = f"not loaded: {unfit}"
+        return f"fastreg: compiled extension {unfit}, {slow}"
     try:
         _state["info"] = importlib.import_module("fastreg._C").build_info()
     except Exception as error:
@@ -74,18 +74,25 @@ def _load_cpu() -> str:
     return _sets_to_warn_of(_state["info"])
 
 
-def _other_torch(extension: str | None) -> str:
-    """How the torch an extension was compiled against differs from this one, "" where that does no harm.
+def _unfit(extension: str | None) -> str:
+    """Why an extension must not be loaded: it is cut short, or was compiled against another torch; else "".
 
-    Loading would tell too late: the C++ interface keeps its layout within a minor version alone, and a kernel that
-    takes it for another reads memory that is not what it looks for.
+    Loading would tell too late: what a file lacks is a bus error; the C++ interface keeps its layout within a minor version
+    alone, and a kernel that takes it for another reads memory that is not what it looks for.
     """
+    content = Path(extension or os.devnull).read_bytes()
+    if content.startswith(b"\x7fELF\2\1"):  # 64 bits, little-endian: the table of sections, at the end
+        where, size, count = (
+            int.from_bytes(content[i:j], "little") for i, j in ((40, 48), (58, 60), (60, 62))
+        )
+        if len(content) < max(64, where + size * count):
+            return "is cut short"
 
     def interface(version: str) -> str:
         release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+.*)?", version)
         return release[1] if release else version
 
-    built = re.search(rb"FASTREG_TORCH=([^\0]+)\0", Path(extension or os.devnull).read_bytes())
+    built = re.search(rb"FASTREG_TORCH=([^\0]+)\0", content)
     if built is None or interface(built[1].decode()) == interface(torch.__version__):
         return ""
     return f"was built against torch {built[1].decode()}, and this is torch {torch.__version__}"
@@ -116,9 +123,9 @@ def _load_cuda() -> str:
     if os.environ.get("FASTREG_CUDA_BACKEND") == "triton":
         _state["cuda"] = "not loaded: FASTREG_CUDA_BACKEND=triton"
     elif spec is not None and torch.version.cuda:
-        if other := _other_torch(spec.origin):
-            _state["cuda"] = f"not loaded: {other}"
-            return f"fastreg: CUDA extension {other}, using Triton or the PyTorch reference on GPUs. {_MEND}"
+        if unfit := _unfit(spec.origin):
+            _state["cuda"] = f"not loaded: {unfit}"
+            return f"fastreg: CUDA extension {unfit}, using Triton or the PyTorch reference on GPUs. {_MEND}"
         try:
             torch.ops.load_library(spec.origin)
             archs = ctypes.CDLL(spec.origin).fastreg_cuda_archs

@@ -68,6 +68,16 @@ def test_a_broken_extension_is_reported_and_survived(tmp_path):
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_an_extension_that_is_cut_short_is_not_loaded(tmp_path, share):
+    """As a full disk leaves it: loading it is a bus error."""
+    content = Path(importlib.util.find_spec("fastreg._C").origin).read_bytes()
+    assert _ext._unfit(importlib.util.find_spec("fastreg._C").origin) == ""
+    (tmp_path / "extension").write_bytes(content[: int(share * len(content))])
+    assert _ext._unfit(tmp_path / "extension") == "is cut short"
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
 def test_an_extension_of_another_torch_is_not_loaded(tmp_path):
     path = copy_without_extension(tmp_path)
     extension = Path(importlib.util.find_spec("fastreg._C").origin)
@@ -98,7 +108,7 @@ def test_an_extension_of_another_torch_is_not_loaded(tmp_path):
 def test_minor_versions_of_torch_differ(monkeypatch, tmp_path, built, running, differs):
     (tmp_path / "extension").write_bytes(b"\x7fELF\0FASTREG_TORCH=" + built.encode() + b"\0...")
     monkeypatch.setattr(torch, "__version__", running)
-    assert bool(_ext._other_torch(tmp_path / "extension")) is differs
+    assert bool(_ext._unfit(tmp_path / "extension")) is differs
 
 
 def test_instruction_sets_that_were_not_built_are_named():
