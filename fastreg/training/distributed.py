@@ -28,9 +28,9 @@ def usable(name: str | torch.device | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if str(name).partition(":")[0] not in ("cpu", "cuda"):
             raise RuntimeError("must be cpu or cuda")
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error

@@ -333,7 +333,7 @@ BAD = {
     "range": (lambda d: change(d / "fixed.nii.gz", too_large), [], "fixed.nii.gz: must fit single precision"),
     "diverges": (lambda d: None, ["--regularization", "1e38"], "error: the loss must stay finite"),
     "meta": (lambda d: None, ["--device", "meta"], "device meta cannot be used: must be cpu or cuda"),
-    "device": (lambda d: None, ["--device", "abacus"], "device abacus cannot be used"),
+    "device": (lambda d: None, ["--device", "abacus"], "device abacus cannot be used: must be cpu or cuda"),
     "option": (lambda d: None, ["--wndow", "5"], "unrecognized arguments: --wndow 5"),
 }
 
