@@ -301,7 +301,9 @@ class BuildKernels(build_ext):
         # No contraction to FMA: a voxel is then the same bits on every code path and instruction set (sums may differ).
         common += ["-ffp-contract=off"]
         common += ["-O0", "-g"] if debug else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-        common += [*sanitize, "-g1"] if sanitize else []
+        # The C++ interface of torch has no type information for vptr; Python's own flags have -fwrapv.
+        checked = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv"]
+        common += [*sanitize, "-fno-sanitize=vptr", "-fno-sanitize-recover=all", *checked] if sanitize else []
         macros = {"TORCH_EXTENSION_NAME": "_C", "FASTREG_X86": int("avx2" in ISAS)}
         macros |= {"FASTREG_TORCH_VERSION": f'"{torch.__version__}"', "FASTREG_VERSION": f'"{VERSION}"'}
         macros |= {"_GLIBCXX_USE_CXX11_ABI": int(torch.compiled_with_cxx11_abi())}
