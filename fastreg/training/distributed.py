@@ -18,6 +18,10 @@ with contextlib.suppress(ImportError):  # a torch without torch.distributed
     import torch.distributed.nn.functional
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended a run after a step, in all processes at once, with everything saved."""
+
+
 def ranks() -> tuple[int, int]:
     """(rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -54,8 +58,11 @@ def processes(device: str | torch.device | None = None) -> Iterator[torch.device
         torch.cuda.set_device(device)
     # The others wait while the first validates.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
+    stopped = None
     try:
         yield device
+    except Stopped as error:
+        stopped = error
     except BaseException as error:
         # The end of the group would wait for what this process has begun with the others, who may not come: so it never ends.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
@@ -67,3 +74,5 @@ def processes(device: str | torch.device | None = None) -> Iterator[torch.device
     # while the interpreter ends aborts the process.
     gc.collect()
     dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped

@@ -25,7 +25,7 @@ from fastreg.models.recipe import Recipe
 from fastreg.outcome import about, peak_memory
 
 from . import checkpoint
-from .distributed import ranks
+from .distributed import Stopped, ranks
 from .log import Log, append, steps
 from .step import PLACE, NotFinite, Training, recipe_of
 from .validation import Validation
@@ -275,7 +275,7 @@ class Run:
                     self._validate(tell)
             self.ended, self.stopped = True, bool(asked)
         if self.stopped:
-            raise KeyboardInterrupt
+            raise Stopped
 
     def _begin(self, step: int) -> Log:
         """Once a step has shown that all is well: what another run left goes, and what this one logged after `step`."""

@@ -238,3 +238,37 @@ def test_two_processes_and_one_log(tmp_path):
         )
         assert two == pytest.approx(one, rel=1e-4)
         assert len(rows(tmp_path / name / "validation.csv")) == 2
+
+
+STOPPED = """
+import gc
+import os
+import signal
+import sys
+import torch
+from test_run import net, samples
+from torchrun import assert_no_threads_of_gloo
+from fastreg.training import Recipe, Run, processes
+
+gc.disable()
+try:
+    with processes("cpu") as device:
+        torch.set_num_threads(1)
+        recipe = Recipe(batch_size=2, steps=100)
+        run = Run(sys.argv[1], net().to(device), samples(), recipe=recipe, quiet=True)
+        for told in run:
+            if told["step"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    assert run.stopped and run.training.step == 2
+    assert_no_threads_of_gloo()
+else:
+    raise AssertionError("was not stopped")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_a_signal_ends_part_as_at_the_end(tmp_path):
+    done = run_two(STOPPED, tmp_path / "run", seconds=120)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["counted"]["step"] == 2
