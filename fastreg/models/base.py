@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import ops
 from fastreg._refusals import refuse
 from fastreg._repr import shapes
+from fastreg.ops.warp import PADDINGS
 
 from .recipe import PaperInput, Recipe
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHECKPOINTS = ("none", "blocks")
-PADDINGS = ("zeros", "border", "reflection")
 
 # Each minimised; what a model's `similarity` may name.
 SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {

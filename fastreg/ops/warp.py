@@ -38,7 +38,7 @@ def warp(
 
     Args:
         image (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; with mode "nearest" also labels, of
-            any integer dtype or bool.
+            any integer dtype but uint64, or bool.
         displacement (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x), any of the four dtypes; it is
             never cast down. A NaN makes its voxel NaN (a label: 0) and no other; beyond the image means outside. None with
             an affine: zero.
