@@ -26,6 +26,9 @@ constexpr int kMiMargin = 4;
 template <bool bspline>
 constexpr int kMiTaps = bspline ? 4 : 8;
 
+// A smaller range counts as a single value: bins per unit of it could be infinite.
+constexpr double kMiSmallest = 1e-300;
+
 // Where an intensity lies among the bins and how far it moves per unit of intensity; 0 outside of the range,
 // and where that is a single value.
 struct MiAxis {
@@ -36,7 +39,8 @@ template <bool bspline>
 FASTREG_HD MiAxis mi_axis(const double* range, int64_t bins) {
   // A cubic B-spline needs two bins beyond each end.
   const double first = bspline ? 2 : 0, span = range[1] - range[0];
-  return {range[0], range[1], first, span > 0 ? double(bins - 1 - 2 * int64_t(first)) / span : 0 * span};
+  return {range[0], range[1], first,
+          span > kMiSmallest ? double(bins - 1 - 2 * int64_t(first)) / span : 0 * span};
 }
 
 FASTREG_HD double mi_position(const MiAxis& axis, double x) {

@@ -16,6 +16,7 @@ Kernel = Literal["gaussian", "bspline"]
 KERNELS = get_args(Kernel)
 EPSILON = 1e-7
 MAX_BINS = 1024
+SMALLEST = 1e-300  # a smaller range counts as a single value
 CHUNK = 2**15  # values whose weights for all bins the reference holds at a time
 
 
@@ -99,7 +100,7 @@ def _windows(x, low, high, bins, kernel):
     """Weights of each value, (values, bins), and their derivatives."""
     margin = 2 if kernel == "bspline" else 0
     span, centres = high - low, torch.arange(bins, dtype=x.dtype, device=x.device)
-    per_unit = torch.where(span > 0, (bins - 1 - 2 * margin) / span, 0 * span)
+    per_unit = torch.where(span > SMALLEST, (bins - 1 - 2 * margin) / span, 0 * span)
     # Not by clamp, which a range that is not a number makes one.
     inside = torch.where(x < low, low, torch.where(x > high, high, x))
     d = (margin + (inside - low) * per_unit)[:, None] - centres
