@@ -1,11 +1,12 @@
 """Arguments of the commands that build a net."""
 
 import argparse
+from dataclasses import fields
 
 from fastreg import models
 from fastreg.training import Net
 
-NAMES = ("preset", "set", "intensity", "crop", "size", "spacing")
+NAMES = tuple(f.name for f in fields(Net) if f.name != "method")
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:

@@ -104,8 +104,7 @@ class Settings(Net):
 
 # What a run cannot change half-way; the rest of its settings may differ when it is resumed.
 KEPT = (
-    "method", "pairs", "task", "validation", "preset", "set", "intensity", "crop", "size", "spacing", "seed",
-    "learning_rate", "batch_size", "amp",
+    *(f.name for f in fields(Net)), "pairs", "task", "validation", "seed", "learning_rate", "batch_size", "amp",
 )  # fmt: skip
 
 
