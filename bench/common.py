@@ -331,7 +331,7 @@ def _milliseconds(call, device, repeat):
 class Copy:
     """A plain copy far larger than any cache: the bandwidth the rows are measured against.
 
-    On a GPU larger still, and the mean of several: one of 128 MiB takes 60 us there, half of it within its L2, and what
+    On a GPU larger still, and the mean of several: one of 128 MiB would take 60 us, half of it in its L2, and what
     lies between two events weighs as much.
     """
 
