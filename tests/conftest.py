@@ -10,8 +10,10 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 
-# nohup and & leave it ignored, and commands respect that; tests press it.
+# nohup and & leave them ignored, and commands respect that; tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 backends.install()
 # Side by side they have one each; tests of threads ask for theirs.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
