@@ -27,7 +27,10 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Registers a synthetic thorax whose motion is known. Exit status 1 if a goal is missed.",
     )
     command.add_argument(
-        "-o", "--out", metavar="OUT", help="folder to make: outputs, inputs, and pairs.csv for fastreg train"
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="folder to make: outputs, inputs, and pairs.csv for fastreg train (default: nothing is written)",
     )
     add_parameters(command)
     add_common(command)

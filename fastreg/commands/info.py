@@ -13,7 +13,11 @@ from .options import Parser
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
-    command = commands.add_parser("info", help="versions, devices, which implementation each op has")
+    command = commands.add_parser(
+        "info",
+        help="versions, devices, which implementation each op has",
+        description="Prints versions, devices, and which implementation answers for each op on each device.",
+    )
     command.set_defaults(run=_run)
 
 

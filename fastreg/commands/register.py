@@ -36,7 +36,7 @@ HELP = {
     "smoothing": "standard deviation in mm of the Gaussian that smooths updates; bspline: control point spacing",
     "levels": "number of resolutions, coarse to fine",
     "iterations": "at most, of every level or comma-separated from coarse to fine",
-    "learning_rate": "step of the optimiser; with --method of Adam, by default the paper's",
+    "learning_rate": "step of the optimiser",
 }
 CHOICES = {"similarity": SIMILARITIES, "transform": TRANSFORMS}
 METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
@@ -54,7 +54,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command.add_argument("moving", metavar="MOVING", help="the same")
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to make")
     add_arguments(command.add_argument_group("what else is known of the pair"))
-    add_parameters(command)
+    add_parameters(command, learning_rate="; with --method: of Adam (default: the paper's)")
     group = command.add_argument_group(
         "a net on the pair alone",
         "instead of the pairwise optimiser: --method, untrained, and what goes with it",
@@ -73,14 +73,14 @@ def tunable() -> list[inspect.Parameter]:
     return [p for p in inspect.signature(register).parameters.values() if p.name not in given]
 
 
-def add_parameters(parser: argparse.ArgumentParser) -> None:
-    """A flag for each parameter of `register`; one that is not given is not in the arguments."""
+def add_parameters(parser: argparse.ArgumentParser, **also: str) -> None:
+    """A flag for each parameter of `register`; one that is not given is not in the arguments. `also`: more of its help."""
     group = parser.add_argument_group("the pairwise optimiser", "parameters of fastreg.register")
     for p in tunable():
         flag = "--" + p.name.replace("_", "-")
         options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
-            "help": f"{HELP.get(p.name, 'see fastreg.register')} (default: {_pasted(p)})",
+            "help": f"{HELP.get(p.name, 'see fastreg.register')} (default: {_pasted(p)}){also.get(p.name, '')}",
         }
         if isinstance(p.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)

@@ -23,11 +23,12 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "train",
         help="train a net",
+        usage="fastreg train --method METHOD --pairs CSV|FOLDER -o OUT [...]\n       fastreg train --resume -o OUT [...]",
         description="Trains a net. OUT becomes a folder with last.pt and best.pt (for fastreg apply --weights), log.csv, "
         "validation.csv and validation.png. Ctrl-C saves and ends; --resume goes on. "
         "Several GPUs: torchrun --nproc-per-node=N -m fastreg.train ...",
     )
-    command.add_argument("--method", choices=sorted(models.MODELS))
+    command.add_argument("--method", choices=sorted(models.MODELS), help="the net")
     command.add_argument(
         "--pairs",
         metavar="CSV|FOLDER",
@@ -48,16 +49,18 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     nets.add_arguments(command.add_argument_group("the net"))
     group = command.add_argument_group("training")
-    group.add_argument("--steps", type=int, help="of the optimiser (default: the paper's)")
-    group.add_argument("--minutes", type=float, help="end after so many, if --steps are not done before")
-    group.add_argument("--learning-rate", type=float, help="of Adam (default: the paper's)")
+    group.add_argument("--steps", type=int, metavar="N", help="of the optimiser (default: the paper's)")
     group.add_argument(
-        "--batch-size", type=int, help="pairs a step, over all processes (default: the paper's)"
+        "--minutes", type=float, metavar="X", help="end after so many, if --steps are not done before"
+    )
+    group.add_argument("--learning-rate", type=float, metavar="X", help="of Adam (default: the paper's)")
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="pairs a step, over all processes (default: the paper's)"
     )
     group.add_argument(
         "--patience", type=int, metavar="N", help="end after N epochs without a better mean loss"
     )
-    group.add_argument("--seed", type=int, help="of weights, order and noise (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of weights, order and noise (default: 0)")
     group.add_argument("--amp", action="store_true", default=None, help="bf16 convolutions")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile")
     group.add_argument(
