@@ -5,9 +5,12 @@ import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fastreg.cli  # noqa: E402
 import fastreg.ops  # noqa: E402
 from fastreg._version import __version__  # noqa: E402
 
@@ -43,6 +46,10 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 default_role = "code"
 
+# Before autodoc: to preserve defaults it puts their source text in the signatures that the help is made of.
+_PARSER = fastreg.cli._parser()
+fastreg.cli._parser = lambda: _PARSER
+
 _CODE = re.compile(r"(``.*?``|`[^`]+`)")
 _FIELD = re.compile(r"\w[\w, ]* \([^)]+\): ")
 
@@ -76,7 +83,15 @@ def _list_ops(app, docname, source):
         source[0] = source[0].replace("   OPS\n", "".join(f"   {op}\n" for op in fastreg.ops.__all__))
 
 
+def _align_usage(app, doctree):
+    """A second usage begins below the first."""
+    for block in doctree.findall(nodes.literal_block):
+        if "sphinx-argparse-cli-wrap" in block["classes"]:
+            block[:] = [nodes.Text(re.sub(r"\n +(?=fastreg )", "\n", block.astext()))]
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _plain, priority=400)  # before napoleon
     app.connect("source-read", _list_ops)
+    app.connect("doctree-read", _align_usage)
     app.connect("autodoc-process-signature", _signature)

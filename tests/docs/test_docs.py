@@ -316,6 +316,14 @@ def site(tmp_path_factory):
     return out / "html"
 
 
+@pytest.mark.slow
+def test_the_page_of_the_command_line_says_what_help_says(site):
+    page = re.sub("<[^>]*>", "", (site / "command_line.html").read_text(encoding="utf-8"))
+    assert "from coarse to fine (default: 100,100,60,30)" in page
+    assert "control point spacing (default: automatic)" in page
+    assert "fastreg register FIXED MOVING -o OUT [...]\nfastreg register FIXED MOVING" in page
+
+
 def chromium(*arguments, width=1280):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
