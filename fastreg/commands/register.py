@@ -109,7 +109,7 @@ def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int, int, int
     shown: Any = None
     level_shown: int | None = None
     ended: str | None = None
-    begin = time.perf_counter()
+    begin = last = time.perf_counter()
 
     def end() -> None:
         if shown is not None:
@@ -119,17 +119,17 @@ def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int, int, int
                 print(ended)
 
     def told(level: int, n_levels: int, iteration: int, n_iterations: int, loss: float) -> None:
-        nonlocal shown, level_shown, ended, begin
+        nonlocal shown, level_shown, ended, begin, last
         if level != level_shown:
             end()
-            level_shown, begin = level, time.perf_counter()
+            level_shown, begin = level, last  # its first iteration is over
             name = f"level {level + 1}/{n_levels}"
             shown = bar(quiet=args.quiet, always=args.progress, total=n_iterations, desc=name)
         if shown is not None:
             shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
             shown.update(iteration + 1 - shown.n)
-        spent = time.perf_counter() - begin
-        ended = f"level {level + 1} of {n_levels}: {iteration + 1} iterations, loss {loss:.4f}, {spent:.1f} s"
+        last = time.perf_counter()
+        ended = f"level {level + 1} of {n_levels}: {iteration + 1} iterations, loss {loss:.4f}, {last - begin:.1f} s"
 
     try:
         yield told
