@@ -1,7 +1,6 @@
 """`fastreg train`: a net on many pairs, or on the one that it is to register."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -76,9 +75,6 @@ def _settings(args: argparse.Namespace, saved: Mapping[str, Any] | None) -> Sett
     """All arguments of the run: given ones before those of the checkpoint, these before defaults."""
     given = {f.name: getattr(args, f.name) for f in fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("pairs", "validation"):
-        if name in given:
-            given[name] = os.path.abspath(given[name])
     return Settings(**(given if saved is None else merged(args.out, given, saved)))
 
 

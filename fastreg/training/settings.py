@@ -42,6 +42,10 @@ class Settings(Net):
     validate_most: int = 8
     save_every: int = 100
 
+    def __post_init__(self) -> None:
+        for name, path in _absolute(vars(self)).items():
+            setattr(self, name, path)
+
     def plain(self) -> dict[str, Any]:
         """Those that are set, as a checkpoint keeps them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -108,12 +112,18 @@ KEPT = (
 )  # fmt: skip
 
 
+def _absolute(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The paths among them, for a run that goes on from another folder."""
+    return {name: os.path.abspath(settings[name]) for name in ("pairs", "validation") if settings.get(name)}
+
+
 def merged(folder: Name, given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a run that goes on: those given before those of its checkpoint. InputError where they cannot change."""
     before = saved["settings"]
     known = {f.name for f in fields(Settings)}
     if not {"method", "pairs"} <= before.keys() or not before.keys() <= known:
         raise InputError(f"{folder}: is a run of a script, which can go on with it")
+    given = {**given, **_absolute(given)}
     for name in KEPT:
         if name in given and given[name] != before.get(name):
             flag = f"--{name.replace('_', '-')}"

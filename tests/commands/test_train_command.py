@@ -184,10 +184,11 @@ def test_a_seed_decides_on_the_net(folder, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_settings_in_a_script(folder, tmp_path):
-    """What fastreg train does, and what it goes on with."""
+def test_settings_in_a_script(folder, tmp_path, monkeypatch):
+    """What fastreg train does, and what it goes on with, from another folder too."""
+    monkeypatch.chdir(folder.parent)
     given = {"encoder": (2, 2, 2, 2), "decoder": (2, 2, 2, 2, 2, 2), "similarity": "mse"}
-    settings = Settings("voxelmorph", set=given, pairs=str(folder), size=(16, 18), steps=2, validate_every=2)
+    settings = Settings("voxelmorph", set=given, pairs=folder.name, size=(16, 18), steps=2, validate_every=2)
     settings.run(tmp_path / "run", quiet=True).train()
     content = checkpoint.load(tmp_path / "run" / "last.pt")
     assert content["preprocessing"]["size"] == (16, 18)
@@ -196,8 +197,10 @@ def test_settings_in_a_script(folder, tmp_path):
     settings.run(tmp_path / "run", quiet=True).train()
     with pytest.raises(io.InputError, match="was started with --size"):
         replace(settings, size=(16, 20)).run(tmp_path / "run")
-    assert cli.main(["train", "--resume", "-o", str(tmp_path / "run"), "--steps", "4", "--quiet"]) == 0
-    assert [int(r["step"]) for r in rows(tmp_path / "run" / "log.csv")] == [1, 2, 3, 4]
+    monkeypatch.chdir(tmp_path)
+    for steps, more in (("4", []), ("5", ["--pairs", str(folder)])):
+        assert cli.main(["train", "--resume", "-o", "run", "--steps", steps, "--quiet", *more]) == 0
+    assert [int(r["step"]) for r in rows(tmp_path / "run" / "log.csv")] == [1, 2, 3, 4, 5]
 
 
 def test_field_moves_images_labels_and_points(folder, tmp_path):
