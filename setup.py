@@ -373,10 +373,12 @@ class BuildKernels(build_ext):
                 "kernels" if isa else "bindings" for _, isa in stale
             ]
             progress = Progress("fastreg._C", [SECONDS[p] for p in parts])
-            with ThreadPoolExecutor(JOBS) as pool:
-                ready = pool.submit(precompile) if "torch" in parts else None
-                list(pool.map(compile_one, stale))
-            shutil.rmtree(variant / "precompiled", ignore_errors=True)  # 400 MB
+            try:
+                with ThreadPoolExecutor(JOBS) as pool:
+                    ready = pool.submit(precompile) if "torch" in parts else None
+                    list(pool.map(compile_one, stale))
+            finally:
+                shutil.rmtree(variant / "precompiled", ignore_errors=True)  # 400 MB
             progress.end()
             # OpenMP symbols come from the runtime torch has loaded (no -lgomp): one thread pool for both.
             libraries = ["c10", "torch", "torch_cpu", "torch_python"]
