@@ -78,19 +78,22 @@ def test_the_base_is_where_the_branch_left_main(tmp_path, monkeypatch):
         run = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
 
-    def commit(name):
+    def commit(name, hour):
+        monkeypatch.setenv("GIT_COMMITTER_DATE", f"2026-01-0{1 + hour // 24}T{hour % 24:02}:00:00+00:00")
         (tmp_path / name).write_text(name)
         git("add", "."), git("commit", "-qm", name)
         return git("rev-parse", "HEAD")
 
     git("init", "-qb", "main")
-    first = commit("a")
+    first = commit("a", 0)
     assert changed.base() == ""  # the first commit: nothing to compare with
     assert changed.changed("") is None
-    second = commit("b")
+    commit("e", 23)
+    assert changed.base() == ""  # all of it came within a day
+    second = commit("b", 25)
     assert changed.base() == first
     git("checkout", "-qb", "topic")
-    commit("c")
+    commit("c", 26)
     (tmp_path / "d").touch()
     assert changed.base() == second
     assert changed.changed(second) == {"c", "d"}
