@@ -139,3 +139,11 @@ def test_borrowed_packages_bring_what_they_require(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.stdout.startswith(str(folder)), run.stderr
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("quick", 1)])
+def test_run_says_what_it_takes_before_it_builds(argument, status):
+    run = subprocess.run([CI / "run", argument], capture_output=True, text=True, timeout=20)
+    assert run.returncode == status
+    assert run.stdout.startswith("Everything a change must pass")
+    assert run.stdout.splitlines()[-1].startswith("FASTREG_OBJECTS=folder")
