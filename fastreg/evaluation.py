@@ -54,6 +54,25 @@ def scores(case: Case, u: torch.Tensor, *, surfaces: bool = False) -> dict[str, 
     return found
 
 
+def exchanged(case: Case, u: torch.Tensor) -> float | None:
+    """Mean distance in mm after u, were the landmarks of the two images exchanged; None unless that clearly brings them closer, and u apart."""
+    grid = case.fixed_grid
+    if case.fixed_landmarks is None or case.moving_landmarks is None:
+        return None
+    fixed, moving = (
+        torch.from_numpy(grid.to_index(p)) for p in (case.fixed_landmarks, case.moving_landmarks)
+    )
+    before, after, otherwise = (
+        metrics.tre(a, b, grid.spacing_zyx).mean
+        for a, b in (
+            (fixed, moving),
+            (metrics.move_points(fixed, u), moving),
+            (metrics.move_points(moving, u), fixed),
+        )
+    )
+    return otherwise if otherwise < 0.8 * before and after > 1.2 * before else None
+
+
 def _mean(values: Mapping[int, float]) -> float:
     """Over labels; one that is lost, at an infinite distance, is in the scores by label alone."""
     finite = [v for v in values.values() if math.isfinite(v)]

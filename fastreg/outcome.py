@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastreg import _ext, evaluation, io, metrics, report
-from fastreg._console import telling
+from fastreg._console import telling, warn
 from fastreg._files import Name, write_json
 from fastreg._version import __version__
 from fastreg.data.pairs import Case
@@ -73,6 +73,12 @@ class Outcome:
             "sdlogj": metrics.sdlogj(u),
         }
         scores = evaluation.scores(case, u)
+        otherwise = evaluation.exchanged(case, u)
+        if otherwise is not None:
+            warn(
+                f"landmarks are {scores['tre']['after']['mean']:.2f} mm apart, and would be {otherwise:.2f} mm "
+                "with those of the fixed and the moving image exchanged"
+            )
         self.moved_labels = scores.pop("moved_labels", None)
         self.summary |= scores
 

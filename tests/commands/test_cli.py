@@ -1,6 +1,7 @@
 import functools
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -421,6 +422,22 @@ def test_landmarks_outside_and_small_overlap_warn(case, capsys):
     assert len(lines) == 2
     assert lines[0].endswith("2 of 12 landmarks lie outside the fixed image, and count")
     assert lines[1].endswith("the moving image covers only 8.3 % of the fixed one")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_landmarks_that_were_exchanged_are_told(case, capsys, swapped):
+    folder = case("same")
+    files = [folder / "fixed.csv", folder / "moving.csv"][:: -1 if swapped else 1]
+    options = ["--fixed-landmarks", files[0], "--moving-landmarks", files[1]]
+    assert run(folder, "--quiet", "--iterations", "40", *options) == 0
+    told = capsys.readouterr().err
+    if not swapped:
+        assert told == ""
+        return
+    after, otherwise = map(
+        float, re.search(r"are ([\d.]+) mm apart, and would be ([\d.]+) mm with", told).groups()
+    )
+    assert otherwise < math.dist((0, 0, 0), (1.5, 1.0, 1.0)) < after
 
 
 @pytest.mark.parametrize("package", ["SimpleITK", "matplotlib.figure"])
