@@ -63,7 +63,11 @@ class _Op(torch.nn.Module):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__()
-        self.options = self.__signature__.bind(*args, **options).arguments
+        try:
+            self.options = self.__signature__.bind(*args, **options).arguments
+        except TypeError as error:
+            names = ", ".join(self.__signature__.parameters) or "none"
+            raise TypeError(f"{type(self).__name__}: {error}; its options: {names}") from None
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
