@@ -402,6 +402,9 @@ if os.environ.get("FASTREG_EXT") != "0":
 setup(
     version=VERSION,
     packages=find_packages(include=["fastreg*"]),
+    # An editable install is then this folder on the path. The finder that it is otherwise comes after the path, and to a script
+    # beside the clone the clone itself would be the package, an empty one.
+    package_dir={"": "."},
     package_data={"fastreg": ["py.typed"]},
     ext_modules=[Extension(name, sources=[]) for name in extensions],
     cmdclass={"build_ext": BuildKernels},

@@ -1,5 +1,6 @@
 """The package around the ops: loading, falling back, choosing instruction sets."""
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -31,6 +32,18 @@ def python(code, path=PACKAGE.parent, **environment):
 def copy_without_extension(folder):
     shutil.copytree(PACKAGE, folder / "fastreg", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     return folder
+
+
+def test_a_script_beside_the_clone_finds_the_package(tmp_path):
+    try:
+        importlib.metadata.version("fastreg")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastreg is not installed here")
+    (tmp_path / "fastreg" / "csrc").mkdir(parents=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    code = "import fastreg; fastreg.warp"
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 STEP = """
