@@ -10,8 +10,12 @@ import argparse
 import itertools
 
 import torch
-from monai import transforms as mt
-from monai.data import CacheDataset, DataLoader
+
+try:
+    from monai import transforms as mt
+    from monai.data import CacheDataset, DataLoader
+except ImportError as error:
+    raise SystemExit('this example needs MONAI: pip install "monai==1.6.1"') from error
 
 from fastreg import models
 from fastreg.data import phantom
