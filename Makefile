@@ -18,7 +18,7 @@ demo: $(BIN)/.built
 build: $(BIN)/.built
 
 test: $(BIN)/.built
-	@echo "The tests: about 4 minutes on two free cores"
+	@echo "The tests: about 3 minutes on two free cores"
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
 
 # What starts processes, waits, or trains.
