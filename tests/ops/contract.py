@@ -61,6 +61,30 @@ def like(n, spatial):
     return torch.zeros(n, 1, *spatial)
 
 
+# Of the regularisers: a call that is right, and what they refuse.
+REGULARISER = {"u": torch.zeros(1, 3, 3, 4, 5)}
+REGULARISER_ERRORS = [
+    (
+        TypeError,
+        "u must be fp64, fp32, fp16 or bf16, got torch.int64",
+        {"u": torch.zeros(1, 2, 4, 5).long()},
+    ),
+    (
+        ValueError,
+        r"u must have shape \(N, 3, D, H, W\), got \(1, 2, 3, 4, 5\)",
+        {"u": torch.zeros(1, 2, 3, 4, 5)},
+    ),
+    (ValueError, "spacing must be a number > 0, or one per axis", {"spacing": 0.0}),
+    (ValueError, "spacing must be a number > 0, or one per axis", {"spacing": (1.0, 2.0)}),
+    (TypeError, "spacing must be a number or 3 numbers", {"spacing": "mm"}),
+]
+
+
+def spaced(u):
+    """Another spacing along each axis."""
+    return (1.0, 2.0, 3.0)[: u.dim() - 2]
+
+
 def contracts():
     """{op: Contract} of every public op."""
     return {op: importlib.import_module(f"test_{op}").CONTRACT for op in fastreg.ops.__all__}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from common import DTYPES, assert_close, check_against_reference
-from contract import Case, Contract
+from contract import REGULARISER, REGULARISER_ERRORS, Case, Contract, spaced
 
 import fastreg
 from fastreg.ops.total_variation import total_variation_ref
@@ -162,35 +162,13 @@ def made(n, spatial, dtype):
     return (make((n, len(spatial), *spatial), dtype),)
 
 
-def spaced(u):
-    return (1.0, 2.0, 3.0)[: u.dim() - 2]
-
-
-VALID = {"u": torch.zeros(1, 3, 3, 4, 5)}
-ERRORS = [
-    (
-        TypeError,
-        "u must be fp64, fp32, fp16 or bf16, got torch.int64",
-        {"u": torch.zeros(1, 2, 4, 5).long()},
-    ),
-    (
-        ValueError,
-        r"u must have shape \(N, 3, D, H, W\), got \(1, 2, 3, 4, 5\)",
-        {"u": torch.zeros(1, 2, 3, 4, 5)},
-    ),
-    (TypeError, "isotropic must be True or False, got 1", {"isotropic": 1}),
-    (ValueError, "spacing must be a number > 0, or one per axis", {"spacing": 0.0}),
-    (ValueError, "spacing must be a number > 0, or one per axis", {"spacing": (1.0, 2.0)}),
-    (TypeError, "spacing must be a number or 3 numbers", {"spacing": "mm"}),
-]  # fmt: skip
-
 CONTRACT = Contract(
     cases={
         "anisotropic": Case(lambda u: fastreg.total_variation(u, spacing=spaced(u)), made),
         "isotropic": Case(lambda u: fastreg.total_variation(u, isotropic=True, spacing=spaced(u)), made),
     },
-    valid=VALID,
-    errors=ERRORS,
+    valid=REGULARISER,
+    errors=[*REGULARISER_ERRORS, (TypeError, "isotropic must be True or False, got 1", {"isotropic": 1})],
     opcheck=opcheck,
     gradcheck=True,
     double_backward=False,
