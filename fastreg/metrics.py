@@ -177,9 +177,9 @@ def _surfaces(
     labels: Iterable[int] | None,
     summary: Callable[[np.ndarray, np.ndarray], float],
 ) -> Distance:
-    from fastreg.io import _sitk
+    from fastreg.io._sitk import sitk as simple_itk
 
-    sitk = _sitk()
+    sitk = simple_itk()
     _check_labels(op, fixed_labels, moved_labels)
     shape = tuple(n for k, n in enumerate(fixed_labels.shape) if n > 1 or k >= fixed_labels.ndim - 2)
     if len(shape) not in (2, 3):

@@ -269,7 +269,7 @@ def field(geometry, seed=3, size=2.5):
 @pytest.mark.parametrize("moved", [False, True], ids=["identity", "displaced"])
 @pytest.mark.parametrize(("nd", "fixed", "moving"), PAIRS)
 def test_resample_agrees_with_itk(tmp_path, monkeypatch, nd, fixed, moving, moved, mode):
-    monkeypatch.setattr(io, "SLAB", 500)  # several slabs
+    monkeypatch.setattr(io._resample, "SLAB", 500)  # several slabs
     fixed, moving = pair(nd, fixed, moving)
     image = noise(moving)
     u = field(fixed) if moved else None

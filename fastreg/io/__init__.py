@@ -1,0 +1,25 @@
+"""Images, landmarks and displacements between files and tensors: grids in physical space.
+
+Physical points are ITK's: millimetres, LPS, in the order (x, y, z). Arrays, tensors and voxel indices are
+(z, y, x). Only images need SimpleITK.
+"""
+
+from fastreg._files import InputError
+
+from ._displacement import read_displacement, write_displacement
+from ._geometry import Geometry
+from ._images import read_image, write_image
+from ._landmarks import read_landmarks, write_landmarks
+from ._resample import resample
+
+__all__ = [
+    "Geometry",
+    "InputError",
+    "read_displacement",
+    "read_image",
+    "read_landmarks",
+    "resample",
+    "write_displacement",
+    "write_image",
+    "write_landmarks",
+]

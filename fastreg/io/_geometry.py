@@ -1,0 +1,67 @@
+"""Where a voxel grid lies in physical space."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a voxel grid lies: point = origin + direction @ (spacing * index), in ITK's order (x, y, z)."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], spacing: Sequence[float]) -> "Geometry":
+        """The grid of an array: shape and spacing (mm) in (z, y, x), origin 0, axes along the patient's."""
+        nd = len(shape)
+        eye = tuple(float(v) for v in np.eye(nd).ravel())
+        return cls(tuple(shape)[::-1], tuple(float(s) for s in spacing)[::-1], (0.0,) * nd, eye)
+
+    @property
+    def nd(self) -> int:
+        return len(self.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x)."""
+        return self.size[::-1]
+
+    @property
+    def spacing_zyx(self) -> tuple[float, ...]:
+        """mm, (z, y, x)."""
+        return self.spacing[::-1]
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """(nd, nd): turns a step in voxels (z, y, x) into mm (x, y, z)."""
+        direction = np.asarray(self.direction, dtype=np.float64).reshape(self.nd, self.nd)
+        return (direction * np.asarray(self.spacing))[:, ::-1].copy()
+
+    def to_physical(self, index: ArrayLike) -> np.ndarray:
+        """(..., nd) voxels (z, y, x) -> (..., nd) mm (x, y, z)."""
+        return np.asarray(index, dtype=np.float64) @ self.matrix.T + np.asarray(self.origin)
+
+    def to_index(self, points: ArrayLike) -> np.ndarray:
+        """(..., nd) mm (x, y, z) -> (..., nd) voxels (z, y, x)."""
+        return (np.asarray(points, dtype=np.float64) - self.origin) @ np.linalg.inv(self.matrix).T
+
+    def contains(self, index: np.ndarray) -> np.ndarray:
+        """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
+        return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)
+
+    def matches(self, other: "Geometry") -> bool:
+        """Whether both are one grid, up to what file formats round away (a thousandth of a voxel)."""
+        if self.size != other.size:
+            return False
+        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1)
+        apart = np.abs(self.to_physical(corners) - other.to_physical(corners)).max()
+        return bool(apart <= 1e-3 * min(self.spacing))
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.size))} voxels of {' x '.join(f'{s:g}' for s in self.spacing)} mm"
