@@ -16,7 +16,7 @@ from fastreg.training import checkpoint
 from fastreg.training.build import predict
 
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, device_of
+from .options import Parser, add_common, add_reading, device_of, reading_of
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points")
@@ -48,6 +48,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="with --field: points in the fixed image (x,y,z, mm, LPS); OUT/points.csv: in the moving one",
     )
     add_arguments(command.add_argument_group("with --weights, what else is known of the pair"))
+    add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
 
@@ -96,8 +97,9 @@ def _apply_field(args: argparse.Namespace) -> int:
     refuse_own_inputs(args.out, (args.field, args.moving, args.labels, args.points), FIELD_OUTPUTS)
     device_of(args)
     with output_folder(args.out, FIELD_OUTPUTS, replace=args.force) as folder:
-        u, grid = io.read_displacement(args.field)
-        moving, moving_grid = io.read_image(args.moving)
+        reading = reading_of(args)
+        u, grid = io.read_displacement(args.field, reading, warn)
+        moving, moving_grid = io.read_image(args.moving, reading, warn)
         if moving_grid.nd != grid.nd:
             raise InputError(f"{args.field} is {grid.nd}D and {args.moving} is {moving_grid.nd}D")
         moved, inside = io.resample(intensities(moving), moving_grid, grid, u, outside=float(moving.min()))
@@ -105,7 +107,7 @@ def _apply_field(args: argparse.Namespace) -> int:
             raise InputError(f"{args.field}: leads nowhere into {args.moving}")
         io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
         if args.labels is not None:
-            labels = read_labels(args.labels, moving_grid, args.moving)
+            labels = read_labels(args.labels, moving_grid, args.moving, reading, warn)
             moved, _ = io.resample(volume(labels, np.float64), moving_grid, grid, u, mode="nearest")
             io.write_image(folder / "moved_labels.nii.gz", moved[0, 0].numpy().astype(labels.dtype), grid)
         if args.points is not None:

@@ -6,6 +6,8 @@ from fastreg._console import warn
 from fastreg._files import InputError
 from fastreg.data import pairs
 
+from .options import reading_of
+
 
 def _pair(args: argparse.Namespace, kind: str) -> tuple[str | None, str | None]:
     paths = getattr(args, f"fixed_{kind}"), getattr(args, f"moving_{kind}")
@@ -33,7 +35,7 @@ def read_case(args: argparse.Namespace) -> pairs.Case:
     pair = pairs.Pair(
         args.fixed, args.moving, fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, args.mask
     )
-    return pairs.read_case(pair, warn)
+    return pairs.read_case(pair, warn, reading_of(args))
 
 
 def paths_of(args: argparse.Namespace) -> tuple[str | None, ...]:

@@ -2,11 +2,13 @@
 
 import argparse
 import re
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
 
 from fastreg._files import InputError
+from fastreg.io._reading import CHOICES, Reading
 from fastreg.training.distributed import usable
 
 
@@ -51,6 +53,25 @@ def device_of(args: argparse.Namespace) -> torch.device:
     """The torch.device that the arguments ask for; sets the number of threads."""
     set_threads(args)
     return usable(args.device)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of Reading; None is one that is not given."""
+    group = parser.add_argument_group("how files are read")
+    for name, (values, text) in CHOICES.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, choices=values, help=f"{text} (default: {values[0]})")
+
+
+def reading_given(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The fields of Reading that the arguments set; None: none."""
+    given = {f.name: getattr(args, f.name) for f in fields(Reading)}
+    return {name: value for name, value in given.items() if value is not None} or None
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """How files are read, as the arguments say."""
+    return Reading.of(reading_given(args))
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

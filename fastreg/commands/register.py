@@ -23,7 +23,7 @@ from fastreg.training.build import predict
 
 from . import nets
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, device_of, numbers
+from .options import Parser, add_common, add_reading, device_of, numbers
 
 STEPS = 300  # of a net on one pair
 
@@ -63,6 +63,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     group.add_argument("--steps", type=int, metavar="N", help=f"of its optimiser (default: {STEPS})")
     group.add_argument("--seed", type=int, metavar="N", help="of its weights and noise (default: 0)")
     nets.add_arguments(group)
+    add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
 

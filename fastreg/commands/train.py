@@ -15,7 +15,7 @@ from fastreg.training.run import resumable
 from fastreg.training.settings import merged
 
 from . import nets
-from .options import Parser, add_common, set_threads
+from .options import Parser, add_common, add_reading, reading_given, set_threads
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -67,13 +67,15 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     group.add_argument("--validate-most", type=int, metavar="N", help="pairs (default: 8)")
     group.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 100)")
+    add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
 
 
 def _settings(args: argparse.Namespace, saved: Mapping[str, Any] | None) -> Settings:
     """All arguments of the run: given ones before those of the checkpoint, these before defaults."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings)}
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    given["reading"] = reading_given(args)
     given = {name: value for name, value in given.items() if value is not None}
     return Settings(**(given if saved is None else merged(args.out, given, saved)))
 

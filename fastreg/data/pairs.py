@@ -7,7 +7,7 @@ A csv has a header: `fixed`, `moving`, and where there are any `fixed_labels`, `
 import csv
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 
 from fastreg import io
 from fastreg._files import InputError, Name
+from fastreg.io._reading import Reading, Warn, ignore
 
 from .preprocessing import Preprocessing
 from .sample import Sample
@@ -23,7 +24,6 @@ from .sample import Sample
 TASKS = ("inter", "intra", "one-shot")
 OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask")
 SMALL_OVERLAP = 0.1
-Warn = Callable[[str], object]
 IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".tif", ".tiff", ".jpg", ".dcm", ".hdr")
 
 
@@ -67,8 +67,8 @@ class Case:
         return torch.from_numpy((self.mask / float(self.mask.max())).astype(np.float32))[None, None]
 
 
-def _read_intensities(path: Name) -> tuple[np.ndarray, io.Geometry]:
-    array, grid = io.read_image(path)
+def _read_intensities(path: Name, reading: Reading, warn: Warn) -> tuple[np.ndarray, io.Geometry]:
+    array, grid = io.read_image(path, reading, warn)
     if array.min() == array.max():
         raise InputError(f"{path}: must not be constant, got {array.min():g} everywhere")
     largest = max(abs(float(array.min())), abs(float(array.max())))
@@ -77,18 +77,22 @@ def _read_intensities(path: Name) -> tuple[np.ndarray, io.Geometry]:
     return array, grid
 
 
-def read_beside(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
+def read_beside(
+    path: Name, grid: io.Geometry, image: Name, reading: Reading = Reading(), warn: Warn = ignore
+) -> np.ndarray:
     """An image that must lie on the grid of another one."""
-    array, own = io.read_image(path)
+    array, own = io.read_image(path, reading, warn)
     if not own.matches(grid):
         detail = f"{own} against {grid}" if str(own) != str(grid) else "origin or direction differ"
         raise InputError(f"{path}: must lie on the grid of {image}: {detail}")
     return array
 
 
-def read_labels(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
+def read_labels(
+    path: Name, grid: io.Geometry, image: Name, reading: Reading = Reading(), warn: Warn = ignore
+) -> np.ndarray:
     """Whole numbers on the grid of an image."""
-    array = read_beside(path, grid, image)
+    array = read_beside(path, grid, image, reading, warn)
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise InputError(f"{path}: labels must be whole numbers")
     if max(abs(float(array.min())), abs(float(array.max()))) >= 2**53:
@@ -96,9 +100,11 @@ def read_labels(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
     return array
 
 
-def read_mask(path: Name, grid: io.Geometry, image: Name) -> np.ndarray:
+def read_mask(
+    path: Name, grid: io.Geometry, image: Name, reading: Reading = Reading(), warn: Warn = ignore
+) -> np.ndarray:
     """Weights on the grid of an image."""
-    array = read_beside(path, grid, image)
+    array = read_beside(path, grid, image, reading, warn)
     if array.min() < 0 or not array.any():
         raise InputError(f"{path}: a mask must be 0 or more everywhere, and more somewhere")
     return array
@@ -117,10 +123,10 @@ def _read_points(paths: Sequence[Name], grids: Sequence[io.Geometry], warn: Warn
     return points
 
 
-def read_case(pair: Pair, warn: Warn = lambda message: None) -> Case:
+def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> Case:
     """What the files of a Pair hold. InputError for those that do not fit each other; warn(message) for what may be meant."""
-    fixed, fixed_grid = _read_intensities(pair.fixed)
-    moving, moving_grid = _read_intensities(pair.moving)
+    fixed, fixed_grid = _read_intensities(pair.fixed, reading, warn)
+    moving, moving_grid = _read_intensities(pair.moving, reading, warn)
     if fixed_grid.nd != moving_grid.nd:
         raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
     case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
@@ -128,17 +134,17 @@ def read_case(pair: Pair, warn: Warn = lambda message: None) -> Case:
         paths = pair.fixed_landmarks, pair.moving_landmarks
         case.fixed_landmarks, case.moving_landmarks = _read_points(paths, (fixed_grid, moving_grid), warn)
     if pair.fixed_labels and pair.moving_labels:
-        case.fixed_labels = read_labels(pair.fixed_labels, fixed_grid, pair.fixed)
-        case.moving_labels = read_labels(pair.moving_labels, moving_grid, pair.moving)
+        case.fixed_labels = read_labels(pair.fixed_labels, fixed_grid, pair.fixed, reading, warn)
+        case.moving_labels = read_labels(pair.moving_labels, moving_grid, pair.moving, reading, warn)
         if not (case.fixed_labels.any() or case.moving_labels.any()):
             raise InputError(f"{pair.fixed_labels} and {pair.moving_labels} hold background only")
     if pair.mask:
-        case.mask = read_mask(pair.mask, fixed_grid, pair.fixed)
+        case.mask = read_mask(pair.mask, fixed_grid, pair.fixed, reading, warn)
     return case
 
 
 def weights_of(
-    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = lambda message: None
+    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = ignore
 ) -> tuple[float, torch.Tensor | None]:
     """Where a loss counts: where the moving image reaches (inside, bool), times the user's mask (or None), both
     (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere).
@@ -262,7 +268,7 @@ class Pairs(Sequence[Sample]):
     """Pair files as a sequence of Sample, read when they are asked for; the last ones stay in memory.
 
     Args: pairs (list of Pair). preprocessing (Preprocessing). keep (int): samples that stay. ndim: 2 or 3, that images must
-    have, or None.
+    have, or None. reading (Reading).
     """
 
     def __init__(
@@ -272,8 +278,9 @@ class Pairs(Sequence[Sample]):
         *,
         keep: int = 64,
         ndim: int | None = None,
+        reading: Reading = Reading(),
     ) -> None:
-        self.pairs, self.preprocessing, self.ndim = list(pairs), preprocessing, ndim
+        self.pairs, self.preprocessing, self.ndim, self.reading = list(pairs), preprocessing, ndim, reading
         self._sample = functools.lru_cache(maxsize=keep)(self._read)
         self._image = functools.lru_cache(maxsize=keep)(_read_intensities)
 
@@ -285,17 +292,19 @@ class Pairs(Sequence[Sample]):
 
     def _read(self, k: int) -> Sample:
         pair = self.pairs[k]
-        arrays = {side: self._image(getattr(pair, side)) for side in ("fixed", "moving")}
+        arrays = {
+            side: self._image(getattr(pair, side), self.reading, ignore) for side in ("fixed", "moving")
+        }
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
         if fixed_grid.nd != moving_grid.nd:
             raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
-        mask = read_mask(pair.mask, fixed_grid, pair.fixed) if pair.mask else None
+        mask = read_mask(pair.mask, fixed_grid, pair.fixed, self.reading) if pair.mask else None
         case = Case(pair.name, fixed, fixed_grid, moving, moving_grid, mask=mask)
         return sample_of(case, self.preprocessing, self.ndim)[0]
 
 
 def sample_of(
-    case: Case, preprocessing: Preprocessing, ndim: int | None = None, warn: Warn = lambda message: None
+    case: Case, preprocessing: Preprocessing, ndim: int | None = None, warn: Warn = ignore
 ) -> tuple[Sample, io.Geometry]:
     """(Sample, Geometry): a Case as a net takes it, and the grid that it takes it on."""
     if ndim is not None and case.fixed_grid.nd != ndim:

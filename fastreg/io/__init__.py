@@ -10,11 +10,13 @@ from ._displacement import read_displacement, write_displacement
 from ._geometry import Geometry
 from ._images import read_image, write_image
 from ._landmarks import read_landmarks, write_landmarks
+from ._reading import Reading
 from ._resample import resample
 
 __all__ = [
     "Geometry",
     "InputError",
+    "Reading",
     "read_displacement",
     "read_image",
     "read_landmarks",

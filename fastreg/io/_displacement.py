@@ -7,10 +7,13 @@ from fastreg._files import InputError, Name
 
 from ._geometry import Geometry
 from ._images import geometry_of, read, write
+from ._reading import Reading, Warn, ignore
 from ._sitk import sitk
 
 
-def read_displacement(path: Name) -> tuple[torch.Tensor, Geometry]:
+def read_displacement(
+    path: Name, reading: Reading = Reading(), warn: Warn = ignore
+) -> tuple[torch.Tensor, Geometry]:
     """Reads an ITK displacement field (x, y, z), mm, LPS, as write_displacement writes it.
 
     Returns:
@@ -18,7 +21,7 @@ def read_displacement(path: Name) -> tuple[torch.Tensor, Geometry]:
     Raises:
         InputError: as read_image, and where a voxel does not hold one number an axis.
     """
-    image, bad = read(path)
+    image, bad = read(path, reading, warn)
     nd = image.GetDimension()
     if nd not in (2, 3) or image.GetNumberOfComponentsPerPixel() != nd:
         raise InputError(

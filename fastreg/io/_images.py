@@ -12,10 +12,12 @@ from fastreg._files import InputError, Name, replacing, require_utf8
 
 from ._geometry import Geometry
 from ._nifti import not_finite
+from ._reading import Reading, Warn, ignore
 from ._sitk import silent_stderr, sitk
 
 
-def read(path: Name) -> tuple[Any, int]:
+def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple[Any, int]:
+    """(SimpleITK image, how many values are not finite that it reads as 0)."""
     itk = sitk()
     path = Path(path)
     require_utf8(path)
@@ -60,9 +62,10 @@ def geometry_of(image: Any, path: Name) -> Geometry:
     return geometry
 
 
-def read_image(path: Name) -> tuple[np.ndarray, Geometry]:
+def read_image(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple[np.ndarray, Geometry]:
     """Reads a scalar 2D or 3D image: any file SimpleITK reads, or a folder with one DICOM series.
 
+    reading: what is chosen where a file can be understood in two ways. warn(message): what may not be meant.
     Returns:
         (ndarray, Geometry): the array in (z, y, x), in the file's dtype.
     Raises:
@@ -70,7 +73,7 @@ def read_image(path: Name) -> tuple[np.ndarray, Geometry]:
         ImportError: no SimpleITK.
     """
     itk = sitk()
-    image, bad = read(path)
+    image, bad = read(path, reading, warn)
     nd, n_components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
     if nd not in (2, 3):
         raise InputError(f"{path}: must be a 2D or 3D image, got {nd} dimensions")

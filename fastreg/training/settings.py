@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from fastreg._console import warn
 from fastreg._files import InputError, Name, refuse_own_inputs
 from fastreg.data.pairs import Pairs, find_pairs, read_case
+from fastreg.io import Reading
 
 from .build import Net
 from .distributed import ranks
@@ -24,6 +25,8 @@ RECIPE = ("steps", "learning_rate", "batch_size", "patience")
 @dataclass
 class Settings(Net):
     """All that makes a run of pairs in files; the names are those of `fastreg train --help`, None is the default.
+
+    reading: fields of fastreg.io.Reading by name.
 
     Settings(method="voxelmorph", pairs="pairs.csv", size=(28, 28, 40), steps=100).run("runs/mine").train()
     """
@@ -41,10 +44,12 @@ class Settings(Net):
     validate_every: int | None = None
     validate_most: int = 8
     save_every: int = 100
+    reading: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, path in _absolute(vars(self)).items():
             setattr(self, name, path)
+        self.reading = asdict(Reading.of(self.reading))
 
     def plain(self) -> dict[str, Any]:
         """Those that are set, as a checkpoint keeps them."""
@@ -82,7 +87,8 @@ class Settings(Net):
         validated = found if self.validation is None else find_pairs(self.validation, self.task)
         # The first pair tells how many axes images have.
         told = warn if ranks()[0] == 0 else lambda message: None
-        ndim = read_case(found[0], told).fixed_grid.nd
+        reading = Reading.of(self.reading)
+        ndim = read_case(found[0], told, reading).fixed_grid.nd
         torch.manual_seed(self.seed % 2**63)
         model = self.model(ndim).to(device)
         given = {name: getattr(self, name) for name in RECIPE if getattr(self, name) is not None}
@@ -91,8 +97,8 @@ class Settings(Net):
         return Run(
             folder,
             model,
-            Pairs(found, preprocessing, ndim=ndim),
-            validation=Pairs(validated, preprocessing, ndim=ndim),
+            Pairs(found, preprocessing, ndim=ndim, reading=reading),
+            validation=Pairs(validated, preprocessing, ndim=ndim, reading=reading),
             recipe=replace(model.recipe, **given),
             seed=self.seed,
             resume=saved or False,
@@ -124,13 +130,16 @@ def merged(folder: Name, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     if not {"method", "pairs"} <= before.keys() or not before.keys() <= known:
         raise InputError(f"{folder}: is a run of a script, which can go on with it")
     given = {**given, **_absolute(given)}
-    for name in KEPT:
-        if name in given and given[name] != before.get(name):
+    read = asdict(Reading.of(before.get("reading")))
+    asked = {name: value for name, value in (given.pop("reading", None) or {}).items() if value is not None}
+    was, wanted = {**before, **read}, {**given, **asked}
+    for name in (*KEPT, *read):
+        if name in wanted and wanted[name] != was.get(name):
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
-                f"{folder}: was started with {flag} {before.get(name)}, and cannot be resumed with {given[name]}"
+                f"{folder}: was started with {flag} {was.get(name)}, and cannot be resumed with {wanted[name]}"
             )
-    return {**before, **given}
+    return {**before, **given, "reading": read}
 
 
 def _refuse_own_inputs(folder: Name, paths: Sequence[str | None]) -> None:

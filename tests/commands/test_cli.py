@@ -499,7 +499,7 @@ def test_without_a_terminal_a_line_a_level(case, capsys):
 def test_the_bar_begins_with_a_level(case, capsys):
     pytest.importorskip("tqdm")
     assert run(case("same"), "--quiet", "--progress") == 0
-    assert "0it" not in capsys.readouterr().err
+    assert " 0it" not in capsys.readouterr().err
 
 
 def test_every_parameter_of_register_has_its_flag():
