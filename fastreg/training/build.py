@@ -22,6 +22,8 @@ from .step import displacement_of
 RECIPES = {name: cls.recipe for name, cls in models.MODELS.items()}
 PAPER = {name: asdict(cls.paper_input) for name, cls in models.MODELS.items() if cls.paper_input is not None}
 
+WIDEST = 2**20  # channels, steps
+
 Numbers = str | Sequence[float]
 
 
@@ -72,6 +74,15 @@ class Net:
             axes = " and ".join(f"{n}D" for n in cls.ndims)
             raise InputError(f"{self.method} registers {axes} images, got {ndim}D")
         options = dict(self.set) if isinstance(self.set, Mapping) else _arguments(cls, self.set or ())
+        for name, value in options.items():
+            if not suits(cls, name, value):
+                default = inspect.signature(cls).parameters.get(name)
+                kind = (
+                    "is none of its arguments"
+                    if default is None
+                    else f"must be of the kind of its default, {default.default!r}"
+                )
+                raise InputError(f"--set {name} {kind}, got {value!r}")
         if "ndim" in inspect.signature(cls).parameters:
             options.setdefault("ndim", ndim)
         try:
@@ -101,8 +112,7 @@ def _crop(text: str) -> tuple[tuple[int | None, int | None], ...]:
 
 def _arguments(cls: type[models.Model], given: Sequence[str]) -> dict[str, Any]:
     """Of a model's class, of NAME=VALUE."""
-    parameters = inspect.signature(cls).parameters
-    known, options = list(parameters), {}
+    known, options = list(inspect.signature(cls).parameters), {}
     for text in given:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
@@ -112,22 +122,24 @@ def _arguments(cls: type[models.Model], given: Sequence[str]) -> dict[str, Any]:
             options[name] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             options[name] = value.strip()
-        default = parameters[name].default
-        if not _like(options[name], default):
-            raise InputError(f"--set {name} must be of the kind of its default, {default!r}, got {value!r}")
     return options
 
 
-def _like(value: Any, default: Any) -> bool:
-    """Whether a value can stand for a default: a finite number for a number, positive whole ones for a tuple of widths, ..."""
+def suits(cls: type[models.Model], name: str, value: Any) -> bool:
+    """Whether a value can stand for a default of a net: a number for a number, positive whole ones for a tuple of widths, ..."""
+    parameter = inspect.signature(cls).parameters.get(name)
+    if parameter is None:
+        return False
+    default = parameter.default
     if isinstance(default, (bool, str)):
         return isinstance(value, type(default))
     if isinstance(default, tuple):
-        return isinstance(value, (tuple, list)) and all(type(v) is int and v > 0 for v in value)
+        return isinstance(value, (tuple, list)) and all(type(v) is int and 0 < v <= WIDEST for v in value)
     if default is None and isinstance(value, (bool, dict, type(None))):
         return True
     numbers = (int,) if type(default) is int else (int, float)
-    return type(value) in numbers and abs(value) < 1e30
+    # Not NaN, and nothing that a net would be built of without end.
+    return type(value) in numbers and abs(value) < (WIDEST if type(value) is int else 1e30)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A training and its folder: log, checkpoints, validation, going on where it was left."""
 
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -24,7 +25,7 @@ from fastreg.data.sample import Sample
 from fastreg.models.recipe import Recipe
 from fastreg.outcome import about, peak_memory
 
-from . import checkpoint
+from . import checkpoint, schema
 from .distributed import Stopped, ranks
 from .log import Log, append, steps
 from .step import PLACE, NotFinite, Training, recipe_of
@@ -130,12 +131,23 @@ class Run:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         training, last = self.training, self.folder / LAST
+        best: Any = saved.get("best")
+        seconds: Any = saved.get("seconds")
         try:
+            if not (schema.fits(best, float) or best == math.inf) or not schema.fits(seconds, float):
+                refuse(ValueError, PLACE, f"best {best}, seconds {seconds}")
             training.restore(saved)
-            self.best_loss, self.seconds = float(saved["best"]), float(saved["seconds"])
-            was = {**saved["recipe"], "seed": saved["seed"]}
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{last}: does not fit a training of {self.method} by this version") from error
+            raise InputError(
+                f"{last}: does not fit a training of {self.method} by this version ({str(error).removeprefix(PLACE)})"
+            ) from error
+        self.best_loss, self.seconds = float(best), float(seconds)
+        if saved.get("pairs", self.listed) != self.listed:
+            raise InputError(
+                f"{last}: was trained on {_told(saved['pairs'])}, and cannot go on with {_told(self.listed)}"
+                " of other names; start another run"
+            )
+        was = {**saved["recipe"], "seed": saved["seed"]}
         for name, value in {**asdict(training.recipe), "seed": training.seed}.items():
             if name not in LENGTH and was.get(name) != value:
                 raise InputError(
@@ -155,6 +167,15 @@ class Run:
         written = not self.first or self.training.step in steps(self.folder / VALIDATION)
         return self.training.done and written
 
+    @property
+    def listed(self) -> dict[str, Any]:
+        """Which pairs they are, wherever they lie: how many, and of files a digest of their names in order."""
+        pairs = self.training.pairs
+        if not isinstance(pairs, Pairs):
+            return {"number": len(pairs)}
+        names = "\n".join(pair.name for pair in pairs.pairs)
+        return {"number": len(pairs), "names": hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()}
+
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
@@ -163,6 +184,7 @@ class Run:
             "arguments": getattr(self.training.model, "arguments", {}),
             "preprocessing": None if self.preprocessing is None else self.preprocessing.plain(),
             "settings": self.settings,
+            "pairs": self.listed,
             "best": self.best_loss,
             "seconds": self.seconds,
             **self.training.state(),
@@ -352,6 +374,11 @@ def _read(last: Path, resume: bool | Literal["auto"]) -> Mapping[str, Any] | Non
     if "optimizer" not in saved or not all(isinstance(saved.get(k), dict) for k in ("settings", "counted")):
         raise InputError(f"{last}: holds no state of a training")
     return saved
+
+
+def _told(listed: Any) -> str:
+    number = listed.get("number") if isinstance(listed, dict) else None
+    return f"{number} pair{'s' * (number != 1)}"
 
 
 def _refuse_taken(folder: Name, replace: bool) -> None:

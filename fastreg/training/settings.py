@@ -15,9 +15,10 @@ from fastreg._files import InputError, Name, refuse_own_inputs
 from fastreg.data.pairs import Pairs, find_pairs, read_case
 from fastreg.io import Reading
 
+from . import schema
 from .build import Net
 from .distributed import ranks
-from .run import FILES, PICTURE, Resume, Run, resumable, shared_batch
+from .run import FILES, LAST, PICTURE, Resume, Run, resumable, shared_batch
 
 RECIPE = ("steps", "learning_rate", "batch_size", "patience")
 
@@ -83,6 +84,12 @@ class Settings(Net):
         self.check()
         _refuse_own_inputs(folder, (self.pairs, self.validation))
         preprocessing = self.preprocessing()
+        for name in ("pairs", "validation") if saved is not None else ():
+            path = getattr(self, name)
+            if path is not None and not os.path.exists(path):
+                raise InputError(
+                    f"{path}: no such file or folder; where the data has moved: --{name} (resume goes on with it)"
+                )
         found = find_pairs(self.pairs, self.task)
         validated = found if self.validation is None else find_pairs(self.validation, self.task)
         # The first pair tells how many axes images have.
@@ -112,10 +119,9 @@ class Settings(Net):
         )
 
 
-# What a run cannot change half-way; the rest of its settings may differ when it is resumed.
-KEPT = (
-    *(f.name for f in fields(Net)), "pairs", "task", "validation", "seed", "learning_rate", "batch_size", "amp",
-)  # fmt: skip
+# What a run cannot change half-way; the rest of its settings may differ when it is resumed. Where the pairs lie may, as data
+# moves; that they are the same ones Run sees by their names.
+KEPT = (*(f.name for f in fields(Net)), "task", "seed", "learning_rate", "batch_size", "amp")
 
 
 def _absolute(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -129,6 +135,9 @@ def merged(folder: Name, given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     known = {f.name for f in fields(Settings)}
     if not {"method", "pairs"} <= before.keys() or not before.keys() <= known:
         raise InputError(f"{folder}: is a run of a script, which can go on with it")
+    wrong = schema.misfit(before, Settings)
+    if wrong is not None:
+        raise InputError(f"{Path(folder, LAST)}: its settings are none of this version's ({wrong})")
     given = {**given, **_absolute(given)}
     read = asdict(Reading.of(before.get("reading")))
     asked = {name: value for name, value in (given.pop("reading", None) or {}).items() if value is not None}

@@ -22,6 +22,7 @@ from fastreg._refusals import ValueRefused, refuse
 from fastreg.data.sample import Sample
 from fastreg.models.recipe import Recipe
 
+from . import schema
 from .distributed import ranks
 
 PLACE = "fastreg::train: "
@@ -103,8 +104,6 @@ class Training:
     of a batch. With gloo: import this module before init_process_group, and let go of the group (`release`, gc.collect())
     before destroy_process_group, or its threads outlive the interpreter and may abort the process; `processes` does both.
     """
-
-    COUNTED = ("step", "epoch_sum", "epoch_steps", "best", "stale", "waited")
 
     def __init__(
         self,
@@ -265,18 +264,21 @@ class Training:
         return {
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "counted": {name: getattr(self, name) for name in self.COUNTED},
+            "counted": {name: getattr(self, name) for name in schema.COUNTED},
             "recipe": asdict(self.recipe),
             "seed": self.seed,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken. KeyError, TypeError, ValueError, RuntimeError where it is another training's."""
+        """Continues where `state` was taken. ValueError where it is another training's, or none; then nothing has changed."""
+        wrong = (
+            schema.not_a_state(state)
+            or schema.weights_misfit(state.get("weights"), self.model.state_dict())
+            or schema.optimizer_misfit(state.get("optimizer"), self.optimizer)
+        )
+        if wrong is not None:
+            refuse(ValueError, PLACE, f"the state does not fit this training: {wrong}")
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # The fused step writes to them unchecked.
-        for parameter, kept in self.optimizer.state.items():
-            if any(v.shape not in (parameter.shape, ()) for v in kept.values()):
-                refuse(ValueError, PLACE, "the optimiser's state must fit the weights")
-        for name in self.COUNTED:
+        for name in schema.COUNTED:
             setattr(self, name, state["counted"][name])

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import math
 import os
 import re
 import signal
@@ -751,10 +750,39 @@ def test_resume_with_other_arguments(folder, tmp_path, capsys):
     for options, message in (
         (["--method", "prdfe"], "was started with --method voxelmorph, and cannot be resumed with prdfe"),
         (["--learning-rate", "1"], "was started with --learning-rate None"),
-        (["--pairs", "elsewhere"], "was started with --pairs"),
+        (["--seed", "3"], "was started with --seed 0"),
+        (["--pairs", "elsewhere"], "elsewhere: no such file or folder; where the data has moved: --pairs"),
     ):
         assert cli.main(["train", "--resume", "-o", str(out), *options]) == 2
         assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["folder", "csv"])
+def test_data_that_moved_goes_on(folder, tmp_path, capsys, listed):
+    """Another mount, another machine: the same pairs by name; other pairs are another training."""
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    source = folder
+    if listed:
+        source = folder / "pairs.csv"
+        source.write_text("fixed,moving\nimages/s0.nii.gz,images/s1.nii.gz\n", encoding="utf-8")
+    assert train(source, out, "--quiet", "--steps", "2", "--validation", str(source)) == 0
+    folder.rename(moved)
+    where = moved / source.name if listed else moved
+    resume = ["train", "--resume", "-o", str(out), "--steps", "4", "--quiet", "--threads", "1"]
+    assert cli.main(resume) == 2
+    assert "where the data has moved: --pairs" in one_line(capsys)
+    assert cli.main([*resume, "--pairs", str(where), "--validation", str(where)]) == 0
+    assert [int(r["step"]) for r in rows(out / "log.csv")] == [1, 2, 3, 4]
+    # From there on without saying it again.
+    assert cli.main([*resume[:-4], "5", "--quiet", "--threads", "1"]) == 0
+    if listed:
+        where.write_text("fixed,moving\nimages/s1.nii.gz,images/s0.nii.gz\n", encoding="utf-8")
+    else:
+        (moved / "images" / "s9.nii.gz").write_bytes((moved / "images" / "s0.nii.gz").read_bytes())
+    before = (out / "last.pt").read_bytes()
+    assert cli.main([*resume[:-4], "6", "--quiet", "--threads", "1"]) == 2
+    assert "was trained on" in one_line(capsys)
+    assert (out / "last.pt").read_bytes() == before
 
 
 def test_bad_checkpoints(folder, tmp_path, capsys):
@@ -783,7 +811,7 @@ def test_bad_checkpoints(folder, tmp_path, capsys):
     assert "which this version does not have" in apply(bad)
     torch.save({**content, "preprocessing": {"sharpness": 1}}, bad)
     assert "its preprocessing is none of this version's" in apply(bad)
-    weights = {name: w * math.nan for name, w in content["weights"].items()}
+    weights = {name: w * 1e38 for name, w in content["weights"].items()}
     torch.save({**content, "weights": weights}, bad)
     assert "s1.nii.gz → s0.nii.gz: the net's displacement is not finite" in apply(bad)
     assert "no such file" in apply(tmp_path / "none.pt")

@@ -586,8 +586,8 @@ MUTANTS = [
     ),
     Mutant(
         "training_resumes_without_its_patience", "stale", ALL,
-        'COUNTED = ("step", "epoch_sum", "epoch_steps", "best", "stale", "waited")',
-        'COUNTED = ("step", "epoch_sum", "epoch_steps", "best", "stale")',
+        '"best": float, "stale": int, "waited": int,',
+        '"best": float, "stale": int,',
         "training", "continues or patience", "a resumed training waits anew",
     ),
     Mutant(
