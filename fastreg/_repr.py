@@ -7,8 +7,9 @@ import torch
 
 
 def shapes(result: Any) -> str:
-    """A dataclass as one line."""
-    values = ((f.name, getattr(result, f.name)) for f in dataclasses.fields(result))
+    """A dataclass or a named tuple as one line."""
+    names = getattr(result, "_fields", None) or [f.name for f in dataclasses.fields(result)]
+    values = ((name, getattr(result, name)) for name in names)
     return f"{type(result).__name__}({', '.join(f'{name}={_shown(v)}' for name, v in values)})"
 
 

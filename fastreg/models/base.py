@@ -1,9 +1,8 @@
 """What the models share: the interface, padding to the sizes a net can halve, checkpointing, losses by name."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -30,23 +29,23 @@ SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-@dataclass(repr=False)
-class Prediction:
-    """What a model says of a pair.
+class Prediction(NamedTuple):
+    """What a model says of a pair: a named tuple, which DataParallel, torch.export and pytrees take apart and build again.
 
     displacement (Tensor): (N, nd, *spatial), voxels of the images' grid; all of the motion. fp32, also under autocast
         (fp64 of an fp64 model).
-    fields (list[Tensor]): what led there, coarse to fine; each model's docstring says what.
+    fields (sequence of Tensor): what led there, coarse to fine; each model's docstring says what.
     affine (Tensor or None): (N, nd, nd + 1), voxels: the affine part of the motion.
     parameters (Tensor or None): the few numbers that make the motion, where there are (R2N2).
     """
 
     displacement: torch.Tensor
-    fields: list[torch.Tensor] = field(default_factory=list)
+    fields: Sequence[torch.Tensor] = ()
     affine: torch.Tensor | None = None
     parameters: torch.Tensor | None = None
 
-    __repr__ = shapes
+    def __repr__(self) -> str:
+        return shapes(self)
 
     def sample(self, k: int) -> "Prediction":
         """That of the k-th pair of the batch alone."""
@@ -105,6 +104,10 @@ class Model(nn.Module):
             cls.choice(name, arguments.get(name, allowed[0]), allowed)
         return self
 
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        """Copies and unpickled models pass __new__ with the arguments they were built with."""
+        return (), self.arguments
+
     @classmethod
     def from_preset(cls, name: str = "paper", **options: Any) -> "Self":
         """The model as the paper has it ("paper") or as its authors released it ("released"), where there is one."""
@@ -143,7 +146,7 @@ class Model(nn.Module):
             padded.append(self._encode(padded[0]) if fixed_features is None else fixed_features)
         prediction = self.predict(*padded)
         if padded[0].shape != fixed.shape:
-            prediction.displacement = prediction.displacement[crop]
+            prediction = prediction._replace(displacement=prediction.displacement[crop])
         return prediction
 
     _encode: Callable[[torch.Tensor], Any] | None = None

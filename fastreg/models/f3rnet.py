@@ -28,7 +28,7 @@ VARIANTS = {
 }
 POLICIES = ("fit", "all")
 MIND_2012 = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
-POOLS = {"max": F.max_pool3d, "mean": F.avg_pool3d}
+POOLS = {"max": nn.MaxPool3d, "mean": nn.AvgPool3d}  # modules, which pickle
 UPS = ("trilinear", "nearest")
 
 
@@ -64,13 +64,13 @@ class _MRB(nn.Module):
 
     def __init__(self, scale, inputs, width, convolution, residual, pool, up):
         super().__init__()
-        self.scale, self.pool, self.up = scale, POOLS[pool], up
+        self.scale, self.pool, self.up = scale, POOLS[pool](scale), up
         self.conv = _conv(STREAM + inputs, width, convolution)
         self.residual = _Residual(width, residual)
         self.to_stream = nn.Conv3d(width, STREAM, 1)
 
     def forward(self, stream, h, last=False):
-        pooled = self.pool(stream, self.scale)
+        pooled = self.pool(stream)
         sources = (pooled,) if h is None else (h, pooled)
         if isinstance(self.conv, _F3D):
             x = activated(self.conv[1], concat_conv(self.conv[0], sources, None), SLOPE)

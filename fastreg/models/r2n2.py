@@ -167,7 +167,7 @@ class R2N2(Model, released=RELEASED):
         self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is
         self.noise, self.weight, self.padding, self.checkpoint = noise, weight, padding, checkpoint
         self.activation = ACTIVATIONS[activation]
-        self.normalized, self.norm = norm, F.instance_norm if norm else lambda x: x
+        self.normalized, self.norm = norm, F.instance_norm if norm else nn.Identity()
         self.stem = conv(2, 4 if coordinates else 2, widths[0], 7, stride=2)
         self.units = nn.ModuleList(
             _Unit(i, o, blocks, self.activation, self.norm) for i, o in itertools.pairwise(widths)
