@@ -16,6 +16,7 @@ import torch
 
 from fastreg import io
 from fastreg._files import InputError, Name
+from fastreg.io._dicom import parted
 from fastreg.io._reading import Reading, Warn, ignore
 
 from .preprocessing import Preprocessing
@@ -184,7 +185,7 @@ def find_pairs(path: Name, task: str = "inter") -> list[Pair]:
     for pair in pairs:
         for field in ("fixed", "moving", *OPTIONAL):
             file = getattr(pair, field)
-            if file is not None and not Path(file).exists():
+            if file is not None and not parted(file)[0].exists():
                 raise InputError(f"{file}: no such file ({field} of {pair.name} in {path})")
     return pairs
 

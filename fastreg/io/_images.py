@@ -2,7 +2,6 @@
 
 import os
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,40 +9,35 @@ from numpy.typing import ArrayLike
 
 from fastreg._files import InputError, Name, replacing, require_utf8
 
+from ._dicom import is_dicom, parted, read_dicom
 from ._geometry import Geometry
 from ._nifti import not_finite
 from ._reading import Reading, Warn, ignore
-from ._sitk import silent_stderr, sitk
+from ._sitk import heard, silent_stderr, sitk
 
 
 def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple[Any, int]:
     """(SimpleITK image, how many values are not finite that it reads as 0)."""
     itk = sitk()
-    path = Path(path)
     require_utf8(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if path.name.lower().endswith((".nia", ".nia.gz")):
+    file, which = parted(path)
+    if not file.exists():
+        raise InputError(f"{file}: no such file")
+    if file.name.lower().endswith((".nia", ".nia.gz")):
         # ITK reads its NaN as 0 and we cannot tell
-        raise InputError(f"{path}: text NIfTI is not supported; save it as .nii.gz")
-    source = str(path)
-    if path.is_dir():
-        for name in os.listdir(path):
-            require_utf8(name)
-        with silent_stderr():
-            series = itk.ImageSeriesReader.GetGDCMSeriesIDs(source)
-            if len(series) == 1:
-                source = itk.ImageSeriesReader.GetGDCMSeriesFileNames(source, series[0])
-        if len(series) != 1:
-            raise InputError(f"{path}: a folder must hold exactly one DICOM series, got {len(series)}")
-    elif not os.access(path, os.R_OK):
-        raise InputError(f"{path}: permission denied")
+        raise InputError(f"{file}: text NIfTI is not supported; save it as .nii.gz")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file}: permission denied")
+    if file.is_dir() or is_dicom(file):
+        return read_dicom(path, reading, warn), 0
+    if which is not None:
+        raise InputError(f"{path}: no such file")
     try:
-        with silent_stderr():
-            image = itk.ReadImage(source)
-        bad = 0 if path.is_dir() else not_finite(path, image)
+        with heard(file, warn):
+            image = itk.ReadImage(str(file))
+        bad = not_finite(file, image)
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: not an image SimpleITK can read, or damaged") from error
+        raise InputError(f"{file}: not an image SimpleITK can read, or damaged") from error
     return image, bad
 
 

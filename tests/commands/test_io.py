@@ -144,7 +144,7 @@ def test_read_dicom_folder(tmp_path):
     np.testing.assert_array_equal(again, array)
     assert own.matches(geometry)
     (tmp_path / "none").mkdir()
-    with pytest.raises(io.InputError, match="exactly one DICOM series, got 0"):
+    with pytest.raises(io.InputError, match="holds no DICOM image"):
         io.read_image(tmp_path / "none")
 
 
