@@ -50,7 +50,11 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Registers MOVING to FIXED: 2D or 3D, scalar, each on its own grid. OUT becomes "
         "a folder with moved.nii.gz, displacement.nii.gz (ITK displacement field), picture.png, report.json.",
     )
-    command.add_argument("fixed", metavar="FIXED", help="image, or folder of DICOM slices; FOLDER#2, FOLDER#UID: one series of several")
+    command.add_argument(
+        "fixed",
+        metavar="FIXED",
+        help="image, or folder of DICOM slices; FOLDER#2, FOLDER#UID: one series of several",
+    )
     command.add_argument("moving", metavar="MOVING", help="the same")
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to make")
     add_arguments(command.add_argument_group("what else is known of the pair"))
