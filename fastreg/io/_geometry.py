@@ -51,6 +51,12 @@ class Geometry:
         """(..., nd) mm (x, y, z) -> (..., nd) voxels (z, y, x)."""
         return (np.asarray(points, dtype=np.float64) - self.origin) @ np.linalg.inv(self.matrix).T
 
+    def slab(self, start: int, stop: int) -> "Geometry":
+        """The part of the grid from index start to stop along the first axis of (z, y, x)."""
+        origin = np.asarray(self.origin) + start * self.matrix[:, 0]
+        size = (*self.size[:-1], stop - start)
+        return Geometry(size, self.spacing, tuple(float(v) for v in origin), self.direction)
+
     def contains(self, index: np.ndarray) -> np.ndarray:
         """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
         return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)
