@@ -11,9 +11,22 @@ import torch
 from torch import Tensor
 
 from fastreg._check import fail, tensor
+from fastreg.ops.compose import compose
 from fastreg.ops.jacobian_determinant import jacobian_determinant
 
-__all__ = ["TRE", "Dice", "Distance", "assd", "dice", "folding", "hd95", "move_points", "sdlogj", "tre"]
+__all__ = [
+    "TRE",
+    "Dice",
+    "Distance",
+    "assd",
+    "dice",
+    "folding",
+    "hd95",
+    "inverse_residual",
+    "move_points",
+    "sdlogj",
+    "tre",
+]
 
 
 class Dice(NamedTuple):
@@ -291,6 +304,35 @@ def sdlogj(u: Tensor) -> float:
         0.2843
     """
     return jacobian_determinant(u).double().clamp(min=1e-9).log().std(correction=0).item()
+
+
+def inverse_residual(u: Tensor, v: Tensor, spacing: float | Sequence[float] = 1.0) -> Tensor:
+    """``|u(x + v(x)) + v(x)|``: how far from x what v sends u back to lies; 0 where v is the inverse of u, or u of v.
+
+    Args:
+        u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x); beyond the border its nearest voxel.
+        v (Tensor): of the same shape.
+        spacing (number or sequence): voxel size, one or one per axis; its unit is that of the result.
+
+    Returns:
+        Tensor: (N, *spatial), at least fp32.
+
+    Raises:
+        TypeError: u or v is not floating.
+        ValueError: shapes, devices or spacing do not fit.
+
+    Example:
+        >>> u = torch.ones(1, 2, 4, 4)
+        >>> fastreg.metrics.inverse_residual(u, fastreg.invert_displacement(u)).max()
+        tensor(0.)
+        >>> fastreg.metrics.inverse_residual(u, -0.5 * u, spacing=(3.0, 4.0)).max()  # off by half a voxel along both axes
+        tensor(2.5000)
+    """
+    together = compose(u, v)
+    together = together.to(torch.promote_types(together.dtype, torch.float32))
+    nd = u.dim() - 2
+    scale = _scale("inverse_residual", spacing, nd).to(together).expand(nd)
+    return (together * scale.view(-1, *[1] * nd)).norm(dim=1)
 
 
 def move_points(points: Tensor, u: Tensor) -> Tensor:

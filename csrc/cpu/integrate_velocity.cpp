@@ -54,14 +54,9 @@ void locate_packed(const IntegrateArgs& a, const Row& row, int64_t x0, int count
 template <class T, int ND>
 void pack(const IntegrateArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
-  constexpr int w = kWidth<A, ND>;
   const int64_t line = a.grid.out[2], n_voxels = a.grid.out[0] * a.grid.out[1] * line;
-  const A scale = A(a.scale);
-  for (int64_t at = begin * line; at < end * line; ++at) {
-    Voxel<A, ND> v = {};
-    for (int k = 0; k < ND; ++k) v[k] = scale * load(static_cast<const T*>(a.u)[k * n_voxels + at]);
-    put(static_cast<A*>(a.result) + at * w, v);
-  }
+  pack_voxels<A, ND>(static_cast<const T*>(a.u), n_voxels, A(a.scale), begin * line, end * line,
+                     static_cast<A*>(a.result));
 }
 
 template <class T, int ND>

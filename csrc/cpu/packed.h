@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/macros.h"
+#include "common/scalar.h"
 
 // Vectors wider than the instruction set's go through functions that are all inlined: no ABI is involved.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -67,6 +68,17 @@ FASTREG_HD Voxel<A, ND> sums(const Voxel<A, ND> (&terms)[ND]) {
   } else {
     return __builtin_shufflevector(terms[0], terms[1], 0, 2) +
            __builtin_shufflevector(terms[0], terms[1], 1, 3);
+  }
+}
+
+// Voxels [begin, end) of a planar field of n_voxels, times scale.
+template <class A, int ND, class T>
+void pack_voxels(const T* __restrict planar, int64_t n_voxels, A scale, int64_t begin, int64_t end,
+                 A* __restrict packed) {
+  for (int64_t at = begin; at < end; ++at) {
+    Voxel<A, ND> v = {};
+    for (int k = 0; k < ND; ++k) v[k] = scale * load(planar[k * n_voxels + at]);
+    put(packed + at * kWidth<A, ND>, v);
   }
 }
 

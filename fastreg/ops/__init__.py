@@ -6,6 +6,7 @@ from fastreg.ops.diffusion import diffusion
 from fastreg.ops.gaussian_displacement import gaussian_displacement
 from fastreg.ops.integrate_gradients import integrate_gradients
 from fastreg.ops.integrate_velocity import integrate_velocity
+from fastreg.ops.invert_displacement import invert_displacement
 from fastreg.ops.jacobian_determinant import jacobian_determinant
 from fastreg.ops.lcc_loss import lcc_loss
 from fastreg.ops.local_correlation import local_correlation
@@ -27,6 +28,7 @@ __all__ = [
     "gaussian_displacement",
     "integrate_gradients",
     "integrate_velocity",
+    "invert_displacement",
     "jacobian_determinant",
     "lcc_loss",
     "local_correlation",
