@@ -4,18 +4,15 @@ import contextlib
 import json
 import math
 import os
-import secrets
-import shutil
-import signal
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastreg import _signals
+from fastreg import _exchange, _signals
 from fastreg._refusals import ValueRefused
 
 Name = str | os.PathLike[str]
@@ -33,28 +30,100 @@ def require_utf8(path: Name) -> None:
         raise InputError(f"{ascii(os.fspath(path))[1:-1]}: the path must be UTF-8") from error
 
 
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def _kind(path: Name) -> str | None:
+    """What a path is that is no regular file; None: it is one. OSError: it is not there."""
+    mode = os.stat(path).st_mode
+    return None if stat.S_ISREG(mode) else next((name for of, name in KINDS if of(mode)), "no file")
+
+
+def require_regular(path: Name) -> None:
+    """InputError where a file to read is not there or is none: a pipe, say, that a reader would wait at for ever."""
+    require_utf8(path)
+    try:
+        kind = _kind(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{os.fspath(path)}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{os.fspath(path)}: {_reason(error)}") from error
+    if kind is not None:
+        raise InputError(f"{os.fspath(path)}: is {kind}, and must be a file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{os.fspath(path)}: permission denied")
+
+
+def _refuse_places(folder: Path, names: Iterable[str]) -> None:
+    """A link is replaced, whatever it leads to; what is no file stays."""
+    for name in names:
+        path = folder / name
+        if os.path.lexists(path) and not path.is_symlink() and (kind := _kind(path)) is not None:
+            raise InputError(f"{path}: is {kind}, and would have to be a file")
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _blame(error: OSError, made: Path | None, path: Path, folder: Path) -> None:
+    """An error of the hidden folder `made` speaks of `path`, and of what is in it as of what is to be in `folder`."""
+    if error.errno is None:
+        return
+    at = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    if at is None or made is None or at == made:
+        error.filename = str(path)
+    elif made in at.parents:
+        error.filename = str(folder / at.relative_to(made))
+
+
 @contextlib.contextmanager
 def replacing(path: Name) -> Iterator[Path]:
-    """Yields a name beside path, which takes its place at the end; left behind in no case. An OSError names the path."""
+    """Yields a path of the same name in a hidden folder beside, which takes its place at the end, once it is on the disk;
+    with it what else was written there, as the data of a header. Nothing is left behind. An OSError names the path.
+    """
     path = Path(path)
-    # The extension decides the format, so it stays at the end of the name.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    _refuse_places(path.parent, [path.name])
+    made = None
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _exchange.scratch(path.parent, path.name) as made:
+            yield made / path.name
+            # The header last, which names the data.
+            written = sorted({*os.listdir(made), path.name}, key=lambda name: name == path.name)
+            for name in written:
+                _exchange.sync(made / name)
+            for name in written:
+                os.replace(made / name, path.with_name(name))
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)
+        _blame(error, made, path, path.parent)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    _exchange.sync(path.parent)
+
+
+def probe(path: Name) -> None:
+    """An OSError that says why nothing more can be written to a file, if so: not all writers say it."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError), open(path, "ab") as stream:
+        stream.write(bytes(1 << 20))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_bytes(path: Name, content: bytes | memoryview) -> None:
+    """A whole file, or the one that was there and an OSError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Name, value: Any) -> None:
     """NaN and infinity, which JSON has not, become null."""
     text = json.dumps(_plain(value), indent=1, allow_nan=False, ensure_ascii=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_bytes(path, f"{text}\n".encode())
 
 
 def _plain(value: Any) -> Any:
@@ -77,81 +146,88 @@ def refuse_own_inputs(out: Name, paths: Iterable[Name | None], outputs: Iterable
                     raise InputError(f"{path}: is an input, and an output would replace it")
 
 
-def _refuse_folders(out: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if (out / name).is_dir() and not (out / name).is_symlink():
-            raise InputError(f"{out / name}: is a folder, and would have to be a file")
+@contextlib.contextmanager
+def held(out: Name) -> Iterator[None]:
+    """A folder to write to, for this process alone until the end; what killed ones left of theirs is mended and taken away.
+
+    InputError: another process holds it.
+    """
+    path = Path(os.path.realpath(out))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_exchange.held(path))
+        except BlockingIOError as error:
+            raise InputError(f"{os.fspath(out)}: another run is writing to it") from error
+        with _signals.none():
+            _exchange.sweep(path.parent, path.name)
+            _exchange.sweep(path)
+        yield
 
 
-def _exchange(temporary: Path, out: Path, names: Iterable[str]) -> None:
-    """Moves all files of temporary to `out`, where `names` disappear; what fails is undone."""
-    written = os.listdir(temporary)
-    _refuse_folders(out, {*names, *written})
-    # Not in temporary, which is deleted: should undoing fail as well, the old files are still there.
-    aside = out / f"{temporary.name}.old"
-    aside.mkdir()
-    steps = []
-    try:
-        for name in {*names, *written}:
-            if os.path.lexists(out / name):
-                os.replace(out / name, aside / name)
-                steps.append((aside / name, out / name))
-        for name in written:
-            os.replace(temporary / name, out / name)
-            steps.append((out / name, temporary / name))
-    except BaseException:
-        for source, target in reversed(steps):
-            os.replace(source, target)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def exchange(made: Path, out: Path, names: Iterable[str]) -> None:
+    """All files of `made`, a folder in `out`, come into `out`, and others of `names` disappear: all or, with an error, none.
+
+    InputError: one of them is no file there.
+    """
+    _refuse_places(out, {*names, *os.listdir(made)})
+    with _signals.none():
+        _exchange.exchange(made, out, names)
 
 
 @contextlib.contextmanager
 def output_folder(out: Name, names: Iterable[str], *, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty folder that becomes `out` at the end; on any error `out` is as it was before.
+    """Yields an empty folder that becomes `out` at the end; on any error `out` is as it was before, and an OSError speaks of `out`.
 
     A new `out` appears by one rename. In one that exists the files written take the places of their namesakes
-    and others of `names` disappear, all or none, with signals held back; what else is in it stays.
+    and others of `names` disappear, all or none, with signals held back; what else is in it stays. Of several processes
+    that write to one folder all but the first are refused.
     Raises:
-        InputError: out is empty or no folder, holds one of `names` and replace is false or that is a folder,
-            or cannot be made.
+        InputError: out is empty or no folder, holds one of `names` and replace is false or that is no file,
+            cannot be made, or is another process's.
     """
     if not os.fspath(out):
         raise InputError("the output folder must have a name, got an empty one")
-    out = Path(out)
-    require_utf8(out.absolute())
-    exists = out.is_dir()
-    if not exists and (out.exists() or out.is_symlink()):
-        raise InputError(f"{out}: exists and is not a folder")
-    _refuse_folders(out, names)
-    taken = [name for name in names if exists and os.path.lexists(out / name)]
-    if taken and not replace:
-        raise InputError(f"{out}: already holds {taken[0]}; give another folder, or --force to replace it")
-    missing = [] if exists else [parent for parent in out.absolute().parents if not parent.exists()]
-    # Inside an existing folder, which may be a mount of its own that no rename crosses.
-    temporary = (out if exists else out.absolute().parent) / f".{out.name or 'out'}.{secrets.token_hex(4)}"
-    done = False
+    given = Path(out)
+    require_utf8(given.absolute())
+    if not given.is_dir() and (given.exists() or given.is_symlink()):
+        raise InputError(f"{given}: exists and is not a folder")
+    real = Path(os.path.realpath(given))
+    missing = [parent for parent in real.parents if not parent.exists()]
+    made, done = None, False
     try:
         try:
-            temporary.mkdir(parents=True)
+            if missing:
+                real.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{out}: cannot be made: {(error.strerror or str(error)).lower()}") from error
-        yield temporary
-        with _no_interrupt():
-            if exists:
-                _exchange(temporary, out, names)
-            else:
-                os.rename(temporary, out)
-            done = True
+            raise InputError(f"{given}: cannot be made: {_reason(error)}") from error
+        with held(given):
+            exists = given.is_dir()
+            _refuse_places(given, names)
+            taken = [name for name in names if exists and os.path.lexists(given / name)]
+            if taken and not replace:
+                raise InputError(
+                    f"{given}: already holds {taken[0]}; give another folder, or --force to replace it"
+                )
+            with contextlib.ExitStack() as stack:
+                # Inside an existing folder, which may be a mount of its own that no rename crosses.
+                place = real if exists else real.parent
+                try:
+                    made = stack.enter_context(_exchange.scratch(place, real.name))
+                except OSError as error:
+                    raise InputError(f"{given}: cannot be made: {_reason(error)}") from error
+                yield made
+                with _signals.none():
+                    if exists:
+                        exchange(made, real, names)
+                    else:
+                        _exchange.sync(made)
+                        os.rename(made, real)
+                        _exchange.sync(real.parent)
+                    done = True
+    except OSError as error:
+        _blame(error, made, given, given)
+        raise
     finally:
-        with _no_interrupt():
-            shutil.rmtree(temporary, ignore_errors=True)
-            for parent in [] if done else missing:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-
-
-def _no_interrupt() -> AbstractContextManager[None]:
-    """Ctrl-C and its like do nothing inside: for steps of milliseconds that must not stop half-way."""
-    return _signals.handled(_signals.named("SIGINT", "SIGTERM", "SIGHUP"), signal.SIG_IGN)
+        for parent in [] if done else missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()

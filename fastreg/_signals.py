@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
@@ -26,3 +27,8 @@ def handled(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
         for number, before in previous:
             if before is not None:  # not one of Python's
                 signal.signal(number, before)
+
+
+def none() -> AbstractContextManager[None]:
+    """Ctrl-C and its like do nothing inside: for steps of milliseconds that must not stop half-way."""
+    return handled(named("SIGINT", "SIGTERM", "SIGHUP"), signal.SIG_IGN)

@@ -1,14 +1,15 @@
 """Scans: any file SimpleITK reads."""
 
-import os
+import errno
 import zlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastreg._files import InputError, Name, replacing, require_utf8
+from fastreg._files import InputError, Name, probe, replacing, require_regular, require_utf8
 
+from . import _integrity
 from ._dicom import is_dicom, parted, read_dicom
 from ._geometry import Geometry
 from ._nifti import not_finite
@@ -26,17 +27,21 @@ def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple
     if file.name.lower().endswith((".nia", ".nia.gz")):
         # ITK reads its NaN as 0 and we cannot tell
         raise InputError(f"{file}: text NIfTI is not supported; save it as .nii.gz")
-    if not os.access(file, os.R_OK):
-        raise InputError(f"{file}: permission denied")
-    if file.is_dir() or is_dicom(file):
+    if file.is_dir():
+        return read_dicom(path, reading, warn), 0
+    require_regular(file)
+    if is_dicom(file):
         return read_dicom(path, reading, warn), 0
     if which is not None:
         raise InputError(f"{path}: no such file")
     try:
+        _integrity.check(file)
         with heard(file, warn):
             image = itk.ReadImage(str(file))
         bad = not_finite(file, image)
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
+        if "memory" in str(error) or "bad_alloc" in str(error):
+            raise InputError(f"{file}: not enough memory for an image of this size") from error
         raise InputError(f"{file}: not an image SimpleITK can read, or damaged") from error
     return image, bad
 
@@ -93,8 +98,10 @@ def write(path: Name, image: Any, geometry: Geometry) -> None:
         try:
             with silent_stderr():
                 itk.WriteImage(image, str(temporary), useCompression=True)
-        except RuntimeError as error:
-            raise OSError(f"{path}: cannot be written as an image") from error
+            _integrity.require_written(temporary, image)
+        except (RuntimeError, EOFError, OSError, zlib.error) as error:
+            probe(temporary)
+            raise OSError(errno.EIO, "cannot be written as an image", str(temporary)) from error
 
 
 def write_image(path: Name, array: ArrayLike, geometry: Geometry) -> None:

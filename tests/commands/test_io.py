@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastreg import io
+from fastreg import _exchange, io
 from fastreg._files import output_folder, replacing
 
 sitk = pytest.importorskip("SimpleITK")
@@ -435,6 +435,7 @@ def test_output_folder_refuses_folders_in_place_of_files(tmp_path):
 
 def test_output_folder_is_never_mixed(tmp_path, monkeypatch):
     fill(tmp_path, write=("x", "y"))
+    monkeypatch.setattr(_exchange, "_swap", lambda: None)
     replace, calls = os.replace, []
 
     def fails(source, target):
@@ -449,16 +450,22 @@ def test_output_folder_is_never_mixed(tmp_path, monkeypatch):
     assert {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()} == {"x": "1", "y": "1"}
 
 
-def test_ctrl_c_does_not_stop_the_last_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["rename", "replace"])
+def test_ctrl_c_does_not_stop_the_last_step(tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     out.mkdir()
-    replace = os.replace
+    (out / "x").write_text("old")
+    if step == "replace":
+        monkeypatch.setattr(_exchange, "_swap", lambda: None)
+    real, calls = getattr(os, step), []
 
     def interrupted(source, target):
-        replace(source, target)
+        real(source, target)
+        calls.append(target)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
 
-    monkeypatch.setattr(os, "replace", interrupted)
-    fill(out, write=("x", "y"))
-    assert sorted(os.listdir(out)) == ["x", "y"]
+    monkeypatch.setattr(os, step, interrupted)
+    fill(out, write=("x", "y"), replace=True)
+    assert calls
+    assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {"x": "1", "y": "1"}
