@@ -4,22 +4,21 @@ import argparse
 import time
 
 import numpy as np
-import torch
 
-from fastreg import io, report
+from fastreg import convert, io, report
 from fastreg._console import telling, warn
 from fastreg._files import InputError, output_folder, refuse_own_inputs
+from fastreg.convert._chain import require_landing
 from fastreg.data.pairs import read_labels, sample_of
-from fastreg.metrics import move_points
 from fastreg.outcome import OUTPUTS, Outcome, intensities, volume
 from fastreg.training import checkpoint
 from fastreg.training.build import predict
 
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, add_reading, device_of, reading_of
+from .options import Parser, add_common, add_reading, add_transforms, device_of, reading_of
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
-FIELD_ONLY = ("labels", "points")
+FIELD_ONLY = ("labels", "points", "source", "like")
 PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask")
 
 
@@ -27,18 +26,22 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "apply",
         help="a trained net, or a displacement field",
-        usage="fastreg apply --weights RUN.pt FIXED MOVING -o OUT [...]\n       fastreg apply --field FIELD MOVING -o OUT [--labels IMAGE] [--points CSV] [...]",
+        usage="fastreg apply --weights RUN.pt FIXED MOVING -o OUT [...]\n       fastreg apply --field FIELD [FIELD ...] MOVING -o OUT [--labels IMAGE] [--points CSV] [...]",
         description="With --weights: registers MOVING to FIXED with a net that fastreg train has trained; OUT becomes what "
-        "fastreg register makes. With --field: moves MOVING (and its labels) by a displacement field as "
-        "fastreg register writes it, and sends points of the fixed image to where they lie in the moving one.",
+        "fastreg register makes. With --field: moves MOVING (and its labels) by a displacement field, as "
+        "fastreg register and other tools write it, or by several transforms in the order of antsApplyTransforms (the warp before "
+        "the affine), and sends points of the fixed image to where they lie in the moving one.",
     )
     command.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="FIXED MOVING with --weights, MOVING with --field"
+        "images", nargs="*", metavar="IMAGE", help="FIXED MOVING with --weights, MOVING with --field"
     )
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--weights", metavar="RUN.pt", help="a checkpoint of fastreg train")
     what.add_argument(
-        "--field", metavar="FIELD", help="an ITK displacement field (mm, LPS), on the grid of the result"
+        "--field",
+        nargs="+",
+        metavar="FIELD",
+        help="a displacement field on the grid of the result, or transforms of which the first one moves a point of the fixed image first",
     )
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to make")
     command.add_argument("--labels", metavar="IMAGE", help="with --field: labels on the grid of MOVING")
@@ -47,6 +50,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="CSV",
         help="with --field: points in the fixed image (x,y,z, mm, LPS); OUT/points.csv: in the moving one",
     )
+    add_transforms(command)
     add_arguments(command.add_argument_group("with --weights, what else is known of the pair"))
     add_reading(command)
     add_common(command)
@@ -55,9 +59,15 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _run(args: argparse.Namespace) -> int:
     by_net = args.weights is not None
+    if args.field and not args.images:
+        *args.field, moving = args.field  # what follows the fields, which argparse takes for one more
+        args.images = [moving]
+        if not args.field:
+            raise InputError(f"--field takes a transform and then MOVING, got {moving} alone")
     for name in FIELD_ONLY if by_net else PAIR_ONLY:
         if getattr(args, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} goes with {'--field' if by_net else '--weights'}")
+            flag = {"source": "from"}.get(name, name).replace("_", "-")
+            raise InputError(f"--{flag} goes with {'--field' if by_net else '--weights'}")
     if len(args.images) != (2 if by_net else 1):
         wanted = "--weights takes FIXED and MOVING" if by_net else "--field takes MOVING alone"
         raise InputError(f"{wanted}, got {len(args.images)} image{'s' * (len(args.images) != 1)}")
@@ -94,17 +104,25 @@ def _apply_net(args: argparse.Namespace) -> int:
 
 def _apply_field(args: argparse.Namespace) -> int:
     (args.moving,) = args.images
-    refuse_own_inputs(args.out, (args.field, args.moving, args.labels, args.points), FIELD_OUTPUTS)
+    refuse_own_inputs(
+        args.out, (*args.field, args.moving, args.like, args.labels, args.points), FIELD_OUTPUTS
+    )
     device_of(args)
     with output_folder(args.out, FIELD_OUTPUTS, replace=args.force) as folder:
         reading = reading_of(args)
-        u, grid = io.read_displacement(args.field, reading, warn)
         moving, moving_grid = io.read_image(args.moving, reading, warn)
+        chain = convert.read_chain(
+            args.field, format=args.source, like=args.like, moving=moving_grid, reading=reading, warn=warn
+        )
+        if not args.quiet:
+            with telling():
+                print(f"recognised  {chain.what}")
+        u, grid = chain.displacement(warn)
+        field = " ".join(args.field)
         if moving_grid.nd != grid.nd:
-            raise InputError(f"{args.field} is {grid.nd}D and {args.moving} is {moving_grid.nd}D")
+            raise InputError(f"{field} is {grid.nd}D and {args.moving} is {moving_grid.nd}D")
         moved, inside = io.resample(intensities(moving), moving_grid, grid, u, outside=float(moving.min()))
-        if not inside.any():
-            raise InputError(f"{args.field}: leads nowhere into {args.moving}")
+        require_landing(float(inside.double().mean()), field, args.moving, warn)
         io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
         if args.labels is not None:
             labels = read_labels(args.labels, moving_grid, args.moving, reading, warn)
@@ -112,21 +130,18 @@ def _apply_field(args: argparse.Namespace) -> int:
             io.write_image(folder / "moved_labels.nii.gz", moved[0, 0].numpy().astype(labels.dtype), grid)
         if args.points is not None:
             points = io.read_landmarks(args.points, grid.nd)
-            index = grid.to_index(points)
-            outside = int((~grid.contains(index)).sum())
+            outside = int((~grid.contains(grid.to_index(points))).sum())
             if outside == len(points):
-                raise InputError(f"{args.points}: no point lies in {args.field} (they must be mm, LPS)")
+                raise InputError(f"{args.points}: no point lies in {field} (they must be mm, LPS)")
             if outside:
                 warn(
-                    f"{args.points}: {outside} of {len(points)} points lie outside {args.field}: moved as its border is"
+                    f"{args.points}: {outside} of {len(points)} points lie outside {field}: moved as its border is"
                 )
-            io.write_landmarks(folder / "points.csv", _moved(index, u, grid))
+            moved_points = chain.map(points)
+            if lost := int(np.isnan(moved_points).any(-1).sum()):
+                warn(f"{args.points}: {lost} of {len(points)} points lie where {field} is not defined: nan")
+            io.write_landmarks(folder / "points.csv", moved_points)
     if not args.quiet:
         with telling():
             print(f"written to  {args.out}")
     return 0
-
-
-def _moved(index: np.ndarray, u: torch.Tensor, grid: io.Geometry) -> np.ndarray:
-    """mm in the moving image of points of the fixed one, voxels."""
-    return grid.to_physical(move_points(torch.from_numpy(index), u).numpy())

@@ -74,6 +74,18 @@ def reading_of(args: argparse.Namespace) -> Reading:
     return Reading.of(reading_given(args))
 
 
+def add_transforms(parser: argparse.ArgumentParser) -> None:
+    """What transforms of other tools may need to be understood."""
+    group = parser.add_argument_group("transforms of other tools")
+    group.add_argument(
+        "--from",
+        dest="source",
+        metavar="FORMAT",
+        help="what the files hold, where they do not say it themselves",
+    )
+    group.add_argument("--like", metavar="FIXED", help="an image on the grid of the result")
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """What every command that computes takes."""
     group = parser.add_argument_group("common")

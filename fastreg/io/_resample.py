@@ -29,7 +29,7 @@ def resample(
 
     Args:
         image (Tensor): (1, C, *geometry.shape), any real dtype. geometry, onto (Geometry): its grid, and that of the result.
-        u (Tensor): (1, nd, *u_geometry.shape), in voxels of u_geometry; None: zero. u_geometry (Geometry): None: onto. Of
+        u (Tensor): (1, nd, *u_geometry.shape), in voxels of u_geometry, NaN: outside; None: zero. u_geometry (Geometry): None: onto. Of
             another grid u is interpolated, and is 0 beyond it, as in ITK's DisplacementFieldTransform.
         mode: "linear" or "nearest" (between two voxels the upper one, as in ITK).
         outside (float): the value where that point is not inside the image; None: the nearest value inside.

@@ -185,17 +185,25 @@ def test_surfa_takes_mm_for_voxels(tmp_path):
     assert np.allclose(u[0, 2], mm[..., 0], atol=1e-3)  # voxels along x, as surfa was given
 
 
-def test_niftyreg_is_taken_for_ours(tmp_path):
+def test_niftyreg_is_not_taken_for_ours(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     ours = nibabel.load("out/displacement.nii.gz")
-    ours.header.set_intent(1007, name="NREG_TRANS")
-    ours.header["intent_p1"] = 1  # displacements; in RAS, says NiftyReg
-    nibabel.save(ours, tmp_path / "nifty.nii.gz")
-    u, _ = io.read_displacement(tmp_path / "nifty.nii.gz")
-    assert torch.equal(u, io.read_displacement("out/displacement.nii.gz")[0])
+    flipped = ours.get_fdata() * [-1, -1, 1]
+    theirs = nibabel.Nifti1Image(flipped.astype(np.float32), ours.affine, ours.header)
+    theirs.header.set_intent(1007, name="NREG_TRANS")
+    theirs.header["intent_p1"] = 1  # displacements; in RAS, says NiftyReg
+    nibabel.save(theirs, tmp_path / "nifty.nii.gz")
+    with pytest.raises(io.InputError, match=r"NiftyReg's .* fastreg convert"):
+        io.read_displacement(tmp_path / "nifty.nii.gz")
+    truth = io.read_image("out/moved.nii.gz")[0]
+    same(applied(str(tmp_path / "nifty.nii.gz"), "niftyreg"), truth)
 
 
-def test_torchio_channels_are_taken_for_a_field(tmp_path):
-    torchio = pytest.importorskip("torchio")
-    torchio.ScalarImage(tensor=torch.rand(3, 6, 7, 8)).save(tmp_path / "scan.nii.gz")
-    assert io.read_displacement(tmp_path / "scan.nii.gz")[0].shape == (1, 3, 8, 7, 6)
+def test_colours_are_not_taken_for_a_field(tmp_path):
+    """torchio writes three channels as an ITK vector image; of floating-point numbers nothing tells it from a field."""
+    for dtype in (np.uint8, np.int16):
+        channels = sitk.GetImageFromArray(np.ones((8, 7, 6, 3), dtype), isVector=True)
+        sitk.WriteImage(channels, str(tmp_path / "scan.nii.gz"))
+        with pytest.raises(io.InputError, match="floating-point numbers"):
+            io.read_displacement(tmp_path / "scan.nii.gz")
+        assert cli.main(["apply", "--field", str(tmp_path / "scan.nii.gz"), "moving.nii.gz", "-o", "x"]) == 2

@@ -842,9 +842,10 @@ def test_apply_takes_what_goes_together(folder, tmp_path, capsys):
     one, two = images(folder, 0, 1)
     for arguments, message in (
         (["--weights", "x.pt", one], "--weights takes FIXED and MOVING, got 1 image"),
-        (["--field", "x.nii.gz", one, two], "--field takes MOVING alone, got 2 images"),
+        ([one, two, "--field", "x.nii.gz"], "--field takes MOVING alone, got 2 images"),
         (["--weights", "x.pt", one, two, "--points", "p.csv"], "--points goes with --field"),
         (["--field", "x.nii.gz", one, "--mask", one], "--mask goes with --weights"),
+        (["--field", one], "--field takes a transform and then MOVING"),
         (["--field", one, two], "must be a displacement field"),
         ([one], "one of the arguments --weights --field is required"),
     ):

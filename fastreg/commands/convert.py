@@ -1,0 +1,67 @@
+"""`fastreg convert`: transforms of other tools, from one's files to another's."""
+
+import argparse
+import os
+
+from fastreg import convert
+from fastreg._console import telling, warn
+from fastreg._files import InputError
+from fastreg.convert._chain import landing, require_landing
+
+from .options import Parser, add_reading, add_transforms, reading_of, set_threads
+
+READ = [name for name, format in convert.FORMATS.items() if format.read]
+WRITTEN = [name for name, format in convert.FORMATS.items() if format.write]
+
+
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "convert",
+        help="transforms of other tools",
+        usage="fastreg convert IN [IN ...] OUT --to FORMAT [--from FORMAT] [--like FIXED] [--moving MOVING]",
+        description="Reads transforms, several in the order of antsApplyTransforms (the warp before the affine), makes one displacement "
+        "field of them on the grid of the first one or of --like, and writes it for another tool.",
+    )
+    command.add_argument("paths", nargs="+", metavar="IN", help="transforms, and last the file to make")
+    command.add_argument("--to", metavar="FORMAT", default="itk", help=f"{', '.join(WRITTEN)} (default: itk)")
+    add_transforms(command)
+    command.add_argument(
+        "--moving",
+        metavar="MOVING",
+        help="the moving image: FSL's warps need it; and whether the field leads there",
+    )
+    add_reading(command)
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    command.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    command.add_argument("--force", action="store_true", help="replace OUT")
+    command.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    set_threads(args)
+    *paths, out = args.paths
+    if not paths:
+        raise InputError("convert takes a transform and the file to make, got one path")
+    target = convert.require_written(args.to, out)
+    if os.path.lexists(out):
+        for path in (*paths, args.like, args.moving):
+            if path is not None and os.path.exists(path) and os.path.samefile(path, out):
+                raise InputError(f"{path}: is an input, and the output would replace it")
+        if not args.force:
+            raise InputError(f"{out}: exists; give another name, or --force to replace it")
+    reading = reading_of(args)
+    chain = convert.read_chain(
+        paths, format=args.source, like=args.like, moving=args.moving, reading=reading, warn=warn
+    )
+    if not args.quiet:
+        with telling():
+            print(f"recognised  {chain.what}")
+    u, grid = chain.displacement(warn)
+    moving = None if args.moving is None else convert.geometry(args.moving, reading, warn)
+    if moving is not None:
+        require_landing(landing(u, grid, moving), " ".join(paths), args.moving, warn)
+    convert.write_transform(out, u, grid, target.name, moving)
+    if not args.quiet:
+        with telling():
+            print(f"written to  {out} ({target.holds}; {grid})")
+    return 0

@@ -1,0 +1,192 @@
+"""Transforms one after another: where a point of the fixed image lies in the moving one. mm, LPS, (x, y, z), fp64."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from fastreg._files import InputError
+from fastreg.io import Geometry
+from fastreg.io._reading import Warn, ignore
+from fastreg.io._sitk import sitk
+
+
+@dataclass(frozen=True)
+class Field:
+    """Displacements (*spatial, nd) fp64 on a grid; NaN: not defined there."""
+
+    vectors: np.ndarray
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class Step:
+    """A transform of a chain: a field, or one of SimpleITK. what: in words."""
+
+    what: str
+    path: str
+    field: Field | None = None
+    other: Any = None
+
+    @property
+    def nd(self) -> int:
+        return self.other.GetDimension() if self.field is None else self.field.geometry.nd
+
+    @functools.cached_property
+    def transform(self) -> Any:
+        """Of SimpleITK, which moves nothing where a field is not defined, nor beyond it."""
+        if self.field is None:
+            return self.other
+        vectors = np.nan_to_num(self.field.vectors, nan=0.0)
+        image = _on(sitk().GetImageFromArray(vectors, isVector=True), self.field.geometry)
+        return sitk().DisplacementFieldTransform(image)
+
+    @functools.cached_property
+    def undefined(self) -> Any:
+        """An image that is 1 where the field is not defined; None: it is defined everywhere."""
+        if self.field is None or not (bad := np.isnan(self.field.vectors).any(-1)).any():
+            return None
+        return _on(sitk().GetImageFromArray(bad.astype(np.float32)), self.field.geometry)
+
+
+def _on(image: Any, geometry: Geometry) -> Any:
+    image.SetSpacing(geometry.spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    return image
+
+
+# Of what interpolation makes of 0 and 1: more than its rounding.
+SOME = 1e-6
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps in the order in which they move a point; like: the grid of the result, None: the first step's."""
+
+    steps: tuple[Step, ...]
+    like: Geometry | None = None
+
+    @property
+    def what(self) -> str:
+        """What was recognised, in words."""
+        return ", then ".join(step.what for step in self.steps)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The grid of the result."""
+        if self.like is not None:
+            return self.like
+        first = self.steps[0]
+        if first.field is None:
+            raise InputError(
+                f"{first.path}: {first.what} comes first and has no grid: --like FIXED names an image that has the result's"
+            )
+        return first.field.geometry
+
+    def _until(self, k: int) -> Any:
+        """SimpleITK's transform of the first k steps."""
+        composite = sitk().CompositeTransform(self.geometry.nd)
+        for step in reversed(self.steps[:k]):  # it applies the last one first
+            composite.AddTransform(step.transform)
+        return composite
+
+    def _sampled(self, image: Any, k: int, how: int) -> np.ndarray:
+        """An image on the result's grid as the first k steps lead there; 0 beyond it."""
+        grid = self.geometry
+        place = grid.size, self._until(k), how, grid.origin, grid.spacing, grid.direction
+        return np.asarray(sitk().GetArrayFromImage(sitk().Resample(image, *place, 0.0)))
+
+    def vectors(self, warn: Warn = ignore) -> np.ndarray:
+        """Displacements (*spatial, nd) fp64 on the result's grid; NaN: not defined. InputError where a field does not reach it."""
+        grid, first = self.geometry, self.steps[0]
+        own = first.field is not None and first.field.geometry.matches(grid)
+        for k, step in enumerate(self.steps):
+            if step.field is not None and not (own and k == 0):
+                self._require_reach(k, step, warn)
+        if own and len(self.steps) == 1 and first.field is not None:
+            return first.field.vectors
+        place = grid.size, grid.origin, grid.spacing, grid.direction
+        image = sitk().TransformToDisplacementField(
+            self._until(len(self.steps)), sitk().sitkVectorFloat64, *place
+        )
+        vectors = np.array(sitk().GetArrayViewFromImage(image))
+        for k, step in enumerate(self.steps):
+            if step.undefined is not None:
+                vectors[self._sampled(step.undefined, k, sitk().sitkLinear) > SOME] = np.nan
+        return vectors
+
+    def _require_reach(self, k: int, step: Step, warn: Warn) -> None:
+        assert step.field is not None
+        ones = np.ones(step.field.geometry.shape, np.uint8)
+        image = _on(sitk().GetImageFromArray(ones), step.field.geometry)
+        share = float(self._sampled(image, k, sitk().sitkNearestNeighbor).mean())
+        if share == 0:
+            raise InputError(
+                f"{step.path}: {step.what} does not reach the image: no voxel of the result leads into its grid"
+            )
+        if share < 0.5:
+            warn(
+                f"{step.path}: {100 * (1 - share):.0f} % of the result lies beyond its grid and is not moved by it"
+            )
+
+    def displacement(self, warn: Warn = ignore) -> tuple[torch.Tensor, Geometry]:
+        """(u (1, nd, *spatial) fp32 in voxels, NaN: not defined; its grid)."""
+        grid = self.geometry
+        voxels = self.vectors(warn) @ np.linalg.inv(grid.matrix).T
+        u = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
+        return torch.from_numpy(u)[None], grid
+
+    def map(self, points: ArrayLike) -> np.ndarray:
+        """(P, nd) mm in the fixed image -> mm in the moving one; NaN where a field is not defined.
+
+        Beyond the grid of a field that comes first a point is moved as the nearest one on it; further fields move
+        nothing beyond theirs, as in ITK.
+        """
+        points = np.asarray(points, dtype=np.float64)
+        beyond = np.zeros_like(points)
+        first = self.steps[0].field
+        if first is not None:
+            index = first.geometry.to_index(points)
+            nearest = np.clip(index, 0, np.asarray(first.geometry.shape) - 1)
+            start = first.geometry.to_physical(nearest)
+            beyond, points = points - start, start
+        out = np.empty_like(points)
+        for row, point in enumerate(points):
+            for k, step in enumerate(self.steps):
+                if step.undefined is not None and _undefined(step, point):
+                    point = np.full_like(point, np.nan)
+                    break
+                point = np.asarray(step.transform.TransformPoint(point.tolist()))
+                point = point + beyond[row] if k == 0 else point
+            out[row] = point
+        return out
+
+
+def _undefined(step: Step, point: np.ndarray) -> bool:
+    assert step.field is not None
+    index = step.field.geometry.to_index(point)
+    if not step.field.geometry.contains(index):
+        return False
+    inside = np.clip(index, 0, np.asarray(step.field.geometry.shape) - 1)[::-1]
+    return bool(step.undefined.EvaluateAtContinuousIndex(inside.tolist(), sitk().sitkLinear) > SOME)
+
+
+def landing(u: torch.Tensor, geometry: Geometry, moving: Geometry) -> float:
+    """Of the voxels of a field, the share that leads into the moving image."""
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in geometry.shape], indexing="ij"), -1)
+    target = geometry.to_physical(index + u[0].double().movedim(0, -1).numpy())
+    return float(moving.contains(moving.to_index(target)).mean())
+
+
+def require_landing(share: float, field: str, moving: str, warn: Warn) -> None:
+    """InputError where no voxel of a field leads into the moving image, a warning where most do not. share: of those that do."""
+    if share == 0:
+        raise InputError(f"{field}: leads nowhere into {moving}")
+    if share < 0.5:
+        warn(
+            f"{field}: {100 * (1 - share):.0f} % of the result lie outside {moving}: are these its transforms, and in ANTs' order (the warp before the affine)?"
+        )
