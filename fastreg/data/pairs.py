@@ -8,7 +8,7 @@ import csv
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from fastreg import io
 from fastreg._files import InputError, Name
 from fastreg.io._dicom import parted
-from fastreg.io._reading import Reading, Warn, ignore
+from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 
 from .preprocessing import Preprocessing
 from .sample import Sample
@@ -78,14 +78,24 @@ def _read_intensities(path: Name, reading: Reading, warn: Warn) -> tuple[np.ndar
     return array, grid
 
 
+def _where_it_lies(path: Name, image: Name, reading: Reading) -> str | None:
+    """How the two lie on one grid, where they would be read in another way."""
+    for source in CHOICES["affine_source"][0]:
+        if source != reading.affine_source:
+            other = replace(reading, affine_source=source)
+            if io.read_image(path, other)[1].matches(io.read_image(image, other)[1]):
+                return f"its qform and sform differ, or those of the image do; they agree with --affine-source {source}"
+    return None
+
+
 def read_beside(
     path: Name, grid: io.Geometry, image: Name, reading: Reading = Reading(), warn: Warn = ignore
 ) -> np.ndarray:
     """An image that must lie on the grid of another one."""
     array, own = io.read_image(path, reading, warn)
     if not own.matches(grid):
-        detail = f"{own} against {grid}" if str(own) != str(grid) else "origin or direction differ"
-        raise InputError(f"{path}: must lie on the grid of {image}: {detail}")
+        hint = _where_it_lies(path, image, reading) or own.difference(grid)
+        raise InputError(f"{path}: must lie on the grid of {image}: {hint}")
     return array
 
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastreg._files import InputError, Name, require_utf8
 
 from ._dicom_files import Slice, no_image, number, slices_of, sop_class, suffix
 from ._geometry import Geometry
 from ._reading import Reading, Warn
-from ._resample import resample
+from ._shear import STRAIGHT, straightened
 from ._sitk import heard, sitk
-from ._stack import STRAIGHT, Lie, complaint, grouped
+from ._stack import Lie, complaint, grouped
 
 # Tags that tell volumes apart where slices of one series lie at one place; the first that does so counts.
 APART = {
@@ -245,19 +244,6 @@ def _image(array: np.ndarray, geometry: Geometry) -> Any:
     return image
 
 
-def _straight(array: np.ndarray, sheared: Geometry, straight: Geometry) -> tuple[np.ndarray, Geometry]:
-    """Slices that are sheared, on a straight grid whose planes are theirs: interpolated in the plane alone."""
-    n = sheared.size[2]
-    ends = straight.to_index(sheared.to_physical([[0, 0, 0], [n - 1, 0, 0]]))[:, ::-1][:, :2]  # x, y
-    low = np.floor(ends.min(0) + 1e-6)
-    size = np.asarray(straight.size[:2]) + np.ceil(ends.max(0) - 1e-6) - low
-    origin = straight.to_physical([0, low[1], low[0]])
-    onto = Geometry((int(size[0]), int(size[1]), n), straight.spacing, tuple(origin), straight.direction)
-    values = torch.from_numpy(array.astype(np.float32))[None, None]
-    moved, _ = resample(values, sheared, onto, outside=float(array.min()))
-    return moved[0, 0].numpy(), onto
-
-
 def _placed(path: Name, volume: Volume, reading: Reading, warn: Warn) -> Any:
     """The volume as a SimpleITK image, where it lies; InputError where that cannot be said with one even grid."""
     slices, n = volume.slices, len(volume.slices)
@@ -307,7 +293,7 @@ def _placed(path: Name, volume: Volume, reading: Reading, warn: Warn) -> Any:
         length = float(np.linalg.norm(step))
         direction = np.column_stack([axes[0], axes[1], step / length])
         sheared = Geometry(size, (*first.spacing, length), origin, tuple(direction.ravel()))
-        array, grid = _straight(array, sheared, grid)
+        array, grid = straightened(array, sheared)
     return _image(array, grid)
 
 

@@ -61,13 +61,50 @@ class Geometry:
         """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
         return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)
 
+    def apart(self, other: "Geometry") -> float:
+        """mm between the two at the corner where they are farthest apart; both have one size."""
+        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1)
+        away = self.to_physical(corners) - other.to_physical(corners)
+        return float(np.linalg.norm(away, axis=-1).max())
+
     def matches(self, other: "Geometry") -> bool:
         """Whether both are one grid, up to what file formats round away (a thousandth of a voxel)."""
+        return self.size == other.size and self.apart(other) <= 1e-3 * min(self.spacing)
+
+    def difference(self, other: "Geometry") -> str:
+        """How this grid differs from another one, by how much, and what it looks like where that is known."""
         if self.size != other.size:
-            return False
-        corners = np.stack(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij"), -1)
-        apart = np.abs(self.to_physical(corners) - other.to_physical(corners)).max()
-        return bool(apart <= 1e-3 * min(self.spacing))
+            swapped = ", its axes are in another order" if sorted(self.size) == sorted(other.size) else ""
+            return f"{self} against {other}{swapped}"
+        text = f"it is {self.apart(other):.3g} mm off at the corner where it is farthest"
+        if self.nd == 3 and self._turned((-1, -1, 1)).matches(other):
+            return text + "; x and y have the other sign (RAS for LPS)"
+        for axis in range(self.nd):
+            if self._flipped(axis).matches(other):
+                return text + f"; its {'xyz'[axis]} axis runs the other way"
+        if np.any(other.origin) and not np.any(self.origin):
+            return text + "; its origin is 0, as of a file that has lost its place"
+        if not np.allclose(self.spacing, other.spacing, rtol=1e-3):
+            return text + f"; {self} against {other}"
+        if np.allclose(self.direction, other.direction, atol=1e-4):
+            shift = ", ".join(f"{v:.4g}" for v in np.subtract(self.origin, other.origin))
+            return text + f"; its origin is shifted by {shift} mm"
+        return text + "; its axes have another direction"
+
+    def _turned(self, signs: tuple[int, ...]) -> "Geometry":
+        """With the signs of physical axes changed."""
+        direction = np.reshape(self.direction, (self.nd, self.nd)) * np.reshape(signs, (-1, 1))
+        origin = np.multiply(self.origin, signs)
+        return Geometry(self.size, self.spacing, tuple(origin.tolist()), tuple(direction.ravel().tolist()))
+
+    def _flipped(self, axis: int) -> "Geometry":
+        """The same place, with one axis (x, y, z) counted from its other end."""
+        index = np.zeros(self.nd)
+        index[self.nd - 1 - axis] = self.size[axis] - 1
+        direction = np.reshape(self.direction, (self.nd, self.nd)).copy()
+        direction[:, axis] *= -1
+        origin = tuple(self.to_physical(index).tolist())
+        return Geometry(self.size, self.spacing, origin, tuple(direction.ravel().tolist()))
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.size))} voxels of {' x '.join(f'{s:g}' for s in self.spacing)} mm"

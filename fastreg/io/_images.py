@@ -2,6 +2,7 @@
 
 import errno
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,14 @@ from fastreg._files import InputError, Name, probe, replacing, require_regular, 
 from . import _integrity
 from ._dicom import is_dicom, parted, read_dicom
 from ._geometry import Geometry
-from ._nifti import not_finite
+from ._nibabel import read_foreign
+from ._nifti import LPS, Header, chosen, grid_of, header_of, not_finite, packed
 from ._reading import Reading, Warn, ignore
+from ._recognise import recognise, refusal
+from ._shear import made_straight
 from ._sitk import heard, silent_stderr, sitk
+
+FOREIGN = ("NIfTI-1", "NIfTI-2", "FreeSurfer MGH")  # what nibabel may read where SimpleITK does not
 
 
 def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple[Any, int]:
@@ -34,16 +40,82 @@ def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple
         return read_dicom(path, reading, warn), 0
     if which is not None:
         raise InputError(f"{path}: no such file")
+    header = header_of(file)
     try:
         _integrity.check(file)
-        with heard(file, warn):
+        # What it says of NIfTI headers is about what we read of them ourselves.
+        with heard(file, warn) if header is None else silent_stderr():
             image = itk.ReadImage(str(file))
-        bad = not_finite(file, image)
+        bad = 0 if header is None else not_finite(file, header)
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         if "memory" in str(error) or "bad_alloc" in str(error):
             raise InputError(f"{file}: not enough memory for an image of this size") from error
-        raise InputError(f"{file}: not an image SimpleITK can read, or damaged") from error
+        image, bad = _foreign(file, header, reading, warn, error), 0
+    else:
+        if header is not None:
+            image = _placed(image, header, file, reading, warn)
     return image, bad
+
+
+def _put(image: Any, grid: Geometry) -> Any:
+    image.SetSpacing(grid.spacing)
+    image.SetOrigin(grid.origin)
+    image.SetDirection(grid.direction)
+    return image
+
+
+def _foreign(file: Path, header: Header | None, reading: Reading, warn: Warn, error: Exception) -> Any:
+    """What SimpleITK does not read, but nibabel does; InputError names what it is."""
+    kind = recognise(file)
+    if kind is None or kind.name not in FOREIGN:
+        raise InputError(refusal(file)) from error
+    if kind.name == "NIfTI-1" and (
+        header is None
+        or not (set(header.forms) == {"sform"} or packed(file) != file.name.lower().endswith(".gz"))
+    ):
+        raise InputError(refusal(file)) from error
+    array, affine = read_foreign(file, kind.name, file)
+    form = LPS @ affine if header is None else chosen(file, header, reading, warn)
+    grid = grid_of(LPS @ affine if form is None else form, array.shape[::-1])
+    _usable(grid, file)
+    array, grid = made_straight(array, grid, file, "its sform is sheared", reading, warn)
+    return _put(sitk().GetImageFromArray(array), grid)
+
+
+def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn) -> Any:
+    """A NIfTI image where its header and what is chosen say that it lies."""
+    itk, form = sitk(), chosen(file, header, reading, warn)
+    nd, size = image.GetDimension(), image.GetSize()
+    if form is None or nd < 2:
+        return image
+    if nd == 2:  # the plane of x and y, where it is one
+        form = form[:2, [0, 1, 3]]
+        if abs(np.linalg.det(form[:, :2])) < 0.5 * np.prod(np.linalg.norm(form[:, :2], axis=0)):
+            return image
+        grid = grid_of(form, size)
+    else:
+        grid = grid_of(form, size[:3])
+    _usable(grid, file)
+    array = itk.GetArrayViewFromImage(image)
+    straight, grid = made_straight(array, grid, file, "its sform is sheared", reading, warn, header.rough)
+    if straight is not array:
+        return _put(itk.GetImageFromArray(straight), grid)
+    if nd > 3:  # more axes, such as time
+        direction = np.eye(nd)
+        direction[:3, :3] = np.reshape(grid.direction, (3, 3))
+        more = image.GetSpacing()[3:], image.GetOrigin()[3:]
+        grid = Geometry(
+            size, (*grid.spacing, *more[0]), (*grid.origin, *more[1]), tuple(direction.ravel().tolist())
+        )
+    own = Geometry(size, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    return image if own.matches(grid) else _put(image, grid)
+
+
+def _usable(geometry: Geometry, path: Name) -> None:
+    numbers = np.concatenate([geometry.spacing, geometry.origin, geometry.direction])
+    usable = np.isfinite(numbers).all() and min(geometry.spacing) > 0
+    if not (usable and np.linalg.cond(geometry.matrix) < 1e6):
+        raise InputError(f"{path}: its spacing, origin or direction is not usable")
 
 
 def geometry_of(image: Any, path: Name) -> Geometry:
@@ -54,10 +126,7 @@ def geometry_of(image: Any, path: Name) -> Geometry:
         also = "; save it as a 2D image" if geometry.nd == 3 and len(flat) == 1 else ""
         axes = " and ".join(flat)
         raise InputError(f"{path}: must have at least 2 voxels an axis, got 1 along {axes}{also}")
-    numbers = np.concatenate([geometry.spacing, geometry.origin, geometry.direction])
-    usable = np.isfinite(numbers).all() and min(geometry.spacing) > 0
-    if not (usable and np.linalg.cond(geometry.matrix) < 1e6):
-        raise InputError(f"{path}: its spacing, origin or direction is not usable")
+    _usable(geometry, path)
     return geometry
 
 

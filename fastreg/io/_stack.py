@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STRAIGHT = 0.1  # degrees: a tilt that may be a rounded direction
-
 
 @dataclass(frozen=True)
 class Lie:

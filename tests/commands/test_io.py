@@ -190,7 +190,7 @@ def _bad_image(kind, folder):
     [
         ("missing", "no such file"),
         ("garbage", "not an image SimpleITK can read, or damaged"),
-        ("empty", "not an image SimpleITK can read, or damaged"),
+        ("empty", "is empty: it was not copied or written whole"),
         ("truncated.nii.gz", "damaged"),
         ("truncated.nii", "damaged"),
         ("truncated.mha", "damaged"),
