@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastreg import io, metrics
+from fastreg.data import landmarks
 from fastreg.data.pairs import Case
 
 
@@ -54,23 +55,46 @@ def scores(case: Case, u: torch.Tensor, *, surfaces: bool = False) -> dict[str, 
     return found
 
 
-def exchanged(case: Case, u: torch.Tensor) -> float | None:
-    """Mean distance in mm after u, were the landmarks of the two images exchanged; None unless that clearly brings them closer, and u apart."""
-    grid = case.fixed_grid
+def doubt(case: Case, u: torch.Tensor) -> str | None:
+    """A line, where the landmarks would clearly fit better if they were meant otherwise than they were read: exchanged, in another
+    space, in another order; None where they fit as they are, or where there are none. u: as for scores.
+
+    Better is, with as many inside the images:
+    - u brings them to less than half of what they were and of those that were read (if few, or if u helps those too: a quarter);
+    - in another unit, where distances do not compare, u helps them by half and those that were read not at all;
+    - one file in another space: they are at a fifth before u already, and not because all lie in one place.
+    """
+    grids = case.fixed_grid, case.moving_grid
     if case.fixed_landmarks is None or case.moving_landmarks is None:
         return None
-    fixed, moving = (
-        torch.from_numpy(grid.to_index(p)) for p in (case.fixed_landmarks, case.moving_landmarks)
-    )
-    before, after, otherwise = (
-        metrics.tre(a, b, grid.spacing_zyx).mean
-        for a, b in (
-            (fixed, moving),
-            (metrics.move_points(fixed, u), moving),
-            (metrics.move_points(moving, u), fixed),
-        )
-    )
-    return otherwise if otherwise < 0.8 * before and after > 1.2 * before else None
+    read = case.fixed_landmarks, case.moving_landmarks
+
+    def fit(fixed: np.ndarray, moving: np.ndarray) -> tuple[int, float, float]:
+        grid = case.fixed_grid
+        a, b = (torch.from_numpy(grid.to_index(p)) for p in (fixed, moving))
+        apart, brought = (metrics.tre(p, b, grid.spacing_zyx).mean for p in (a, metrics.move_points(a, u)))
+        n = landmarks.n_inside(fixed, grids[0]) + landmarks.n_inside(moving, grids[1])
+        return n, apart, brought
+
+    inside, before, after = fit(*read)
+    n_points, voxel = len(read[0]), min(case.fixed_grid.spacing)
+    share = 0.5 if n_points >= 6 and after > 0.5 * before else 0.25
+    wide = np.linalg.norm(read[0] - read[0].mean(0), axis=1).mean()
+    best: tuple[float, str] | None = None
+    for other in landmarks.others(*read, grids, case.landmark_spaces):
+        n, apart, brought = fit(other.fixed, other.moving)
+        clearly = brought < share * min(apart, after) and brought < after - 0.5 * voxel
+        if other.kind == "one":
+            clearly |= max(apart, brought) < 0.2 * before and before < min(4 * wide, 1.25 * after)
+        elif other.kind == "unit":
+            clearly |= n_points >= 6 and brought < min(0.5 * apart, after) and after > 0.8 * before
+        if other.kind in ("unit", "order"):
+            clearly &= after > 0.5 * before
+        if n >= inside and clearly and (best is None or brought < best[0]):
+            best = brought, other.how
+    if best is None:
+        return None
+    return f"landmarks are {after:.2f} mm apart, and would be {best[0]:.2f} mm {best[1]}"
 
 
 def _mean(values: Mapping[int, float]) -> float:

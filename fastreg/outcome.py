@@ -73,12 +73,9 @@ class Outcome:
             "sdlogj": metrics.sdlogj(u),
         }
         scores = evaluation.scores(case, u)
-        otherwise = evaluation.exchanged(case, u)
-        if otherwise is not None:
-            warn(
-                f"landmarks are {scores['tre']['after']['mean']:.2f} mm apart, and would be {otherwise:.2f} mm "
-                "with those of the fixed and the moving image exchanged"
-            )
+        doubt = evaluation.doubt(case, u)
+        if doubt is not None:
+            warn(doubt)
         self.moved_labels = scores.pop("moved_labels", None)
         self.summary |= scores
 

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from fastreg import convert, io, report
 from fastreg._console import telling, warn
 from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg.convert._chain import require_landing
+from fastreg.data import landmarks
 from fastreg.data.pairs import read_labels, sample_of
 from fastreg.outcome import OUTPUTS, Outcome, intensities, volume
 from fastreg.training import checkpoint
@@ -19,6 +21,7 @@ from .options import Parser, add_common, add_reading, add_transforms, device_of,
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points", "source", "like")
+POINTS = ("points.fcsv", "points.mrk.json", "points.txt")  # beside points.csv, where they came so
 PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask")
 
 
@@ -47,8 +50,9 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command.add_argument("--labels", metavar="IMAGE", help="with --field: labels on the grid of MOVING")
     command.add_argument(
         "--points",
-        metavar="CSV",
-        help="with --field: points in the fixed image (x,y,z, mm, LPS); OUT/points.csv: in the moving one",
+        metavar="FILE",
+        help="with --field: points in the fixed image (csv: x,y,z, mm, LPS; or Slicer's, elastix's); OUT/points.csv: in the moving one, and "
+        "in the format they came in",
     )
     add_transforms(command)
     add_arguments(command.add_argument_group("with --weights, what else is known of the pair"))
@@ -105,10 +109,10 @@ def _apply_net(args: argparse.Namespace) -> int:
 def _apply_field(args: argparse.Namespace) -> int:
     (args.moving,) = args.images
     refuse_own_inputs(
-        args.out, (*args.field, args.moving, args.like, args.labels, args.points), FIELD_OUTPUTS
+        args.out, (*args.field, args.moving, args.like, args.labels, args.points), (*FIELD_OUTPUTS, *POINTS)
     )
     device_of(args)
-    with output_folder(args.out, FIELD_OUTPUTS, replace=args.force) as folder:
+    with output_folder(args.out, (*FIELD_OUTPUTS, *POINTS), replace=args.force) as folder:
         reading = reading_of(args)
         moving, moving_grid = io.read_image(args.moving, reading, warn)
         chain = convert.read_chain(
@@ -129,19 +133,35 @@ def _apply_field(args: argparse.Namespace) -> int:
             moved, _ = io.resample(volume(labels, np.float64), moving_grid, grid, u, mode="nearest")
             io.write_image(folder / "moved_labels.nii.gz", moved[0, 0].numpy().astype(labels.dtype), grid)
         if args.points is not None:
-            points = io.read_landmarks(args.points, grid.nd)
-            outside = int((~grid.contains(grid.to_index(points))).sum())
-            if outside == len(points):
-                raise InputError(f"{args.points}: no point lies in {field} (they must be mm, LPS)")
-            if outside:
-                warn(
-                    f"{args.points}: {outside} of {len(points)} points lie outside {field}: moved as its border is"
-                )
-            moved_points = chain.map(points)
-            if lost := int(np.isnan(moved_points).any(-1).sum()):
-                warn(f"{args.points}: {lost} of {len(points)} points lie where {field} is not defined: nan")
-            io.write_landmarks(folder / "points.csv", moved_points)
+            _write_points(args.points, folder, chain, field, moving_grid, reading)
     if not args.quiet:
         with telling():
             print(f"written to  {args.out}")
     return 0
+
+
+def _write_points(
+    path: str, folder: Path, chain: convert.Chain, field: str, moving_grid: io.Geometry, reading: io.Reading
+) -> None:
+    """points.csv, and where the points came in another format that one too: points of the fixed image, in the moving one."""
+    read = io.read_points(path, chain.geometry.nd, chain.geometry, reading, warn)
+    known = np.isfinite(read.points).all(1)
+    points = read.points[known]
+    outside = len(points) - landmarks.n_inside(points, chain.geometry)
+    better = landmarks.better_inside(points, read.space, chain.geometry) if outside else ""
+    if outside == len(points):
+        raise InputError(f"{path}: no point lies in {field}{better or ' (they must be mm, LPS)'}")
+    if outside:
+        warn(
+            f"{path}: {outside} of {len(points)} points lie outside {field}: moved as its border is{better.replace('would', 'would be inside', 1)}"
+        )
+    moved = np.full_like(read.points, np.nan)
+    moved[known] = chain.map(points)
+    lost = int(np.isnan(moved[known]).any(1).sum())
+    if lost:
+        warn(f"{path}: {lost} of {len(points)} points lie where {field} is not defined: nan")
+    if read.suffix != ".csv":
+        names = None if read.names is None else tuple(n for n, k in zip(read.names, known, strict=True) if k)
+        io.write_landmarks(folder / "points.csv", moved[known], names)
+    if not (lost and read.suffix == ".txt"):  # rows of elastix have no names that would tell which is missing
+        read.write(folder / f"points{read.suffix}", moved, moving_grid)

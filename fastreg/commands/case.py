@@ -20,8 +20,8 @@ def _pair(args: argparse.Namespace, kind: str) -> tuple[str | None, str | None]:
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Landmarks, labels and mask of a pair."""
     for which in ("fixed", "moving"):
-        text = f"points in the {which} image: header x,y,z, mm, LPS; row i of one matches row i of the other"
-        parser.add_argument(f"--{which}-landmarks", metavar="CSV", help=text)
+        text = f"points in the {which} image: csv with header x,y,z (mm, LPS), or Slicer's, elastix's; row i of one matches row i of the other"
+        parser.add_argument(f"--{which}-landmarks", metavar="FILE", help=text)
     for which in ("fixed", "moving"):
         text = f"labels on the grid of the {which} image, 0 is background"
         parser.add_argument(f"--{which}-labels", metavar="IMAGE", help=text)

@@ -54,7 +54,8 @@ def _run(args: argparse.Namespace) -> int:
             t[0, 0].numpy() for t in (p.fixed, p.moving, p.fixed_labels, p.moving_labels)
         )
         landmarks = [grid.to_physical(t.numpy()) for t in (p.fixed_landmarks, p.moving_landmarks)]
-        case = Case("thorax phantom", fixed, grid, moving, grid, fixed_labels, moving_labels, *landmarks)
+        labels = fixed_labels, moving_labels
+        case = Case("thorax phantom", fixed, grid, moving, grid, *labels, landmarks[0], landmarks[1])
         outcome = solve(case, args)
         u, summary = outcome.u, outcome.summary
         score = summary["score"] = phantom.score(p, u, summary["seconds"])

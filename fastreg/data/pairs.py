@@ -19,6 +19,7 @@ from fastreg._files import InputError, Name
 from fastreg.io._dicom import parted
 from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 
+from . import landmarks
 from .preprocessing import Preprocessing
 from .sample import Sample
 
@@ -47,7 +48,10 @@ class Pair:
 
 @dataclass
 class Case:
-    """What is to be registered. Arrays lie on the grid of their image; landmarks (P, nd): mm, (x, y, z)."""
+    """What is to be registered. Arrays lie on the grid of their image; landmarks (P, nd): mm, LPS, (x, y, z).
+
+    landmark_spaces: what the numbers in their files were read as.
+    """
 
     title: str
     fixed: np.ndarray
@@ -59,6 +63,7 @@ class Case:
     fixed_landmarks: np.ndarray | None = None
     moving_landmarks: np.ndarray | None = None
     mask: np.ndarray | None = None
+    landmark_spaces: tuple[str, str] = ("LPS", "LPS")
 
     @property
     def weights(self) -> torch.Tensor | None:
@@ -121,19 +126,6 @@ def read_mask(
     return array
 
 
-def _read_points(paths: Sequence[Name], grids: Sequence[io.Geometry], warn: Warn) -> list[np.ndarray]:
-    points = [io.read_landmarks(path, grids[0].nd) for path in paths]
-    if len(points[0]) != len(points[1]):
-        raise InputError(f"{paths[0]} holds {len(points[0])} landmarks, {paths[1]} holds {len(points[1])}")
-    for path, p, grid, which in zip(paths, points, grids, ("fixed", "moving"), strict=True):
-        outside = int((~grid.contains(grid.to_index(p))).sum())
-        if outside == len(p):
-            raise InputError(f"{path}: no landmark lies in the {which} image (they must be mm, LPS)")
-        if outside:
-            warn(f"{path}: {outside} of {len(p)} landmarks lie outside the {which} image, and count")
-    return points
-
-
 def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> Case:
     """What the files of a Pair hold. InputError for those that do not fit each other; warn(message) for what may be meant."""
     fixed, fixed_grid = _read_intensities(pair.fixed, reading, warn)
@@ -143,7 +135,8 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
     case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
     if pair.fixed_landmarks and pair.moving_landmarks:
         paths = pair.fixed_landmarks, pair.moving_landmarks
-        case.fixed_landmarks, case.moving_landmarks = _read_points(paths, (fixed_grid, moving_grid), warn)
+        points, case.landmark_spaces = landmarks.read_pair(paths, (fixed_grid, moving_grid), warn, reading)
+        case.fixed_landmarks, case.moving_landmarks = points
     if pair.fixed_labels and pair.moving_labels:
         case.fixed_labels = read_labels(pair.fixed_labels, fixed_grid, pair.fixed, reading, warn)
         case.moving_labels = read_labels(pair.moving_labels, moving_grid, pair.moving, reading, warn)

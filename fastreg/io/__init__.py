@@ -9,17 +9,19 @@ from fastreg._files import InputError
 from ._displacement import read_displacement, write_displacement
 from ._geometry import Geometry
 from ._images import read_image, write_image
-from ._landmarks import read_landmarks, write_landmarks
+from ._landmarks import Landmarks, read_landmarks, read_points, write_landmarks
 from ._reading import Reading
 from ._resample import resample
 
 __all__ = [
     "Geometry",
     "InputError",
+    "Landmarks",
     "Reading",
     "read_displacement",
     "read_image",
     "read_landmarks",
+    "read_points",
     "resample",
     "write_displacement",
     "write_image",
