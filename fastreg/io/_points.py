@@ -84,7 +84,9 @@ def fcsv(path: Name, text: str, nd: int) -> Raw:
         for (n, row), old, point in zip(rows, points, moved, strict=True):
             there = np.isfinite(point).all()
             if there or np.isfinite(old).all():
-                row = row if there else [*row, *[""] * len(columns)][: len(columns)] + ["0", "0"]
+                if not there:
+                    row += [""] * (len(columns) + 2 - len(row))
+                    row[len(columns) :] = ["0", "0"]  # undefined
                 for c, value in zip(at, np.nan_to_num(point), strict=False):
                     row[c] = written(value)
                 stream = io.StringIO()

@@ -236,6 +236,11 @@ def test_points_without_a_position_leave_with_their_partners(tmp_path):
     # Slicer's fcsv says it after the last column that it names
     status = fcsv(POINTS, "5.4", "LPS", ",2,0").replace(",2,0", ",0,0", 1)
     assert len(io.read_landmarks(write(tmp_path / "p.fcsv", status), 3)) == 2
+    # Written without one, they are read without one.
+    for name, content in (("p.fcsv", fcsv(POINTS, "5.2", "LPS")), ("p.mrk.json", mrk(markup(POINTS)))):
+        read = io.read_points(write(tmp_path / name, content), 3)
+        read.write(tmp_path / name, np.where([[True], [False], [True]], POINTS, np.nan))
+        assert (io.read_landmarks(tmp_path / name, 3) == POINTS[[0, 2]]).all()
 
 
 # Meant otherwise
