@@ -37,7 +37,8 @@ def read_transform(source: Source, inverse: bool = False) -> list[Step]:
 
 def _flat(transform: Any) -> list[Any]:
     """The first applied one first."""
-    if transform.GetName() != "CompositeTransform":
+    # SimpleITK shows a transform that it has no class for, as old ANTs' MatrixOffsetTransformBase, as a composite of itself.
+    if transform.GetName() != "CompositeTransform" or transform.IsLinear():
         return [transform]
     composite = sitk().CompositeTransform(transform)
     parts = [composite.GetNthTransform(i) for i in range(composite.GetNumberOfTransforms())]
@@ -55,7 +56,8 @@ def _step(transform: Any, path: Path) -> Step:
         return Step(
             f"ITK displacement field (LPS, mm), {size}", str(path), Field(vectors, Geometry(*numbers))
         )
-    return Step(f"ITK {transform.GetName()}", str(path), other=transform)
+    name = "matrix" if transform.GetName() == "CompositeTransform" else transform.GetName()
+    return Step(f"ITK {name}", str(path), other=transform)
 
 
 def _inverted(step: Step) -> Step:
