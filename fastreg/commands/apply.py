@@ -9,13 +9,15 @@ import numpy as np
 from fastreg import convert, io, report
 from fastreg._console import telling, warn
 from fastreg._files import InputError, output_folder, refuse_own_inputs
+from fastreg._moved import move
 from fastreg.convert._chain import require_landing
 from fastreg.data import landmarks
 from fastreg.data.pairs import read_labels, sample_of
-from fastreg.outcome import OUTPUTS, Outcome, intensities, volume
+from fastreg.outcome import OUTPUTS, Outcome
 from fastreg.training import checkpoint
 from fastreg.training.build import predict
 
+from . import _moving
 from .case import add_arguments, files_of, paths_of, read_case
 from .options import Parser, add_common, add_reading, add_transforms, device_of, reading_of
 
@@ -54,6 +56,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="with --field: points in the fixed image (csv: x,y,z, mm, LPS; or Slicer's, elastix's); OUT/points.csv: in the moving one, and "
         "in the format they came in",
     )
+    _moving.add_arguments(command)
     add_transforms(command)
     add_arguments(command.add_argument_group("with --weights, what else is known of the pair"))
     add_reading(command)
@@ -114,26 +117,26 @@ def _apply_field(args: argparse.Namespace) -> int:
     device_of(args)
     with output_folder(args.out, (*FIELD_OUTPUTS, *POINTS), replace=args.force) as folder:
         reading = reading_of(args)
-        moving, moving_grid = io.read_image(args.moving, reading, warn)
+        moving = io.read_volumes(args.moving, reading, warn)
         chain = convert.read_chain(
-            args.field, format=args.source, like=args.like, moving=moving_grid, reading=reading, warn=warn
+            args.field, format=args.source, like=args.like, moving=moving.geometry, reading=reading, warn=warn
         )
         if not args.quiet:
             with telling():
                 print(f"recognised  {chain.what}")
         u, grid = chain.displacement(warn)
         field = " ".join(args.field)
-        if moving_grid.nd != grid.nd:
-            raise InputError(f"{field} is {grid.nd}D and {args.moving} is {moving_grid.nd}D")
-        moved, inside = io.resample(intensities(moving), moving_grid, grid, u, outside=float(moving.min()))
-        require_landing(float(inside.double().mean()), field, args.moving, warn)
-        io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
+        if moving.geometry.nd != grid.nd:
+            raise InputError(f"{field} is {grid.nd}D and {args.moving} is {moving.geometry.nd}D")
+        image, share = _moving.moved_volumes(args, args.moving, moving, grid, u)
+        require_landing(share, field, args.moving, warn)
+        io.write_volumes(folder / "moved.nii.gz", image)
         if args.labels is not None:
-            labels = read_labels(args.labels, moving_grid, args.moving, reading, warn)
-            moved, _ = io.resample(volume(labels, np.float64), moving_grid, grid, u, mode="nearest")
-            io.write_image(folder / "moved_labels.nii.gz", moved[0, 0].numpy().astype(labels.dtype), grid)
+            labels = read_labels(args.labels, moving.geometry, args.moving, reading, warn)
+            moved = move(labels[None], moving.geometry, grid, u, interpolation="nearest")
+            io.write_image(folder / "moved_labels.nii.gz", moved.array[0], grid)
         if args.points is not None:
-            _write_points(args.points, folder, chain, field, moving_grid, reading)
+            _write_points(args.points, folder, chain, field, moving.geometry, reading)
     if not args.quiet:
         with telling():
             print(f"written to  {args.out}")

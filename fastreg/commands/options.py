@@ -83,7 +83,12 @@ def add_transforms(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="what the files hold, where they do not say it themselves",
     )
-    group.add_argument("--like", metavar="FIXED", help="an image on the grid of the result")
+    group.add_argument(
+        "--like",
+        "--reference",
+        metavar="FIXED",
+        help="an image on the grid of the result; beyond a field nothing is displaced, as in ITK",
+    )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

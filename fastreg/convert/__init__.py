@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from fastreg._files import InputError, Name
-from fastreg.io import Geometry, Reading
-from fastreg.io._images import geometry_of, read
+from fastreg.io import Geometry, Reading, volume_geometry
 from fastreg.io._reading import Warn, ignore
 
 from . import dicom, dipy, freesurfer, fsl, itk, mrtrix, niftyreg, others, voxels
@@ -73,7 +72,7 @@ def _named(name: str) -> Format:
 
 def geometry(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> Geometry:
     """The grid of an image, whatever its voxels hold."""
-    return geometry_of(read(path, reading, warn)[0], path)
+    return volume_geometry(path, reading, warn)
 
 
 def _optional(given: Name | Geometry | None, reading: Reading, warn: Warn) -> Geometry | None:

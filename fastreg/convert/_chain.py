@@ -128,7 +128,7 @@ class Chain:
             raise InputError(
                 f"{step.path}: {step.what} does not reach the image: no voxel of the result leads into its grid"
             )
-        if share < 0.5:
+        if share < 0.95:
             warn(
                 f"{step.path}: {100 * (1 - share):.0f} % of the result lies beyond its grid and is not moved by it"
             )

@@ -6,6 +6,7 @@ Physical points are ITK's: millimetres, LPS, in the order (x, y, z). Arrays, ten
 
 from fastreg._files import InputError
 
+from ._channels import Volumes, read_volumes, volume_geometry, write_volumes
 from ._displacement import read_displacement, write_displacement
 from ._geometry import Geometry
 from ._images import read_image, write_image
@@ -18,12 +19,16 @@ __all__ = [
     "InputError",
     "Landmarks",
     "Reading",
+    "Volumes",
     "read_displacement",
     "read_image",
     "read_landmarks",
     "read_points",
+    "read_volumes",
     "resample",
+    "volume_geometry",
     "write_displacement",
     "write_image",
     "write_landmarks",
+    "write_volumes",
 ]
