@@ -17,6 +17,7 @@ import torch
 from fastreg import io
 from fastreg._files import InputError, Name
 from fastreg.io._dicom import parted
+from fastreg.io._plane import in_plane, kind_of, points_in_plane, thin_axis
 from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 
 from . import landmarks
@@ -126,12 +127,36 @@ def read_mask(
     return array
 
 
+def _require_one_kind(pair: Pair, fixed: io.Geometry, moving: io.Geometry) -> None:
+    kinds = kind_of(fixed), kind_of(moving)
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{pair.fixed} is {kinds[0]} and {pair.moving} is {kinds[1]}")
+
+
+def _flat(case: Case, pair: Pair) -> Case:
+    """A Case of two slices in space, in 2D in their plane; any other as it is."""
+    if thin_axis(case.fixed_grid) is None:
+        return case
+    fixed, moving = in_plane(case.fixed_grid, case.moving_grid, pair.moving)
+    parts = {"fixed": fixed.shape, "fixed_labels": fixed.shape, "mask": fixed.shape}
+    parts |= {"moving": moving.shape, "moving_labels": moving.shape}
+    flat = {
+        name: array.reshape(shape)
+        for name, shape in parts.items()
+        if (array := getattr(case, name)) is not None
+    }
+    for side, grid in (("fixed", fixed), ("moving", moving)):
+        if (points := getattr(case, f"{side}_landmarks")) is not None:
+            path = getattr(pair, f"{side}_landmarks")
+            flat[f"{side}_landmarks"] = points_in_plane(points, grid, case.fixed_grid, path)
+    return replace(case, fixed_grid=fixed, moving_grid=moving, **flat)
+
+
 def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> Case:
     """What the files of a Pair hold. InputError for those that do not fit each other; warn(message) for what may be meant."""
     fixed, fixed_grid = _read_intensities(pair.fixed, reading, warn)
     moving, moving_grid = _read_intensities(pair.moving, reading, warn)
-    if fixed_grid.nd != moving_grid.nd:
-        raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
+    _require_one_kind(pair, fixed_grid, moving_grid)
     case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
     if pair.fixed_landmarks and pair.moving_landmarks:
         paths = pair.fixed_landmarks, pair.moving_landmarks
@@ -144,7 +169,7 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
             raise InputError(f"{pair.fixed_labels} and {pair.moving_labels} hold background only")
     if pair.mask:
         case.mask = read_mask(pair.mask, fixed_grid, pair.fixed, reading, warn)
-    return case
+    return _flat(case, pair)
 
 
 def weights_of(
@@ -300,10 +325,9 @@ class Pairs(Sequence[Sample]):
             side: self._image(getattr(pair, side), self.reading, ignore) for side in ("fixed", "moving")
         }
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
-        if fixed_grid.nd != moving_grid.nd:
-            raise InputError(f"{pair.fixed} is {fixed_grid.nd}D and {pair.moving} is {moving_grid.nd}D")
+        _require_one_kind(pair, fixed_grid, moving_grid)
         mask = read_mask(pair.mask, fixed_grid, pair.fixed, self.reading) if pair.mask else None
-        case = Case(pair.name, fixed, fixed_grid, moving, moving_grid, mask=mask)
+        case = _flat(Case(pair.name, fixed, fixed_grid, moving, moving_grid, mask=mask), pair)
         return sample_of(case, self.preprocessing, self.ndim)[0]
 
 

@@ -13,6 +13,8 @@ from ._reading import Reading, Warn, ignore
 from ._sitk import silent_stderr, sitk
 
 IMAGES = (".nii.gz", ".nii", ".mha", ".nrrd")
+# ITK reads a NIfTI file of vectors with one voxel along z as 2D. One along x it reads as it is: a slice is written so, and says it.
+NOTES, ROLLED = "ITK_FileNotes", "one slice: its axes are z, x, y"
 
 
 def read_vectors(
@@ -38,6 +40,8 @@ def read_vectors(
         raise InputError(f"{path}: is a colour image, not a displacement field")
     geometry = geometry_of(image, path)
     vectors = np.asarray(sitk().GetArrayFromImage(image), dtype=np.float64)
+    if tags.get(NOTES) == ROLLED:
+        vectors, geometry = np.moveaxis(vectors, 2, 0), geometry.rolled(-1)
     if bad or not np.isfinite(vectors).all():
         raise InputError(f"{path}: must be finite, got NaN or infinity")
     return vectors, geometry
@@ -74,8 +78,16 @@ def write_displacement(path: Name, u: torch.Tensor, geometry: Geometry) -> None:
         raise InputError(f"{path}: a displacement field must be finite, got NaN or infinity")
     voxels = u[0].detach().cpu().double().movedim(0, -1).numpy()
     vectors = voxels @ geometry.matrix.T
+    if geometry.plane is not None:
+        vectors, geometry = geometry.plane.vectors(vectors), geometry.plane.whole
+    rolled = geometry.nd == 3 and geometry.size[2] == 1 and name.endswith((".nii", ".nii.gz"))
+    if rolled:
+        vectors, geometry = np.moveaxis(vectors, 0, 2), geometry.rolled(1)
     if not name.endswith(".h5"):
-        write(path, sitk().GetImageFromArray(vectors.astype(np.float32), isVector=True), geometry)
+        image = sitk().GetImageFromArray(vectors.astype(np.float32), isVector=True)
+        if rolled:
+            image.SetMetaData(NOTES, ROLLED)
+        write(path, image, geometry)
         return
     require_utf8(path)
     image = sitk().GetImageFromArray(vectors, isVector=True)

@@ -1,10 +1,14 @@
 """Where a voxel grid lies in physical space."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from ._plane import Plane
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,8 @@ class Geometry:
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
     direction: tuple[float, ...]
+    # of a 2D grid that is one slice in space
+    plane: "Plane | None" = field(default=None, compare=False, repr=False, kw_only=True)
 
     @classmethod
     def of(cls, shape: Sequence[int], spacing: Sequence[float]) -> "Geometry":
@@ -56,6 +62,12 @@ class Geometry:
         origin = np.asarray(self.origin) + start * self.matrix[:, 0]
         size = (*self.size[:-1], stop - start)
         return Geometry(size, self.spacing, tuple(float(v) for v in origin), self.direction)
+
+    def rolled(self, by: int) -> "Geometry":
+        """The same place, with the axes (x, y, z) in another order: the last `by` of them first."""
+        direction = np.roll(np.reshape(self.direction, (self.nd, self.nd)), by, axis=1)
+        size, spacing = (tuple(np.roll(np.asarray(v), by).tolist()) for v in (self.size, self.spacing))
+        return Geometry(size, spacing, self.origin, tuple(direction.ravel().tolist()))
 
     def contains(self, index: np.ndarray) -> np.ndarray:
         """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""

@@ -122,10 +122,10 @@ def geometry_of(image: Any, path: Name) -> Geometry:
     """The grid of a SimpleITK image, which must be one that can be interpolated on."""
     geometry = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     flat = [axis for axis, n in zip("xyz", geometry.size, strict=False) if n < 2]
-    if flat:
-        also = "; save it as a 2D image" if geometry.nd == 3 and len(flat) == 1 else ""
-        axes = " and ".join(flat)
-        raise InputError(f"{path}: must have at least 2 voxels an axis, got 1 along {axes}{also}")
+    if len(flat) > geometry.nd - 2:  # one slice in space is an image
+        raise InputError(
+            f"{path}: must have at least 2 voxels along two axes, got 1 along {' and '.join(flat)}"
+        )
     _usable(geometry, path)
     return geometry
 
@@ -176,6 +176,9 @@ def write(path: Name, image: Any, geometry: Geometry) -> None:
 def write_image(path: Name, array: ArrayLike, geometry: Geometry) -> None:
     """Writes an array (z, y, x) on its grid; the extension of path is the format. OSError when that fails."""
     array = np.asarray(array)
+    if geometry.plane is not None:
+        geometry = geometry.plane.whole
+        array = array.reshape(geometry.shape)
     known = {np.dtype(np.float16): np.float32, np.dtype(bool): np.uint8}  # what files cannot hold
     array = np.ascontiguousarray(array, dtype=known.get(array.dtype))
     write(path, sitk().GetImageFromArray(array), geometry)

@@ -198,7 +198,6 @@ def _bad_image(kind, folder):
         ("damaged", "damaged"),
         ("4d", "must be a 2D or 3D image, got 4 dimensions"),
         ("vector", "must have one value a voxel, got 3"),
-        ("slice", "must have at least 2 voxels an axis, got 1 along z; save it as a 2D image"),
         ("complex", "real values"),
         ("nan.nii.gz", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
         ("nan64.nii", "must be finite, got NaN or infinity in 2 of 2618 voxels"),

@@ -1,0 +1,79 @@
+"""One slice in space: an image of 3 axes, one of which has one voxel. It is registered in 2D, and stays where it is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastreg._files import InputError, Name
+
+from ._geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where a 2D grid lies that is one slice in space.
+
+    whole: the slice, in 3D. axes (3, 2): the plane's x and y in space. step (3,), mm: to the slice that it is registered with.
+    """
+
+    whole: Geometry
+    axes: np.ndarray
+    step: np.ndarray
+
+    def vectors(self, flat: np.ndarray) -> np.ndarray:
+        """(rows, columns, 2) mm in the plane -> (*whole.shape, 3) mm in space, that lead to the other slice."""
+        return (flat @ self.axes.T + self.step).reshape(*self.whole.shape, 3)
+
+
+def thin_axis(grid: Geometry) -> int | None:
+    """The axis (of x, y, z) along which a 3D grid has one voxel; None: it is no slice."""
+    return grid.size.index(1) if grid.nd == 3 and grid.size.count(1) == 1 else None
+
+
+def kind_of(grid: Geometry) -> str:
+    return f"{grid.nd}D" if thin_axis(grid) is None else "one slice in 3D"
+
+
+def in_plane(fixed: Geometry, moving: Geometry, path: Name) -> tuple[Geometry, Geometry]:
+    """The 2D grids, with their Plane, of two slices: mm from the fixed one's first voxel, along its own axes.
+
+    InputError: the moving one, of path, is turned out of the fixed one's plane by more than half its thickness.
+    """
+    thin = thin_axis(fixed) or 0
+    frame = np.delete(np.reshape(fixed.direction, (3, 3)), thin, axis=1)
+    normal = np.cross(*frame.T)
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in moving.shape], indexing="ij"), -1)
+    depths = (moving.to_physical(corners) - fixed.origin) @ normal
+    depth, off = float(depths.mean()), float(np.abs(depths - depths.mean()).max())
+    thick = moving.spacing[thin_axis(moving) or 0]
+    if off > thick / 2:
+        raise InputError(
+            f"{path}: both must be slices of one plane, but one is turned against the other: by {off:.3g} mm at a corner, "
+            f"more than half of its thickness of {thick:g} mm"
+        )
+    grids = []
+    for whole, step in ((fixed, depth * normal), (moving, -depth * normal)):
+        thin = thin_axis(whole) or 0
+        direction = frame.T @ np.delete(np.reshape(whole.direction, (3, 3)), thin, axis=1)
+        origin = frame.T @ np.subtract(whole.origin, fixed.origin)
+        size, spacing = (tuple(np.delete(np.asarray(v), thin).tolist()) for v in (whole.size, whole.spacing))
+        plane = Plane(whole, frame, step)
+        grids.append(
+            Geometry(size, spacing, tuple(origin.tolist()), tuple(direction.ravel().tolist()), plane=plane)
+        )
+    return grids[0], grids[1]
+
+
+def points_in_plane(points: np.ndarray, grid: Geometry, fixed: Geometry, path: Name) -> np.ndarray:
+    """(P, 3) mm near a slice -> (P, 2) mm in the plane of the fixed one. InputError: more than half a slice off."""
+    assert grid.plane is not None
+    whole = grid.plane.whole
+    thin = thin_axis(whole) or 0
+    off = np.abs(whole.to_index(points)[:, 2 - thin])
+    worst = int(off.argmax())
+    if off[worst] > 0.5 + 1e-6:
+        thick = whole.spacing[thin]
+        raise InputError(
+            f"{path}: landmark {worst + 1} lies {off[worst] * thick:.3g} mm off the slice, which is {thick:g} mm thick"
+        )
+    return np.asarray((points - fixed.origin) @ grid.plane.axes)
