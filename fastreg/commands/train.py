@@ -32,7 +32,8 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--pairs",
         metavar="CSV|FOLDER",
         help="csv: columns fixed, moving and perhaps fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, mask; "
-        "paths relative to it. Folder: images, or images/, labels/ and landmarks/ with the same names",
+        "paths relative to it. Folder: images, or images/ with labels/, masks/, landmarks/ (also imagesTr/ ...), which names "
+        "match. JSON: the list that comes with a data set of Learn2Reg",
     )
     command.add_argument(
         "--task",
@@ -40,7 +41,9 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="which pairs of a folder: inter (default): all; intra: names that agree up to the last _; one-shot: the only one",
     )
     command.add_argument(
-        "--validation", metavar="CSV|FOLDER", help="other pairs, to validate on (default: those trained on)"
+        "--validation",
+        metavar="CSV|FOLDER",
+        help="other pairs, to validate on (default: those trained on); of a JSON its registration_val",
     )
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder of the run")
     command.add_argument(

@@ -6,7 +6,6 @@ A csv has a header: `fixed`, `moving`, and where there are any `fixed_labels`, `
 
 import csv
 import functools
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +19,13 @@ from fastreg.io._dicom import parted
 from fastreg.io._plane import in_plane, kind_of, points_in_plane, thin_axis
 from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 
-from . import landmarks
+from . import folders, landmarks
 from .preprocessing import Preprocessing
 from .sample import Sample
 
 TASKS = ("inter", "intra", "one-shot")
 OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask")
 SMALL_OVERLAP = 0.1
-IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".tif", ".tiff", ".jpg", ".dcm", ".hdr")
 
 
 @dataclass(frozen=True)
@@ -194,20 +192,32 @@ def weights_of(
 # Lists of pairs
 
 
-def find_pairs(path: Name, task: str = "inter") -> list[Pair]:
-    """The pairs that a csv lists or a folder implies: list of Pair. InputError says what is missing.
+def find_pairs(
+    path: Name, task: str = "inter", warn: Warn = ignore, *, validation: bool = False
+) -> list[Pair]:
+    """The pairs that a csv lists, a folder implies or a data set's JSON holds: list of Pair. InputError says what is missing.
 
-    A folder holds images, or `images/` with `labels/` (the same file names) and `landmarks/` (NAME.csv) beside it. Each is
-    named by its file without extension. Task "inter": every ordered pair of images; "intra": of those whose names agree up to
-    the last "_" (case1_inspiration, case1_expiration); "one-shot": two images, the first by name is fixed. A csv lists pairs
-    whatever the task is, for "one-shot" one.
+    A folder holds images, or `images/` with `labels/`, `masks/` and `landmarks/` or `keypoints/` beside it, or all of these with
+    the ending Tr. A file belongs to the image that has its name, but for the extension and what is usual at the ends of such names
+    (_0000, _T1w; _seg, _label, _mask; _landmarks). warn is told for which images there are none; a folder of which no
+    file fits is an error, as are two that fit. Of a folder of images alone, those that are named as labels of others are.
+
+    Task "inter": every ordered pair of images; "intra": of those whose names agree up to the last "_" (case1_inspiration,
+    case1_expiration); "one-shot": two images, the first by name is fixed. A csv lists pairs whatever the task is, for
+    "one-shot" one; so does a JSON of Learn2Reg: training_paired_images but for those of registration_val, or with
+    validation these; without pairs the images of `training`.
     """
     path = Path(path)
     if task not in TASKS:
         raise InputError(f"task must be one of {', '.join(TASKS)}, got {task}")
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    pairs = _of_folder(path, task) if path.is_dir() else _of_csv(path)
+    if path.is_dir():
+        pairs = [Pair(**files) for files in folders.of_folder(path, task, warn)]
+    elif path.suffix.lower() == ".json":
+        pairs = [Pair(**files) for files in folders.of_dataset(path, task, validation)]
+    else:
+        pairs = _of_csv(path)
     if task == "one-shot" and len(pairs) != 1:
         raise InputError(f"{path}: one-shot takes one pair, got {len(pairs)}")
     for pair in pairs:
@@ -248,45 +258,6 @@ def _of_csv(path: Path) -> list[Pair]:
         pairs.append(Pair(**files))
     if not pairs:
         raise InputError(f"{path}: lists no pairs")
-    return pairs
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    suffix = next((s for s in sorted(IMAGES, key=len, reverse=True) if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
-
-
-def _of_folder(path: Path, task: str) -> list[Pair]:
-    inside = path / "images"
-    folder = inside if inside.is_dir() else path
-    images = sorted(
-        f for f in folder.iterdir() if f.name.lower().endswith(IMAGES) and not f.name.startswith(".")
-    )
-    if len(images) < 2:
-        raise InputError(f"{folder}: must hold at least two images, got {len(images)}")
-    beside = [path] if inside.is_dir() else []
-
-    def extra(kind: str, name: str) -> str | None:
-        found = [str(f / kind / name) for f in beside if (f / kind / name).exists()]
-        return found[0] if found else None
-
-    def pair(fixed: Path, moving: Path) -> Pair:
-        files: dict[str, str | None] = {"fixed": str(fixed), "moving": str(moving)}
-        for kind, name in (("labels", lambda f: f.name), ("landmarks", lambda f: f"{_stem(f)}.csv")):
-            both = extra(kind, name(fixed)), extra(kind, name(moving))
-            if all(both):
-                files[f"fixed_{kind}"], files[f"moving_{kind}"] = both
-        return Pair(**files)  # type: ignore[arg-type]
-
-    if task == "one-shot":
-        if len(images) != 2:
-            raise InputError(f"{folder}: one-shot takes two images, got {len(images)}")
-        return [pair(*images)]
-    group = (lambda f: re.sub(r"_[^_]*$", "", _stem(f))) if task == "intra" else lambda f: ""
-    pairs = [pair(a, b) for a in images for b in images if a != b and group(a) == group(b)]
-    if not pairs:
-        raise InputError(f"{folder}: no two images have names that agree up to the last '_', as intra wants")
     return pairs
 
 

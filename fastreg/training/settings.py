@@ -90,10 +90,11 @@ class Settings(Net):
                 raise InputError(
                     f"{path}: no such file or folder; where the data has moved: --{name} (resume goes on with it)"
                 )
-        found = find_pairs(self.pairs, self.task)
-        validated = found if self.validation is None else find_pairs(self.validation, self.task)
-        # The first pair tells how many axes images have.
         told = warn if ranks()[0] == 0 else lambda message: None
+        found = validated = find_pairs(self.pairs, self.task, told)
+        if self.validation is not None:
+            validated = find_pairs(self.validation, self.task, told, validation=True)
+        # The first pair tells how many axes images have.
         reading = Reading.of(self.reading)
         ndim = read_case(found[0], told, reading).fixed_grid.nd
         torch.manual_seed(self.seed % 2**63)

@@ -1,5 +1,7 @@
 """Lists of pairs, and what a net is given of them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,106 @@ def test_csv(folder):
     assert read_case(second).mask is not None
     with pytest.raises(InputError, match="one-shot takes one pair, got 2"):
         find_pairs(table, "one-shot")
+
+
+def names(tmp_path, *files):
+    """Empty files; find_pairs looks at names alone."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / file).touch()
+
+
+# Images, what belongs to them, and its kind.
+CONVENTIONS = {
+    "alike": (["images/a.nii.gz", "images/b.nii.gz"], ["labels/a.nii.gz", "labels/b.nii.gz"], "labels"),
+    "other extensions": (["images/a.nii.gz", "images/b.mha"], ["labels/a.mha", "labels/b.nrrd"], "labels"),
+    "_seg": (["images/a.nii.gz", "images/b.nii.gz"], ["labels/a_seg.nii.gz", "labels/b_SEG.nii.gz"], "labels"),
+    "-label": (["images/a.nii", "images/b.nii"], ["labels/a-label.nii", "labels/b_labels.nii"], "labels"),
+    "nnU-Net": (["imagesTr/a_1_0000.nii.gz", "imagesTr/a_2_0000.nii.gz"], ["labelsTr/a_1.nii.gz", "labelsTr/a_2.nii.gz"], "labels"),
+    "Learn2Reg": (["imagesTr/L_0001_0000.nii.gz", "imagesTr/L_0001_0001.nii.gz"], ["labelsTr/L_0001_0000.nii.gz", "labelsTr/L_0001_0001.nii.gz"], "labels"),
+    "Learn2Reg's keypoints": (["imagesTr/L_0001_0000.nii.gz", "imagesTr/L_0001_0001.nii.gz"], ["keypointsTr/L_0001_0000.csv", "keypointsTr/L_0001_0001.csv"], "landmarks"),
+    "BIDS": (["images/sub-1_T1w.nii.gz", "images/sub-2_T1w.nii.gz"], ["labels/sub-1_desc-aseg_dseg.nii.gz", "labels/sub-2_dseg.nii.gz"], "labels"),
+    "BTCV": (["images/img0001.nii.gz", "images/img0002.nii.gz"], ["labels/label0001.nii.gz", "labels/label0002.nii.gz"], "labels"),
+    "LiTS": (["images/volume-0.nii", "images/volume-10.nii"], ["labels/segmentation-0.nii", "labels/segmentation-10.nii"], "labels"),
+    "beside each other": (["a.nii.gz", "b.nii.gz"], ["a_seg.nii.gz", "b_mask.nii.gz"], "labels"),
+    "Slicer": (["images/a.nrrd", "images/b.nrrd"], ["landmarks/a.mrk.json", "landmarks/b_landmarks.fcsv"], "landmarks"),
+    "the longer name": (["images/a.nii", "images/a_ct.nii"], ["labels/a_seg.nii", "labels/a_ct_seg.nii"], "labels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_names_of_labels_and_landmarks(tmp_path, convention):
+    images, files, kind = CONVENTIONS[convention]
+    names(tmp_path, *images, *files)
+    told = []
+    first, second = find_pairs(tmp_path, warn=told.append)
+    expected = [str(tmp_path / f) for f in files]
+    assert [first.fixed, first.moving] == [str(tmp_path / f) for f in images]
+    assert [getattr(first, f"{side}_{kind}") for side in ("fixed", "moving")] == expected
+    assert [getattr(second, f"{side}_{kind}") for side in ("moving", "fixed")] == expected
+    assert told == []
+
+
+def test_labels_that_are_missing_are_told(tmp_path):
+    names(tmp_path, "images/a.nii", "images/b.nii", "images/c.nii", "labels/README.md", "labels/a_seg.nii")
+    names(tmp_path, "labels/d.nii", "labels/b.nii", "landmarks/x", "masksTr/a.nii", "masks/b.nii")
+    (tmp_path / "landmarks/x").unlink()
+    told = []
+    pairs = find_pairs(tmp_path, warn=told.append)
+    assert told == [
+        f"{tmp_path}/labels: nothing for 1 of 3 images (c.nii), and d.nii of no image",
+        f"{tmp_path}/landmarks: is empty",
+        f"{tmp_path}/masks: nothing for 2 of 3 images (a.nii, c.nii)",
+    ]
+    assert sum(p.fixed_labels is not None for p in pairs) == 2
+    assert [p.mask is not None for p in pairs] == [p.fixed.endswith("b.nii") for p in pairs]
+    for file in ("a_seg", "b", "d"):
+        (tmp_path / f"labels/{file}.nii").rename(tmp_path / f"labels/{file}_of_someone.mgz")
+    with pytest.raises(
+        InputError,
+        match=r"none of its 4 files \(README.md, .*, \.\.\.\) is named as one of the images \(a.nii, b.nii, c.nii\)",
+    ):
+        find_pairs(tmp_path)  # fmt: skip
+
+
+def test_labels_that_may_belong_to_two_are_refused(tmp_path):
+    names(tmp_path, "images/a.nii", "images/b.nii", "labels/a_seg.nii", "labels/a_mask.nii", "labels/b.nii")
+    with pytest.raises(InputError, match=r"a_mask.nii, a_seg.nii may all belong to a.nii"):
+        find_pairs(tmp_path)
+    names(tmp_path / "2", "images/a_ct.nii", "images/a_mr.nii", "labels/a.nii")
+    with pytest.raises(InputError, match=r"a.nii may belong to a_ct.nii, a_mr.nii"):
+        find_pairs(tmp_path / "2")
+
+
+def test_the_list_of_a_data_set(tmp_path):
+    files = [f"imagesTr/L_{k}_000{t}.nii.gz" for k in range(3) for t in range(2)]
+    labels = [f.replace("images", "labels") for f in files]
+    names(tmp_path, *files, *labels)
+    pair = [{"fixed": f"./{files[2 * k]}", "moving": f"./{files[2 * k + 1]}"} for k in range(3)]
+    content = {
+        "training": [{"image": f"./{f}", "label": f"./{n}"} for f, n in zip(files, labels, strict=True)]
+    }
+    path = tmp_path / "L_dataset.json"
+    path.write_text(json.dumps({**content, "training_paired_images": pair, "registration_val": pair[2:]}))
+    trained = find_pairs(path)
+    assert [(p.fixed, p.moving) for p in trained] == [
+        (str(tmp_path / files[2 * k]), str(tmp_path / files[2 * k + 1])) for k in range(2)
+    ]
+    assert trained[1].moving_labels == str(tmp_path / labels[3])
+    (held,) = find_pairs(path, validation=True)
+    assert held.fixed == str(tmp_path / files[4])
+    path.write_text(json.dumps(content))
+    assert len(find_pairs(path)) == 30
+    assert len(find_pairs(path, "intra")) == 6
+    for bad, message in (
+        ("[", "not JSON"),
+        ("{}", "lists no pairs"),
+        ('{"training": 3}', "training must be a list, got int"),
+        ('{"registration_val": [{"fixed": "a"}]}', "entry 1 of registration_val must name fixed and moving"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(InputError, match=message):
+            find_pairs(path)
 
 
 HEADER = "fixed,moving,fixed_labels,moving_labels,mask\n"
