@@ -1,6 +1,7 @@
 """A run of files, as `fastreg train` has it."""
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ class Settings(Net):
                 raise InputError(
                     f"{path}: no such file or folder; where the data has moved: --{name} (resume goes on with it)"
                 )
-        told = warn if ranks()[0] == 0 else lambda message: None
+        # A line once, though folder and validation may be one.
+        told = functools.cache(warn) if ranks()[0] == 0 else lambda message: None
         found = validated = find_pairs(self.pairs, self.task, told)
         if self.validation is not None:
             validated = find_pairs(self.validation, self.task, told, validation=True)
