@@ -1,4 +1,4 @@
-"""The command line: `fastreg register`, `demo`, `train`, `apply`, `info`; each is a file in fastreg/commands/.
+"""The command line: `fastreg register`, `demo`, `train`, `apply`, `invert`, `info`; each is a file in fastreg/commands/.
 
 Exit status: 0; 1 where the demo misses its goals; 2 for bad input, with one line on stderr; 130 for Ctrl-C.
 Outputs are complete or absent.
@@ -15,7 +15,7 @@ from typing import NoReturn
 from fastreg import _signals
 from fastreg._refusals import Refusal
 from fastreg._version import __version__
-from fastreg.commands import apply, convert, demo, info, register, train
+from fastreg.commands import apply, convert, demo, info, invert, register, train
 from fastreg.commands.options import Parser
 
 
@@ -23,7 +23,7 @@ def _parser() -> Parser:
     parser = Parser(prog="fastreg", description="Deformable image registration.")
     parser.add_argument("--version", action="version", version=f"fastreg {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (register, train, apply, convert, demo, info):
+    for command in (register, train, apply, convert, invert, demo, info):
         command.add(commands)
     for own in commands.choices.values():
         own.set_defaults(parser=own)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import _ext, evaluation, io, metrics, report
+from fastreg import _ext, evaluation, io, metrics, outcome_inverse, report
 from fastreg._console import telling, warn
 from fastreg._files import Name, write_json
 from fastreg._version import __version__
@@ -79,8 +79,16 @@ class Outcome:
         self.moved_labels = scores.pop("moved_labels", None)
         self.summary |= scores
 
-    def write(self, folder: Path, began: float, files: Mapping[str, Name] | None = None) -> None:
-        """Writes OUTPUTS into the folder; began: time.perf_counter() when all began; files: of "fixed" and "moving", for the report."""
+    def write(
+        self,
+        folder: Path,
+        began: float,
+        files: Mapping[str, Name] | None = None,
+        *,
+        inverse: bool = False,
+    ) -> None:
+        """Writes OUTPUTS into the folder; began: time.perf_counter() when all began; files: of "fixed" and "moving", for the report;
+        inverse: the other direction too."""
         case, u, grid, summary = self.case, self.u, self.case.fixed_grid, self.summary
         for which, file in (files or {}).items():
             summary[which] = {"file": str(file), **summary[which]}
@@ -91,6 +99,8 @@ class Outcome:
         if self.moved_labels is not None:
             labels = self.moved_labels.astype(case.moving_labels.dtype)  # type: ignore[union-attr]
             io.write_image(folder / "moved_labels.nii.gz", labels, grid)
+        if inverse:
+            summary["inverse"] = outcome_inverse.write(folder, case, u)
         draw(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
         summary |= {
             "outside_value": outside,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, _descent
+from . import _check, _descent, _inverse
 from . import ops as _fused
 from ._repr import shapes
 
@@ -54,6 +54,23 @@ class Registration:
     velocity: Tensor | None = None
 
     __repr__ = shapes
+
+    def inverse(self) -> Tensor:
+        """What warps the fixed image onto the moving one: v with ``compose(displacement, v)`` zero, in voxels of the same grid.
+
+        By Newton's method, in a fraction of a second; its affine part exactly, however large. What comes from beyond the
+        grid comes by that part and the border of what is beside it. Where the displacement folds it has no inverse, and v is
+        finite: `fastreg.metrics.inverse_residual(displacement, v)` tells how good it is, in voxels.
+
+        Returns:
+            Tensor: (1, nd, *spatial) fp32.
+
+        Example:
+            >>> u = torch.full((1, 2, 4, 4), 0.5)
+            >>> fastreg.Registration(u, u[:, :1], [], 0.0).inverse().unique()
+            tensor([-0.5000])
+        """
+        return _inverse.invert(self.displacement)
 
 
 def _rescaled(image: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastreg import io, models, report
+from fastreg import io, models, outcome_inverse, report
 from fastreg._console import bar, progress, seen, telling, warn
 from fastreg._descent import SIMILARITIES, TRANSFORMS
 from fastreg._files import InputError, output_folder, refuse_own_inputs
@@ -57,6 +57,12 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     command.add_argument("moving", metavar="MOVING", help="the same")
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="folder to make")
+    command.add_argument(
+        "--inverse",
+        action="store_true",
+        help="the other direction too: inverse_displacement.nii.gz on MOVING's grid, FIXED and its labels moved there, and "
+        "where MOVING's landmarks lie in FIXED",
+    )
     add_arguments(command.add_argument_group("what else is known of the pair"))
     add_parameters(command, learning_rate="; with --method: of Adam (default: the paper's)")
     group = command.add_argument_group(
@@ -220,14 +226,15 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
 def _run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     report.require_matplotlib()
-    refuse_own_inputs(args.out, paths_of(args), OUTPUTS)
+    outputs = (*OUTPUTS, *outcome_inverse.OUTPUTS)  # those of a run before that this one does not write go
+    refuse_own_inputs(args.out, paths_of(args), outputs)
     if args.method is None:
         for name in (*nets.NAMES, "steps", "seed"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} goes with --method")
-    with output_folder(args.out, OUTPUTS, replace=args.force) as folder:
+    with output_folder(args.out, outputs, replace=args.force) as folder:
         outcome = (solve if args.method is None else _optimise)(read_case(args), args)
-        outcome.write(folder, began, files_of(args))
+        outcome.write(folder, began, files_of(args), inverse=args.inverse)
     if not args.quiet:
         outcome.tell(args.out)
     return 0

@@ -10,6 +10,7 @@ from ._channels import Volumes, read_volumes, volume_geometry, write_volumes
 from ._displacement import read_displacement, write_displacement
 from ._geometry import Geometry
 from ._images import read_image, write_image
+from ._inverse import Residual, invert, invert_points
 from ._landmarks import Landmarks, read_landmarks, read_points, write_landmarks
 from ._reading import Reading
 from ._resample import resample
@@ -19,7 +20,10 @@ __all__ = [
     "InputError",
     "Landmarks",
     "Reading",
+    "Residual",
     "Volumes",
+    "invert",
+    "invert_points",
     "read_displacement",
     "read_image",
     "read_landmarks",

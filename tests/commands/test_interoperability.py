@@ -207,3 +207,23 @@ def test_colours_are_not_taken_for_a_field(tmp_path):
         with pytest.raises(io.InputError, match="floating-point numbers"):
             io.read_displacement(tmp_path / "scan.nii.gz")
         assert cli.main(["apply", "--field", str(tmp_path / "scan.nii.gz"), "moving.nii.gz", "-o", "x"]) == 2
+
+
+def test_the_other_direction(folder):
+    """Its block, and its commands."""
+    (block,) = blocks("The other direction")
+    names = run(block)
+    assert names["residual"].mean_voxels < 0.01
+    assert names["v"].shape == (1, 3, *MOVING.shape)
+    u, own = names["u"], names["fixed_grid"]
+    index = torch.from_numpy(own.to_index(names["in_fixed"]))
+    assert np.abs(own.to_physical(fastreg.metrics.move_points(index, u)) - names["points"]).max() < 1e-3
+    page = re.search(r"^```bash\n(fastreg invert .*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    for line in page[1].splitlines():
+        assert cli.main([*line.split()[1:], "--quiet"]) == 0
+    moved, grid = io.read_image("back/moved.nii.gz")
+    assert grid.matches(MOVING)
+    reached = moved > moved.min()
+    assert reached.mean() > 0.3
+    aligned, start = (np.abs(a - scene(MOVING, 3.0))[reached].mean() for a in (moved, scene(MOVING)))
+    assert aligned < 0.6 * start

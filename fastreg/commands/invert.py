@@ -1,0 +1,57 @@
+"""`fastreg invert`: the inverse of a displacement field, as a file."""
+
+import argparse
+import os
+
+from fastreg import io, outcome_inverse
+from fastreg._console import telling, warn
+from fastreg._files import InputError
+
+from .options import Parser, add_reading, reading_of, set_threads
+
+
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "invert",
+        help="the inverse of a displacement field",
+        usage="fastreg invert FIELD -o OUT [--like MOVING] [...]",
+        description="FIELD warps the moving image onto the fixed one; OUT warps the fixed image onto the moving one: "
+        "fastreg apply --field OUT FIXED. Says how far one after the other is from nothing.",
+    )
+    command.add_argument(
+        "field", metavar="FIELD", help="an ITK displacement field (mm, LPS), as fastreg register writes it"
+    )
+    command.add_argument("-o", "--out", metavar="OUT", required=True, help="file to make: inverse.nii.gz say")
+    command.add_argument(
+        "--like",
+        metavar="MOVING",
+        help="the moving image, whose grid OUT gets, or any other (default: FIELD's own grid)",
+    )
+    add_reading(command)
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    command.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    command.add_argument("--force", action="store_true", help="replace OUT")
+    command.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    set_threads(args)
+    if os.path.lexists(args.out):
+        for path in (args.field, args.like):
+            if path is not None and os.path.exists(path) and os.path.samefile(path, args.out):
+                raise InputError(f"{path}: is an input, and the output would replace it")
+        if not args.force:
+            raise InputError(f"{args.out}: exists; give another name, or --force to replace it")
+    reading = reading_of(args)
+    u, grid = io.read_displacement(args.field, reading, warn)
+    onto = grid if args.like is None else io.read_image(args.like, reading, warn)[1]
+    if onto.nd != grid.nd:
+        raise InputError(f"{args.field} is {grid.nd}D and {args.like} is {onto.nd}D")
+    v, residual = io.invert(u, grid, onto)
+    outcome_inverse.check(residual, args.field)
+    io.write_displacement(args.out, v, onto)
+    if not args.quiet:
+        with telling():
+            print(*outcome_inverse.lines(residual), sep="\n")
+            print(f"written to  {args.out} ({onto})")
+    return 0

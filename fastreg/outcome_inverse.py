@@ -1,0 +1,64 @@
+"""The other direction of a registered pair: the fixed image on the grid of the moving one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastreg import io
+from fastreg._console import warn
+from fastreg._files import InputError
+from fastreg.data.pairs import Case
+
+OUTPUTS = (
+    "inverse_displacement.nii.gz",
+    "moved_fixed.nii.gz",
+    "moved_fixed_labels.nii.gz",
+    "moving_landmarks_in_fixed.csv",
+)
+GOOD = 0.01  # voxels, in the mean: below it stays the inverse of a field that does not fold
+
+
+def check(residual: io.Residual, field: str) -> None:
+    """Warns of an inverse that is none, and refuses one that says nothing."""
+    if residual.outside == 1:
+        raise InputError(f"{field}: no voxel of the inverse's grid comes from inside of it")
+    if residual.mean_voxels > GOOD:
+        warn(
+            f"{field}: its inverse is off by {residual.mean_voxels:.3g} voxels in the mean, up to {residual.max_voxels:.3g}; "
+            f"where a field folds, as this one at {100 * residual.folded:.3g} % of its voxels, it has none"
+        )
+
+
+def lines(residual: io.Residual) -> list[str]:
+    """What there is to print of it."""
+    told = [
+        f"inverse     off by {residual.mean_voxels:.2g} voxels in the mean, at most {residual.max_voxels:.2g} "
+        f"({residual.mean_mm:.2g} and {residual.max_mm:.2g} mm)",
+        f"            {100 * residual.folded:.3g} % of the field's voxels fold",
+    ]
+    if residual.outside:
+        told.append(
+            f"            {100 * residual.outside:.3g} % of its voxels come from outside of the field"
+        )
+    return told
+
+
+def write(folder: Path, case: Case, u: torch.Tensor) -> dict[str, Any]:
+    """Writes OUTPUTS, those that the case has something for; u (1, nd, *fixed grid), voxels. Returns what the report says."""
+    grids = case.fixed_grid, case.moving_grid
+    v, residual = io.invert(u, *grids)
+    check(residual, "displacement.nii.gz")
+    outside = float(case.fixed.min())
+    fixed = torch.from_numpy(np.ascontiguousarray(case.fixed))[None, None]
+    moved, _ = io.resample(fixed, *grids, v, outside=outside)
+    io.write_displacement(folder / OUTPUTS[0], v, case.moving_grid)
+    io.write_image(folder / OUTPUTS[1], moved[0, 0].numpy(), case.moving_grid)
+    if case.fixed_labels is not None:
+        labels = torch.from_numpy(np.ascontiguousarray(case.fixed_labels))[None, None]
+        moved, _ = io.resample(labels, *grids, v, mode="nearest")
+        io.write_image(folder / OUTPUTS[2], moved[0, 0].numpy(), case.moving_grid)
+    if case.moving_landmarks is not None:
+        io.write_landmarks(folder / OUTPUTS[3], io.invert_points(case.moving_landmarks, u, case.fixed_grid))
+    return {**vars(residual), "outside_value": outside}
