@@ -114,6 +114,14 @@ def probe(path: Name) -> None:
         os.fsync(stream.fileno())
 
 
+def reserve(path: Name, size: int) -> None:
+    """An OSError where a file cannot grow to so many bytes: for writers that end the process then. Nothing stays."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "ab") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        os.unlink(path)
+
+
 def write_bytes(path: Name, content: bytes | memoryview) -> None:
     """A whole file, or the one that was there and an OSError."""
     with replacing(path) as temporary:
@@ -172,6 +180,26 @@ def exchange(made: Path, out: Path, names: Iterable[str]) -> None:
     _refuse_places(out, {*names, *os.listdir(made)})
     with _signals.none():
         _exchange.exchange(made, out, names)
+
+
+@contextlib.contextmanager
+def remade(out: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Yields an empty folder, in the existing `out` that the caller holds; `exchange` follows, and an OSError speaks of `out`."""
+    made = None
+    try:
+        with _exchange.scratch(out, out.name) as made:
+            yield made
+            exchange(made, Path(os.path.realpath(out)), names)
+    except OSError as error:
+        _blame(error, made, out, out)
+        raise
+
+
+def settle(out: Name) -> None:
+    """What killed processes left in a folder is mended and taken away, if no other process holds it."""
+    if os.path.isdir(out):
+        with contextlib.suppress(OSError, InputError), held(out):
+            pass
 
 
 @contextlib.contextmanager

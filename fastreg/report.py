@@ -1,12 +1,13 @@
 """The picture of a registration: images before and after, differences, the deformed grid, the Jacobian."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastreg._files import Name, replacing
+from fastreg._files import Name, write_bytes
 from fastreg._refusals import Missing
 from fastreg.io import Geometry
 
@@ -265,7 +266,9 @@ def _letters(ax: Any, vertical: Sequence[str], horizontal: Sequence[str]) -> Non
 def write_picture(path: Name, *args: Any, **keywords: Any) -> None:
     """Writes what `draw` draws as PNG."""
     figure = draw(*args, **keywords)
-    with replacing(path) as temporary, warnings.catch_warnings():
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
         # File names may hold letters that the font lacks.
         warnings.simplefilter("ignore")
-        figure.savefig(temporary, dpi=160, format="png")
+        figure.savefig(picture, dpi=160, format="png")
+    write_bytes(path, picture.getbuffer())

@@ -6,7 +6,7 @@ import time
 
 from fastreg import io, metrics, report
 from fastreg._console import telling
-from fastreg._files import output_folder
+from fastreg._files import output_folder, write_bytes
 from fastreg.data import phantom
 from fastreg.data.pairs import Case
 from fastreg.outcome import OUTPUTS
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
                 io.write_landmarks(folder / name, points)
             columns = "fixed,moving,fixed_labels,moving_labels,fixed_landmarks,moving_landmarks"
             lines = f"{columns}\n{','.join((*INPUTS, *LANDMARKS))}\n"
-            (folder / PAIRS).write_text(lines, encoding="utf-8")
+            write_bytes(folder / PAIRS, lines.encode())
             outcome.write(folder, began)
     if not args.quiet:
         near = p.near_wall

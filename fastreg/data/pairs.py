@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastreg import io
-from fastreg._files import InputError, Name
+from fastreg._files import InputError, Name, require_regular
 from fastreg.io._dicom import parted
 from fastreg.io._plane import in_plane, kind_of, points_in_plane, thin_axis
 from fastreg.io._reading import CHOICES, Reading, Warn, ignore
@@ -229,6 +229,7 @@ def find_pairs(
 
 
 def _of_csv(path: Path) -> list[Pair]:
+    require_regular(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastreg._files import InputError, Name, replacing, require_utf8
+from fastreg._files import InputError, Name, replacing, require_utf8, reserve
 
 from ._geometry import Geometry
 from ._images import geometry_of, read, write
@@ -97,6 +97,7 @@ def write_displacement(path: Name, u: torch.Tensor, geometry: Geometry) -> None:
     transform = sitk().DisplacementFieldTransform(image)
     with replacing(path) as temporary:
         try:
+            reserve(temporary, vectors.nbytes + (1 << 16))
             with silent_stderr():
                 sitk().WriteTransform(transform, str(temporary))
         except RuntimeError as error:

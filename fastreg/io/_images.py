@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastreg._files import InputError, Name, probe, replacing, require_regular, require_utf8
+from fastreg._files import InputError, Name, probe, replacing, require_regular, require_utf8, reserve
 
 from . import _integrity
 from ._dicom import is_dicom, parted, read_dicom
@@ -165,6 +165,9 @@ def write(path: Name, image: Any, geometry: Geometry) -> None:
     image.SetDirection(geometry.direction)
     with replacing(path) as temporary:
         try:
+            if temporary.suffix.lower() in (".h5", ".hdf5", ".mnc"):
+                size = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel()
+                reserve(temporary, size * image.GetSizeOfPixelComponent() + (1 << 16))
             with silent_stderr():
                 itk.WriteImage(image, str(temporary), useCompression=True)
             _integrity.require_written(temporary, image)

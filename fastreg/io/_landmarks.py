@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastreg._files import InputError, Name, replacing
+from fastreg._files import InputError, Name, replacing, require_regular
 
 from . import _points, _tables
 from ._geometry import Geometry
@@ -56,6 +56,7 @@ def from_space(numbers: np.ndarray, space: str, grid: Geometry | None) -> np.nda
 
 
 def _text_of(path: Name) -> str:
+    require_regular(path)
     try:
         with open(path, "rb") as stream:
             content = stream.read()

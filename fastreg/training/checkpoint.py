@@ -1,7 +1,6 @@
 """Trained models in files: written in one go or not at all, read without running what they hold."""
 
 import io as _io
-import os
 import warnings
 import zipfile
 import zlib
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from fastreg import models
-from fastreg._files import InputError, Name, replacing
+from fastreg._files import InputError, Name, require_regular, write_bytes
 from fastreg._version import __version__
 from fastreg.data.preprocessing import Preprocessing
 
@@ -28,18 +27,18 @@ def save(path: Name, content: Mapping[str, Any]) -> None:
     buffer = _io.BytesIO()
     torch.save({"format": FORMAT, "fastreg": __version__, **content}, buffer)
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as stream:
-            stream.write(buffer.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_bytes(path, buffer.getbuffer())
     except OSError as error:
         raise OSError(
-            error.errno, f"cannot be saved: {error.strerror or error}; the previous one is kept", str(path)
+            error.errno,
+            f"cannot be saved: {error.strerror or error}; the previous one is kept",
+            error.filename or str(path),
         ) from error
 
 
 def load(path: Name) -> dict[str, Any]:
     """The dict that `save` wrote, on the CPU. InputError: none, damaged, or of another program."""
+    require_regular(path)
     try:
         with open(path, "rb") as stream:
             stored = _io.BytesIO(stream.read())

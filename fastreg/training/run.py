@@ -17,7 +17,7 @@ from torch import nn
 
 from fastreg import _signals, models, report
 from fastreg._console import progress, telling, warn
-from fastreg._files import InputError, Name, write_json
+from fastreg._files import InputError, Name, held, remade, settle, write_json
 from fastreg._refusals import refuse
 from fastreg.data.pairs import Pairs
 from fastreg.data.preprocessing import Preprocessing
@@ -106,7 +106,7 @@ class Run:
         self.folder = Path(folder)
         self.first = ranks()[0] == 0
         saved = resumable(folder, resume)
-        self.begun = saved is not None
+        self.begun, self.replace = saved is not None, replace
         if self.first and not self.begun:
             _refuse_taken(folder, replace)
         self.training = Training(
@@ -237,6 +237,8 @@ class Run:
             stack.callback(training.release)
             if self.first:
                 stack.enter_context(_folder(self.folder))
+                if not self.begun:  # by another one in the meantime
+                    _refuse_taken(self.folder, self.replace)
                 if isinstance(self.validation, Validation):
                     self.validation.read()
                 if tell:
@@ -302,14 +304,9 @@ class Run:
     def _begin(self, step: int) -> Log:
         """Once a step has shown that all is well: what another run left goes, and what this one logged after `step`."""
         if not self.begun:
-            old = [name for name in FILES if os.path.lexists(self.folder / name)]
-            if old:
-                # First, as it may find the disk full: then the other run is still whole.
-                fresh = self.folder / f".{LAST}"
-                checkpoint.save(fresh, self.content())
-                for name in old:
-                    (self.folder / name).unlink()
-                fresh.replace(self.folder / LAST)
+            if any(os.path.lexists(self.folder / name) for name in FILES):
+                with remade(self.folder, FILES) as fresh:
+                    checkpoint.save(fresh / LAST, self.content())
             self.begun = True
         write_json(self.folder / SETTINGS, {**self.settings, **about(self.training.device)})
         return Log(self.folder / LOG, step)
@@ -366,6 +363,7 @@ def resumable(folder: Name, resume: Resume = True) -> Mapping[str, Any] | None:
 
 
 def _read(last: Path, resume: bool | Literal["auto"]) -> Mapping[str, Any] | None:
+    settle(last.parent)
     if not resume or (resume == "auto" and not last.exists()):
         return None
     if not last.exists():
@@ -420,29 +418,12 @@ def _folder(out: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {(error.strerror or str(error)).lower()}") from error
     try:
-        with _lock(out):
+        with held(out):
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Holds it until the end, or until the process ends however it does."""
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{folder}: another run is writing to it") from error
-        except (ImportError, OSError):  # a system or file system without locks
-            pass
-        yield
 
 
 @contextlib.contextmanager
