@@ -138,9 +138,12 @@ class MINDLoss(_Op, op=ops.mind_loss):
     True
     """
 
-    def prepare(self, fixed: Tensor) -> torch.nn.Module:
-        """torch.nn.Module: ``forward(moved, mask=None)`` against this image, to which no gradient flows."""
-        return _PreparedMINDLoss(fixed, self.options)
+    def prepare(self, fixed: Tensor, mask: Tensor | None = None) -> torch.nn.Module:
+        """torch.nn.Module: ``forward(moved, mask=None)`` against this image, to which no gradient flows.
+
+        mask: that of the calls, which is only needed where values of fixed that it leaves out are not finite.
+        """
+        return _PreparedMINDLoss(fixed, mask, self.options)
 
 
 class MSELoss(_Op, op=ops.mse_loss): ...
@@ -164,12 +167,12 @@ class _PreparedMINDLoss(torch.nn.Module):
     fixed: Tensor
     variance: Tensor
 
-    def __init__(self, fixed: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, fixed: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         super().__init__()
         self.options = dict(options)
         check_mind_loss(**{k: v for k, v in options.items() if k in ("norm", "reduction")})
         descriptor = {k: v for k, v in options.items() if k not in ("norm", "reduction")}
-        variance = prepare_mind(fixed, **descriptor)
+        variance = prepare_mind(fixed, mask, **descriptor)
         # A copy: the image may be a buffer that is filled anew.
         self.register_buffer("fixed", fixed.detach().clone(), persistent=False)
         self.register_buffer("variance", variance.detach(), persistent=False)

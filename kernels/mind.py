@@ -27,7 +27,7 @@ import triton
 from fastreg.kernels.launch import TYPES, arithmetic_of, blocks, launch, power_of_two
 from fastreg.kernels.mind_march import MARCH, march_kernel
 from fastreg.kernels.mind_squares import image_kernel, squares_kernel
-from fastreg.ops.mind import channels, patch_weights
+from fastreg.ops.mind import channels, patch_weights, seen_or_finite
 
 SCRATCH_BYTES = 2**27
 _LEAST_PLANES = 8
@@ -194,8 +194,8 @@ class _Mind:
         return torch.where(mean.isfinite(), mean, float("nan"))
 
 
-def mind_mean_variance(image, *options):
-    image = image.contiguous()
+def mind_mean_variance(image, mask, *options):
+    image = seen_or_finite(image, mask, *options).contiguous()
     if image.numel() == 0:
         return image.new_zeros(image.shape[0], dtype=torch.float64)
     return _Mind(image, *options).mean_variance(image)
@@ -220,7 +220,8 @@ def mind_bwd(grad, image, *options):
     return out
 
 
-def _compare(fixed, moved, fixed_variance, options, norm, **arguments):
+def _compare(fixed, moved, fixed_variance, mask, options, norm, **arguments):
+    fixed, moved = (seen_or_finite(t, mask, *options) for t in (fixed, moved))
     op = _Mind(fixed, *options)
     if fixed_variance is None:
         fixed_variance = op.mean_variance(fixed)
@@ -240,28 +241,28 @@ def mind_loss(fixed, moved, fixed_variance, mask, *options_and_needs):
         if mask is not None:
             mask = mask.to(dtype).contiguous()
         total = _compare(
-            fixed, moved, fixed_variance, options, norm, weight=mask, masked=True, grads=grads
+            fixed, moved, fixed_variance, mask, options, norm, weight=mask, masked=True, grads=grads
         ).to(dtype)
     else:
         total = fixed.new_zeros(fixed.shape[0], dtype=dtype)
     return total, *(fixed.new_empty(0, dtype=dtype) if g is None else g for g in grads)
 
 
-def mind_map(fixed, moved, fixed_variance, *options_and_norm):
+def mind_map(fixed, moved, fixed_variance, mask, *options_and_norm):
     *options, norm = options_and_norm
     fixed, moved = fixed.contiguous(), moved.contiguous()
     dtype = arithmetic_of(fixed)
     out = fixed.new_empty((fixed.shape[0], 1, *fixed.shape[2:]), dtype=dtype)
     if fixed.numel():
-        _compare(fixed, moved, fixed_variance, options, norm, out=out)
+        _compare(fixed, moved, fixed_variance, mask, options, norm, out=out)
     return out
 
 
-def mind_map_bwd(grad, fixed, moved, fixed_variance, *options_and_needs):
+def mind_map_bwd(grad, fixed, moved, fixed_variance, mask, *options_and_needs):
     *options, norm, need_fixed, need_moved = options_and_needs
     fixed, moved = fixed.contiguous(), moved.contiguous()
     grads = [torch.empty_like(t) if need else None for t, need in ((fixed, need_fixed), (moved, need_moved))]
     if fixed.numel() and (need_fixed or need_moved):
         weight = grad.contiguous() / len(channels(options[2], fixed.dim() - 2))
-        _compare(fixed, moved, fixed_variance, options, norm, weight=weight, grads=grads)
+        _compare(fixed, moved, fixed_variance, mask, options, norm, weight=weight, grads=grads)
     return tuple(t.new_empty(0) if g is None else g for g, t in zip(grads, (fixed, moved), strict=True))

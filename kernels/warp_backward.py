@@ -131,9 +131,10 @@ def warp_bwd_kernel(
                         offset, has = offset + off_x[0], has & has_x[0]
                         add(total, words, words_apart, offset, low, has, scale, log_count, WORDS)
         if GATHER:
-            # Where u is capped it is constant.
-            du_y, du_x = tl.where(capped[1], 0.0, du_y), tl.where(capped[2], 0.0, du_x)
-            du_z = tl.where(capped[0], 0.0, du_z)
+            # Where u is capped, and beyond the border, what is read is constant.
+            du_z = tl.where(capped[0] | (off_z[0] == off_z[1]), 0.0, du_z)
+            du_y = tl.where(capped[1] | (off_y[0] == off_y[1]), 0.0, du_y)
+            du_x = tl.where(capped[2] | (off_x[0] == off_x[1]), 0.0, du_x)
             if COMPOSE:
                 du_y += tl.load(grad + (ND - 2) * n_out + at, mask=inside, other=0).to(A)
                 du_x += tl.load(grad + (ND - 1) * n_out + at, mask=inside, other=0).to(A)

@@ -22,18 +22,53 @@ inline void check_mind(const char* op, const at::Tensor& image, const MindOption
   FASTREG_CHECK(o.radius >= 0 && o.dilation >= 0, op, "radius and dilation must not be negative");
 }
 
+// Whether anything is seen from `begin` to `end` along an axis, of each pair of them.
+inline at::Tensor any_within(const at::Tensor& seen, int64_t axis, const at::Tensor& begin,
+                             const at::Tensor& end) {
+  const int64_t n = seen.size(axis);
+  const at::Tensor counts =
+      at::cat({at::zeros_like(seen.narrow(axis, 0, 1)), seen}, axis).cumsum(axis, at::kInt);
+  return counts.index_select(axis, end.clamp(0, n)).gt(counts.index_select(axis, begin.clamp(0, n)));
+}
+
+// The image with 0 for what is not finite and the descriptor of no voxel that the mask counts reads: it would
+// spoil the mean of V, and with it the sample. GPUs are not asked whether there is any: they would have to
+// wait.
+inline at::Tensor seen_or_finite(const at::Tensor& image, const OptionalTensor& mask, const MindOptions& o) {
+  if (!mask || image.numel() == 0) return image;
+  // A sum is finite where all terms are, unless it overflows.
+  if (image.is_cpu() && (std::isfinite(image.sum(at::kDouble).item<double>()) ||
+                         image.isfinite().all().item<bool>()))
+    return image;
+  at::Tensor seen = mask->le(0).logical_not();
+  const auto index = [&](int64_t axis) {
+    return at::arange(image.size(axis), image.options().dtype(at::kLong));
+  };
+  for (int64_t axis = 2; axis < image.dim(); ++axis)  // where patches lie
+    seen = any_within(seen, axis, index(axis).sub(o.radius), index(axis).add(o.radius + 1));
+  at::Tensor read = o.six() ? seen : at::zeros_like(seen);
+  for (int64_t axis = 2; axis < image.dim(); ++axis) {  // what they are shifted by, to the border at most
+    const at::Tensor i = index(axis), up = i.sub(o.dilation), down = i.add(o.dilation);
+    const int64_t last = image.size(axis) - 1;
+    read = read.logical_or(any_within(seen, axis, up, up.add(1).masked_fill(i.eq(last), last + 1)));
+    read = read.logical_or(any_within(seen, axis, down.masked_fill(i.eq(0), 0), down.add(1)));
+  }
+  return image.masked_fill(image.isfinite().logical_or_(read).logical_not_(), 0);
+}
+
 // A device's Mind holds the arguments of a call, `a`, for an image and options, and launches:
 //   mean_variance(image)       (N,), fp64: mean of V of each sample, NaN where it is not finite;
 //                              whatever gradients `a` asks for by now
 //   new_gradient(image, type)  memory for a gradient that will be converted to `type` if it is not
 //   run(task, sums)            the task and, if asked for, partial sums; total() is (N,) of them
 template <class Device, class Mind>
-at::Tensor mind_mean_variance(const at::Tensor& image, int64_t radius, int64_t dilation,
-                              c10::string_view neighbourhood, c10::string_view patch, double sigma) {
-  const Device device("mind_mean_variance", image);
-  const at::Tensor in = image.contiguous();
-  return Mind(device, "mind_mean_variance", in, {radius, dilation, neighbourhood, patch, sigma})
-      .mean_variance(in);
+at::Tensor mind_mean_variance(const at::Tensor& image, const OptionalTensor& mask, int64_t radius,
+                              int64_t dilation, c10::string_view neighbourhood, c10::string_view patch,
+                              double sigma) {
+  const Device device("mind_mean_variance", image, mask);
+  const MindOptions o{radius, dilation, neighbourhood, patch, sigma};
+  const at::Tensor in = seen_or_finite(image, mask, o).contiguous();
+  return Mind(device, "mind_mean_variance", in, o).mean_variance(in);
 }
 
 template <class Device, class Mind>
@@ -79,13 +114,14 @@ struct MindResult {
   at::Tensor sums, map, grad[2];  // of the arithmetic type, gradients of the type asked for
 };
 
-// `weight`: of the voxels' errors, a mask or the gradient of a map.
+// `weight`: of the voxels' errors, the mask or the gradient of a map.
 template <class Device, class Mind>
 MindResult mind_compare(const char* op, const at::Tensor& fixed, const at::Tensor& moved,
-                        const OptionalTensor& fixed_variance, const OptionalTensor& weight_,
-                        const MindOptions& o, const MindComparison& how) {
-  const Device device(op, fixed, moved, fixed_variance, weight_);
-  const at::Tensor image[2] = {fixed.contiguous(), moved.contiguous()};
+                        const OptionalTensor& fixed_variance, const OptionalTensor& mask,
+                        const OptionalTensor& weight_, const MindOptions& o, const MindComparison& how) {
+  const Device device(op, fixed, moved, fixed_variance, mask, weight_);
+  const at::Tensor image[2] = {seen_or_finite(fixed, mask, o).contiguous(),
+                               seen_or_finite(moved, mask, o).contiguous()};
   FASTREG_CHECK(fixed.sizes() == moved.sizes() && fixed.scalar_type() == moved.scalar_type(), op,
                 "fixed and moved must have one shape and dtype");
   Mind mind(device, op, image[0], o);
@@ -127,16 +163,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mind_loss(
     const OptionalTensor& mask, int64_t radius, int64_t dilation, c10::string_view neighbourhood,
     c10::string_view patch, double sigma, c10::string_view norm, bool need_fixed, bool need_moved) {
   const MindResult r = mind_compare<Device, Mind>(
-      "mind_loss", fixed, moved, fixed_variance, mask, {radius, dilation, neighbourhood, patch, sigma},
+      "mind_loss", fixed, moved, fixed_variance, mask, mask, {radius, dilation, neighbourhood, patch, sigma},
       {norm, true, true, false, {need_fixed, need_moved}, arithmetic_of(fixed)});
   return {r.sums, r.grad[0], r.grad[1]};
 }
 
 template <class Device, class Mind>
 at::Tensor mind_map(const at::Tensor& fixed, const at::Tensor& moved, const OptionalTensor& fixed_variance,
-                    int64_t radius, int64_t dilation, c10::string_view neighbourhood, c10::string_view patch,
-                    double sigma, c10::string_view norm) {
-  return mind_compare<Device, Mind>("mind_map", fixed, moved, fixed_variance, std::nullopt,
+                    const OptionalTensor& mask, int64_t radius, int64_t dilation,
+                    c10::string_view neighbourhood, c10::string_view patch, double sigma,
+                    c10::string_view norm) {
+  return mind_compare<Device, Mind>("mind_map", fixed, moved, fixed_variance, mask, std::nullopt,
                                     {radius, dilation, neighbourhood, patch, sigma},
                                     {norm, false, false, true, {false, false}, arithmetic_of(fixed)})
       .map;
@@ -145,13 +182,13 @@ at::Tensor mind_map(const at::Tensor& fixed, const at::Tensor& moved, const Opti
 template <class Device, class Mind>
 std::tuple<at::Tensor, at::Tensor> mind_map_bwd(const at::Tensor& grad, const at::Tensor& fixed,
                                                 const at::Tensor& moved, const OptionalTensor& fixed_variance,
-                                                int64_t radius, int64_t dilation,
+                                                const OptionalTensor& mask, int64_t radius, int64_t dilation,
                                                 c10::string_view neighbourhood, c10::string_view patch,
                                                 double sigma, c10::string_view norm, bool need_fixed,
                                                 bool need_moved) {
   const MindOptions o{radius, dilation, neighbourhood, patch, sigma};
   const MindResult r = mind_compare<Device, Mind>(
-      "mind_map_bwd", fixed, moved, fixed_variance, grad.div(double(mind_channels(o.six(), fixed.dim() - 2))),
+      "mind_map_bwd", fixed, moved, fixed_variance, mask, grad.div(double(mind_channels(o.six(), fixed.dim() - 2))),
       o, {norm, false, false, false, {need_fixed, need_moved}, fixed.scalar_type()});
   return {r.grad[0], r.grad[1]};
 }

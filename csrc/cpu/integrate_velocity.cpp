@@ -115,7 +115,7 @@ void step(const IntegrateArgs& a, int64_t begin, int64_t end) {
         if (is_nan(p, i))
           for (int k = 0; k < ND; ++k) v[k] = A(NAN);
         else
-          each_corner<ND>(g, p, i, 0, g.in[3 - ND], false, [&](int, A weight, int64_t offset) {
+          each_corner<ND>(g, p, i, 0, g.in[3 - ND], [&](int, A weight, int64_t offset) {
             v += weight * get<Voxel<A, ND>>(u + offset * w);
           });
         put(value + i * w, v);
@@ -177,16 +177,10 @@ void gather(const IntegrateArgs& a, const Row& row, int64_t x0, int count, const
       terms[ND - 1] = own * (far_x<A, ND>(v) - near_x<A, ND>(v));
       du = sums<A, ND>(terms);
     } else if (!is_nan(p, i)) {
-      const int64_t at[3] = {row.z, row.y, x0 + i};
-      each_corner<ND>(g, p, i, 0, g.in[3 - ND], true, [&](int corner, A, int64_t offset) {
-        for (int k = 0; k < ND; ++k) {
-          if (std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;  // capped: constant
-          A weight = corner >> (ND - 1 - k) & 1 ? A(1) : A(-1);
-          for (int j = 0; j < ND; ++j)
-            if (j != k) weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
-          if (weight == A(0)) continue;
-          for (int c = 0; c < ND; ++c) du[k] += own[c] * weight * u[offset * w + c];
-        }
+      each_edge<ND>(g, p, i, {row.z, row.y, x0 + i}, [&](int k, A weight, int64_t lower, int64_t upper) {
+        const V low = lower < 0 ? V{} : get<V>(u + lower * w);
+        const V difference = (upper < 0 ? V{} : get<V>(u + upper * w)) - low;
+        for (int c = 0; c < ND; ++c) du[k] += own[c] * weight * difference[c];
       });
     }
     put(term + i * w, own + du);
@@ -246,7 +240,7 @@ void scatter(const IntegrateArgs& a, int count, const Positions<A, ND>& p, int64
     } else if (!is_nan(p, i)) {
       flush();
       // Rounded step by step as above: which path a voxel takes depends on the slabs.
-      each_corner<ND>(g, p, i, lo, hi, false, [&](int corner, A, int64_t offset) {
+      each_corner<ND>(g, p, i, lo, hi, [&](int corner, A, int64_t offset) {
         V share = own;
         for (int k = 0; k < ND; ++k) {
           const V up = share * p.fraction[k][i];

@@ -182,8 +182,9 @@ class Slab {
       double f = double(load(fixed_row[x])) - cf, m = double(load(moved_row[x])) - cm;
       if (kNonFinite || kMask) {
         const double probe = f * f + m * m;
-        // Outside the mask nothing is looked at, not even a NaN.
-        const bool bad = kNonFinite && weight != 0.0 && !(probe - probe == 0.0);
+        // Outside the mask nothing is looked at, not even a NaN; a weight that is one counts as such a sample.
+        const double all = kMask ? probe + weight : probe;
+        const bool bad = kNonFinite && weight != 0.0 && !(all - all == 0.0);
         const bool drop = bad || weight == 0.0;
         weight = drop ? 0.0 : weight, f = drop ? 0.0 : f, m = drop ? 0.0 : m;
         if (kNonFinite) c[kBad * k + x] += bad ? double(kSign) : 0.0;

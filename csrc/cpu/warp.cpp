@@ -120,17 +120,12 @@ void bwd_displacement(const WarpArgs& a, int64_t begin, int64_t end) {
         for (int i = 0; i < count && !all; ++i) {
           const A g = load(grad[i]);
           if (!p.inside[i] && !is_nan(p, i)) {
-            each_corner<ND>(a, p, i, 0, a.in[3 - ND], true, [&](int corner, A, int64_t offset) {
-              const int64_t at[3] = {row.z, row.y, x0 + i};
-              for (int k = 0; k < ND; ++k) {
-                if (std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;  // capped: constant
-                A weight = corner >> (ND - 1 - k) & 1 ? A(1) : A(-1);
-                for (int j = 0; j < ND; ++j)
-                  if (j != k)
-                    weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
-                if (weight != A(0)) sum[k][i] += g * weight * load(image[offset]);
-              }
-            });
+            each_edge<ND>(a, p, i, {row.z, row.y, x0 + i},
+                          [&](int k, A weight, int64_t lower, int64_t upper) {
+                            const A low = lower < 0 ? A(0) : load(image[lower]);
+                            const A high = upper < 0 ? A(0) : load(image[upper]);
+                            sum[k][i] += g * weight * (high - low);
+                          });
           }
         }
       }
@@ -220,7 +215,7 @@ void bwd_image(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t
             } else if (!is_nan(p, i)) {
               // The share of a corner, rounded step by step as above: which path a voxel takes depends on the
               // slabs.
-              each_corner<ND>(a, p, i, lo, hi, false, [&](int corner, A, int64_t offset) {
+              each_corner<ND>(a, p, i, lo, hi, [&](int corner, A, int64_t offset) {
                 A share = g;
                 for (int k = 0; k < ND; ++k) {
                   const A up = share * p.fraction[k][i];

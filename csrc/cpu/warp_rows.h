@@ -171,8 +171,7 @@ A lerp(A a, A b, A f) {
 // Calls visit(corner, weight, offset) for the corners that exist and carry weight. An absent corner is
 // skipped rather than multiplied by 0, so a NaN or infinity never reaches a voxel that does not touch it.
 template <int ND, class A, class Visit>
-void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, bool weightless,
-                 Visit visit) {
+void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, Visit visit) {
   A weights[ND][2];
   int64_t offsets[ND][2];
   bool present[ND][2];
@@ -184,7 +183,7 @@ void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo
       weights[k][upper] = upper ? p.fraction[k][i] : A(1) - p.fraction[k][i];
       offsets[k][upper] = index * stride;
       present[k][upper] =
-          index >= 0 && (k > 0 || (index >= lo && index < hi)) && (weightless || weights[k][upper] != A(0));
+          index >= 0 && (k > 0 || (index >= lo && index < hi)) && weights[k][upper] != A(0);
     }
     stride *= n;
   }
@@ -199,7 +198,42 @@ void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo
       offset += offsets[k][upper];
     }
     // Weights that are not 0 can have a product that is.
-    if (here && (weightless || weight != A(0))) visit(corner, weight, offset);
+    if (here && weight != A(0)) visit(corner, weight, offset);
+  }
+}
+
+// Calls visit(k, weight, lower, upper) for the edges of a cell along axis k: their derivative is weight times
+// the difference of the two values, at an offset or, at -1, 0. Differences, so that an offset of the image
+// costs no digits; none along an axis on which nothing changes: beyond the border, and where u is capped.
+template <int ND, class A, class Visit>
+void each_edge(const WarpArgs& a, const Positions<A, ND>& p, int i, const int64_t (&at)[3], Visit visit) {
+  int64_t index[ND][2], stride[ND];
+  int64_t n_inner = 1;
+  for (int k = ND - 1; k >= 0; --k) {
+    const int64_t n = a.in[k + 3 - ND];
+    for (int upper = 0; upper < 2; ++upper)
+      index[k][upper] = corner_index(int64_t(p.whole[k][i]) + upper, n, a.padding);
+    stride[k] = n_inner, n_inner *= n;
+  }
+  const auto offset = [&](int corner) {
+    int64_t sum = 0;
+    for (int k = 0; k < ND; ++k) {
+      const int64_t along = index[k][corner >> (ND - 1 - k) & 1];
+      if (along < 0) return int64_t(-1);
+      sum += along * stride[k];
+    }
+    return sum;
+  };
+  for (int k = 0; k < ND; ++k) {
+    if (index[k][0] == index[k][1] || std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;
+    const int bit = 1 << (ND - 1 - k);
+    for (int corner = 0; corner < 1 << ND; ++corner) {
+      if (corner & bit) continue;
+      A weight = A(1);
+      for (int j = 0; j < ND; ++j)
+        if (j != k) weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
+      if (weight != A(0)) visit(k, weight, offset(corner), offset(corner | bit));
+    }
   }
 }
 
@@ -214,7 +248,7 @@ template <int ND, class A, class T>
 A interpolate_anywhere(const WarpArgs& a, const T* image, const Positions<A, ND>& p, int i) {
   if (is_nan(p, i)) return A(NAN);
   A sum = A(0);
-  each_corner<ND>(a, p, i, 0, a.in[3 - ND], false,
+  each_corner<ND>(a, p, i, 0, a.in[3 - ND],
                   [&](int, A weight, int64_t offset) { sum += weight * load(image[offset]); });
   return sum;
 }

@@ -74,7 +74,8 @@ struct Cell {
   int32_t whole[ND];     // index of the lower corner before the boundary rule
   int64_t plane[2];      // first voxel of the lower and upper plane
   uint32_t in_plane[4];  // of corners 0 ... 3
-  // Bit c: corner c is a voxel; 8 + k: there is a slope along axis k (none where |u| was cut); 11: the
+  // Bit c: corner c is a voxel; 8 + k: there is a slope along axis k (none where |u| was cut and beyond
+  // the border); 11: the
   // displacement is NaN, and no other bit is set; 12 and 13: see meet_neighbours. One register.
   uint32_t bits;
 
@@ -90,10 +91,11 @@ struct Cell {
       if (g.nearest) u = std::nearbyint(u);
       split(u, whole[k], fraction[k]);
       nan |= fraction[k] != fraction[k];
-      if (whole[k] < kFarthest && whole[k] > -kFarthest) slopes |= 1u << (8 + k);
+      const bool capped = whole[k] >= kFarthest || whole[k] <= -kFarthest;
       whole[k] += p.at[axis];
       const int32_t low = corner_index(whole[k], n, g.padding);
       const int32_t high = corner_index(whole[k] + 1, n, g.padding);
+      if (!capped && low != high) slopes |= 1u << (8 + k);
       // Bits of the corners that are lower along this axis.
       constexpr uint32_t kLower[3] = {0x0f, 0x33, 0x55};
       present &= (low >= 0 ? kLower[axis] : 0) | (high >= 0 ? ~kLower[axis] : 0);

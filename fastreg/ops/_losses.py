@@ -4,9 +4,11 @@ A loss op returns one sum per sample and, from the same pass, the gradients of t
 op returns the loss of each voxel, (N, 1, *spatial). The mean is taken outside.
 """
 
+import itertools
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 
 from fastreg import _check, _ext
 
@@ -25,12 +27,23 @@ def images(op, fixed, moved, mask, reduction):
     return fixed, moved, _check.mask(op, mask, fixed)
 
 
+# PyTorch adds fewer numbers than this in one order, more in one that depends on the number of threads.
+_PIECE = 2**14
+
+
+def added(x, dtype):
+    """Sums over the last axis in `dtype`: of pieces, then of their sums, so with one result whatever the number of threads."""
+    while x.shape[-1] >= 2 * _PIECE:
+        x = F.pad(x, (0, -x.shape[-1] % _PIECE)).unflatten(-1, (-1, _PIECE)).sum(-1, dtype=dtype)
+    return x.sum(-1, dtype=dtype)
+
+
 def mean_of(total, image, mask):
     """Mean over voxels, channels and batch of ``image``, weighted by the mask; an all-zero mask gives 0."""
     if mask is None:
         return total / image.numel() if image.numel() else total * float("nan")
     # Weights below 0 count as 0 in the kernels too; a NaN among them stays a NaN.
-    weight = mask.clamp_min(0).sum(dtype=total.dtype) * image.shape[1]
+    weight = added(mask.clamp_min(0).flatten(), total.dtype) * image.shape[1]
     return torch.where(weight == 0, 0, total / weight.masked_fill(weight == 0, 1))
 
 
@@ -83,16 +96,17 @@ def autograd(name):
 
 
 def backward_by(name, backward_name):
-    """Autograd of an op (fixed, moved, one more tensor, *options) by its backward op (grad, the same, needs)."""
+    """Autograd of an op (fixed, moved, more tensors or None, *options) by its backward op (grad, the same, needs)."""
     bwd = getattr(torch.ops.fastreg, backward_name)
 
     def setup(ctx, inputs, output):
-        ctx.options = inputs[3:]
-        ctx.save_for_backward(*inputs[:3])
+        tensors = list(itertools.takewhile(lambda t: t is None or isinstance(t, torch.Tensor), inputs))
+        ctx.options = inputs[len(tensors) :]
+        ctx.save_for_backward(*tensors)
 
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:2]
         grads = bwd(grad, *ctx.saved_tensors, *ctx.options, *needs)
-        return *_ext.none_unless_needed(grads, needs), *[None] * (len(ctx.options) + 1)
+        return *_ext.none_unless_needed(grads, needs), *[None] * (len(ctx.needs_input_grad) - 2)
 
     _ext.autograd(name, setup, backward)

@@ -75,7 +75,8 @@ def lcc_loss(
             requires a gradient, a bad option.
 
     Notes:
-        A window that holds a NaN or infinity is NaN, no other. With "valid", constant images give 0
+        A window that holds a NaN or infinity, of an image or the mask, is NaN, no other; where the mask is 0 nothing is
+        looked at. With "valid", constant images give 0
         with gradient 0 (with "zeros" their faces are edges); so does an all-zero mask.
         CPU: fp64 sums. "box": one pass, cost independent of the window; extra memory per thread: some 3 (both gradients: 5)
         times ``window`` planes of fp64. Other kernels: cost proportional to the window, bits independent of the number of
@@ -166,7 +167,7 @@ def _tiles(spatial):
 def _lcc_tile(fixed, moved, mask, outside, taps, squared, smooth_nr, smooth_dr, denominator):
     """LCC of every window of a tile with its halo; `outside` is the weight of the padded samples of each window."""
     dims = tuple(range(2, fixed.dim()))
-    bad = ~(fixed.detach().isfinite() & moved.detach().isfinite()) & (mask > 0)
+    bad = ~(fixed.detach().isfinite() & moved.detach().isfinite() & mask.isfinite()) & ~(mask <= 0)
     keep = (mask > 0) & ~bad
     weight = torch.where(keep, mask, 0)
 
@@ -236,7 +237,7 @@ def lcc_loss_ref(fixed, moved, mask, *options_and_needs):
 
     def total(f, m):
         lcc = _lcc(f, m, mask, *options)
-        return -(lcc if mask is None else torch.where(mask > 0, mask * lcc, 0)).flatten(1).sum(1).to(dtype)
+        return -(lcc if mask is None else torch.where(mask <= 0, 0, mask * lcc)).flatten(1).sum(1).to(dtype)
 
     return _losses.with_unit_gradients(total, fixed, moved, (need_fixed, need_moved))
 

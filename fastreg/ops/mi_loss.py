@@ -77,10 +77,11 @@ def mi_loss(
     if mask is None:
         weight = sums.new_full((fixed.shape[0],), fixed[:1].numel())
     else:
-        weight = mask.clamp_min(0).flatten(1).sum(1, dtype=sums.dtype) * fixed.shape[1]
+        weight = _losses.added(mask.clamp_min(0).flatten(1), sums.dtype) * fixed.shape[1]
     p = sums / weight.masked_fill(weight == 0, 1)[:, None, None]
     q = p.sum(2, keepdim=True) * p.sum(1, keepdim=True)
-    information = (p * ((p + EPSILON) / (q + EPSILON) + EPSILON).log()).sum((1, 2))
+    terms = p * ((p + EPSILON) / (q + EPSILON) + EPSILON).log()
+    information = _losses.added(terms.flatten(1), terms.dtype)
     loss = -information.to(_ext.arithmetic(fixed))
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 

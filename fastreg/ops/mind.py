@@ -140,6 +140,35 @@ def _variance(d, neighbourhood):
     return x, (x if neighbourhood == "ssc" else d).mean(1, keepdim=True)
 
 
+def _any_within(seen, axis, begin, end):
+    """Whether anything is seen from begin to end along an axis, of each pair of them."""
+    counts = torch.cat([torch.zeros_like(seen.narrow(axis, 0, 1)), seen], axis).cumsum(
+        axis, dtype=torch.int32
+    )
+    begin, end = (i.clamp(0, seen.shape[axis]) for i in (begin, end))
+    return counts.index_select(axis, end) > counts.index_select(axis, begin)
+
+
+def seen_or_finite(image, mask, radius, dilation, neighbourhood, *options):
+    """The image with 0 for what is not finite and the descriptor of no voxel that the mask counts reads.
+
+    It would spoil the mean of V, and with it the sample. GPUs are not asked whether there is any: they would have to wait.
+    """
+    if mask is None or image.numel() == 0 or (image.device.type == "cpu" and image.isfinite().all()):
+        return image
+    seen = ~(mask <= 0)
+    at = [torch.arange(n, device=image.device) for n in image.shape[2:]]
+    for axis, i in enumerate(at, 2):  # where patches lie
+        seen = _any_within(seen, axis, i - radius, i + radius + 1)
+    read = seen if neighbourhood == "six" else torch.zeros_like(seen)
+    for axis, i in enumerate(at, 2):  # what they are shifted by, to the border at most
+        last = len(i) - 1
+        for begin, end in ((i - dilation, torch.where(i == last, last + 1, i - dilation + 1)),
+                           (torch.where(i == 0, 0, i + dilation), i + dilation + 1)):  # fmt: skip
+            read = read | _any_within(seen, axis, begin, end)
+    return image.masked_fill(~(image.isfinite() | read), 0)
+
+
 def _mean_variance(v):
     mean = v.detach().double().flatten(1).mean(1)
     return torch.where(mean.isfinite(), mean, float("nan"))
@@ -162,8 +191,9 @@ def mind_ref(image, *options):
     return descriptors(image, None, *options).to(image.dtype)
 
 
-def mind_mean_variance_ref(image, *options):
-    """(N,) in fp64; NaN where it is not finite."""
+def mind_mean_variance_ref(image, mask, *options):
+    """(N,) in fp64; NaN where it is not finite. The mask: see `seen_or_finite`."""
+    image = seen_or_finite(image, mask, *options)
     return _mean_variance(_variance(_distances(image, *options), options[2])[1])
 
 
@@ -180,7 +210,7 @@ def _bwd_fake(grad, image, *options):
     return torch.empty_like(image, memory_format=torch.contiguous_format)
 
 
-def _mean_variance_fake(image, *options):
+def _mean_variance_fake(image, mask, *options):
     return image.new_empty(image.shape[0], dtype=torch.float64)
 
 
@@ -188,7 +218,9 @@ _OPTIONS = "int radius, int dilation, str neighbourhood, str patch, float sigma"
 _ext.define(f"mind(Tensor image, {_OPTIONS}) -> Tensor", mind_ref, _mind_fake)
 _ext.define(f"mind_bwd(Tensor grad, Tensor image, {_OPTIONS}) -> Tensor", mind_bwd_ref, _bwd_fake)
 _ext.define(
-    f"mind_mean_variance(Tensor image, {_OPTIONS}) -> Tensor", mind_mean_variance_ref, _mean_variance_fake
+    f"mind_mean_variance(Tensor image, Tensor? mask, {_OPTIONS}) -> Tensor",
+    mind_mean_variance_ref,
+    _mean_variance_fake,
 )
 
 
@@ -202,6 +234,6 @@ def _backward(ctx, grad):
 
 
 _ext.autograd("mind", _setup, _backward)
-_ext.autograd("mind_mean_variance", lambda ctx, inputs, output: None, lambda ctx, grad: (None,) * 6)
+_ext.autograd("mind_mean_variance", lambda ctx, inputs, output: None, lambda ctx, grad: (None,) * 7)
 _ext.once_differentiable("mind_bwd")
 _ext.batched("mind", "mind_bwd", "mind_mean_variance")

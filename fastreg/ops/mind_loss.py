@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastreg import _check, _ext
 from fastreg.ops import _losses
-from fastreg.ops.mind import Neighbourhood, Patch, channels, checked_options, descriptors
+from fastreg.ops.mind import Neighbourhood, Patch, channels, checked_options, descriptors, seen_or_finite
 
 Norm = Literal["l2", "l1"]
 NORMS = get_args(Norm)
@@ -41,7 +41,9 @@ def mind_loss(
         sigma (float): of the descriptors, see fastreg.mind.
         norm (str): "l2" squared, "l1" absolute differences.
         mask (Tensor, optional): (N, 1, *spatial), >= 0, or bool: weights of the voxels in the average. No gradient. It does
-            not enter the descriptors: these see the image outside, and so does the mean of V that bounds V.
+            not enter the descriptors: these see the image outside, and so does the mean of V that bounds V. What is not
+            finite and read by the descriptor of no voxel whose weight is above 0 counts as 0. A NaN weight makes the loss
+            ("none": its voxel) NaN.
         reduction (str): "mean" over voxels, channels and batch (weighted by the mask), "sum", or "none": the difference
             averaged over channels, times the mask.
 
@@ -53,7 +55,8 @@ def mind_loss(
         ValueError: shapes, devices, a mask that requires a gradient, a bad option.
 
     Notes:
-        Constant images and all-zero masks give 0 with gradient 0. A NaN or an infinity makes its sample NaN, no other.
+        Constant images and all-zero masks give 0 with gradient 0. A NaN or an infinity that counts makes its sample NaN, no
+        other: without a mask any, with one what the descriptors of voxels of weight above 0 read.
         Where two channels tie for the minimum within rounding, the gradient depends on which is less: it has a kink there.
         CPU: deterministic, whatever the thread count; some MB a thread beside the gradients.
         ``fastreg.nn.MINDLoss(...).prepare(fixed)`` computes what only depends on fixed once, for many calls.
@@ -76,11 +79,11 @@ def check_mind_loss(norm="l2", reduction="mean"):
     _check.choice("mind_loss", "reduction", reduction, _losses.REDUCTIONS)
 
 
-def prepare_mind(fixed, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma=0.5):
+def prepare_mind(fixed, mask=None, *, radius=2, dilation=2, neighbourhood="ssc", patch="box", sigma=0.5):
     """Mean of V of each sample, (N,) in fp64: what mind_loss must know of an image before it meets a voxel."""
-    _check.floating("mind_loss", fixed=fixed)
+    _check.floating("mind_loss", fixed=fixed, mask=mask)
     options = checked_options("mind_loss", fixed, "fixed", radius, dilation, neighbourhood, patch, sigma)
-    return torch.ops.fastreg.mind_mean_variance(fixed, *options)
+    return torch.ops.fastreg.mind_mean_variance(fixed, _check.mask("mind_loss", mask, fixed), *options)
 
 
 def mind_loss_prepared(
@@ -92,7 +95,7 @@ def mind_loss_prepared(
     options = checked_options("mind_loss", fixed, "fixed", radius, dilation, neighbourhood, patch, sigma)
     _check.choice("mind_loss", "norm", norm, NORMS)
     if reduction == "none":
-        error = torch.ops.fastreg.mind_map(fixed, moved, fixed_variance, *options, norm)
+        error = torch.ops.fastreg.mind_map(fixed, moved, fixed_variance, mask, *options, norm)
         return error if mask is None else _weighted(error, mask)
     need = (_check.needs_grad(fixed), _check.needs_grad(moved))
     total = torch.ops.fastreg.mind_loss(fixed, moved, fixed_variance, mask, *options, norm, *need)[0].sum()
@@ -108,9 +111,10 @@ def _weighted(error, mask):
     return torch.where(mask > 0, mask * error, torch.where(mask.isnan(), mask, 0))
 
 
-def mind_map_ref(fixed, moved, fixed_variance, *options_and_norm):
-    """Difference averaged over channels, (N, 1, *spatial)."""
+def mind_map_ref(fixed, moved, fixed_variance, mask, *options_and_norm):
+    """Difference averaged over channels, (N, 1, *spatial). The mask does not weigh it: see `seen_or_finite`."""
     *options, norm = options_and_norm
+    fixed, moved = (seen_or_finite(t, mask, *options) for t in (fixed, moved))
     difference = descriptors(fixed, fixed_variance, *options) - descriptors(moved, None, *options)
     return (difference.square() if norm == "l2" else difference.abs()).mean(1, keepdim=True)
 
@@ -121,7 +125,7 @@ def mind_loss_ref(fixed, moved, fixed_variance, mask, *options_and_needs):
     n_channels = len(channels(options[2], fixed.dim() - 2))
 
     def total(f, m):
-        error = mind_map_ref(f, m, fixed_variance, *options)
+        error = mind_map_ref(f, m, fixed_variance, mask, *options)
         if mask is not None:
             error = _weighted(error, mask)
         return n_channels * error.flatten(1).sum(1)
@@ -129,17 +133,19 @@ def mind_loss_ref(fixed, moved, fixed_variance, mask, *options_and_needs):
     return _losses.with_unit_gradients(total, fixed, moved, (need_fixed, need_moved))
 
 
-def mind_map_bwd_ref(grad, fixed, moved, fixed_variance, *options_and_needs):
+def mind_map_bwd_ref(grad, fixed, moved, fixed_variance, mask, *options_and_needs):
     *options, need_fixed, need_moved = options_and_needs
-    grads = _ext.grad_of(lambda f, m: mind_map_ref(f, m, fixed_variance, *options), (fixed, moved), grad)
+    grads = _ext.grad_of(
+        lambda f, m: mind_map_ref(f, m, fixed_variance, mask, *options), (fixed, moved), grad
+    )
     return _ext.only_needed(grads, (need_fixed, need_moved))
 
 
 _OPTIONS = "int radius, int dilation, str neighbourhood, str patch, float sigma, str norm"
-_IMAGES = "Tensor fixed, Tensor moved, Tensor? fixed_variance"
+_IMAGES = "Tensor fixed, Tensor moved, Tensor? fixed_variance, Tensor? mask"
 _NEEDS = "bool need_fixed, bool need_moved"
 _ext.define(
-    f"mind_loss({_IMAGES}, Tensor? mask, {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    f"mind_loss({_IMAGES}, {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
     mind_loss_ref,
     _losses.fake,
 )

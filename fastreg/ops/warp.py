@@ -140,7 +140,11 @@ def warp_ref(image, displacement, affine, mode, padding):
     for k in range(nd):
         steps = _linear.along(torch.arange(u.shape[2 + k], device=u.device), k, nd)
         lower = whole[:, k].long() + steps
-        corners.append([(*_corner_index(lower + up, size[k], padding), fraction[:, k], up) for up in (0, 1)])
+        ends = [_corner_index(lower + up, size[k], padding) for up in (0, 1)]
+        # Beyond the border nothing changes along the axis: not even by what its terms round to.
+        constant = (ends[0][0] == ends[1][0]) & (ends[0][1] == ends[1][1])
+        f = torch.where(constant, fraction[:, k].detach(), fraction[:, k])
+        corners.append([(*end, f, up) for up, end in enumerate(ends)])
     flat = image.to(dtype).flatten(2)
     out = flat.new_zeros(out_shape)
     if flat.shape[2] == 0:

@@ -11,8 +11,8 @@ def calls():
     yield "mind_loss", volume, volume, None, None, *SSC, "l2", False, True
     yield "mind_loss", volume.bfloat16(), volume.bfloat16(), None, None, *SIX, "l1", True, True
     yield "mind_loss", plane.double(), plane.double(), None, mask.double(), *SSC, "l2", False, True
-    yield "mind_map", volume.half(), volume.half(), None, 3, *SSC[1:], "l2"
-    yield "mind_map_bwd", mask, plane, plane, None, 3, *SSC[1:], "l2", False, True
+    yield "mind_map", volume.half(), volume.half(), None, None, 3, *SSC[1:], "l2"
+    yield "mind_map_bwd", mask, plane, plane, None, None, 3, *SSC[1:], "l2", False, True
     yield "mind", volume, *SSC
     yield "mind_bwd", torch.zeros(1, 12, 16, 16, 64), volume, *SSC
-    yield "mind_mean_variance", plane, *SSC
+    yield "mind_mean_variance", plane, None, *SSC

@@ -511,14 +511,14 @@ MUTANTS = [
     ),
     Mutant(
         "negative_weights_count", "mask", OPS,
-        "weight = mask.clamp_min(0).sum(dtype=total.dtype) * image.shape[1]",
-        "weight = mask.sum(dtype=total.dtype) * image.shape[1]",
+        "weight = added(mask.clamp_min(0).flatten(), total.dtype) * image.shape[1]",
+        "weight = added(mask.flatten(), total.dtype) * image.shape[1]",
         "mse_loss lcc_loss mind", "mask", "weights below 0 count as 0 in the sum and not in its divisor",
     ),
     Mutant(
         "masked_mean_of_one_channel", "reduction", OPS,
-        "weight = mask.clamp_min(0).sum(dtype=total.dtype) * image.shape[1]",
-        "weight = mask.clamp_min(0).sum(dtype=total.dtype)",
+        "weight = added(mask.clamp_min(0).flatten(), total.dtype) * image.shape[1]",
+        "weight = added(mask.clamp_min(0).flatten(), total.dtype)",
         "mse_loss lcc_loss mind", "mask or reference", "the mean is over channels too",
     ),
     Mutant(

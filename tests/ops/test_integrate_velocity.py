@@ -168,6 +168,16 @@ def test_far_velocities():
         check_against_reference(lambda t, p=padding: fastreg.integrate_velocity(t, 3, padding=p), reference(3, padding), (v,))  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 5, 6, 7), (1, 2, 9, 8)])
+def test_gradient_of_velocities_that_leave_the_image(shape):
+    """Beyond the border nothing changes: what rounding leaves of large numbers there must not come back as a gradient."""
+    v = make(shape, torch.float32, 1e6)
+    weight = torch.randn(shape)
+    truth = v.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference(7)(truth), truth, weight.double())
+    assert_close(grad_of(v, weight, 7, padding="border"), expected, 1e-5, floor=0.1)
+
+
 def test_kept_fields_are_those_of_the_reference():
     for shape in ((2, 3, 4, 5, 6), (2, 2, 5, 6)):
         v = make(shape).detach()

@@ -394,6 +394,31 @@ def test_non_finite_stays_in_its_windows(padding, bad, masked, kernel):
     assert fastreg.lcc_loss(f, moved, mask=mask, **o).isnan()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_weight_that_is_not_finite_is_such_a_sample(kernel, bad):
+    """Its windows are NaN, and no others, whatever the reduction: never a number without them."""
+    o = {"window": 5, "kernel": kernel, "padding": "valid"}
+    shape, (z, y, x) = ((1, 1, 9, 9, 38), (4, 4, 31)) if QUICK else ((2, 1, 40, 20, 30), (17, 9, 20))
+    fixed, moved = (t.detach().float().requires_grad_() for t in pair(shape))
+    clean = torch.rand(shape) + 0.1
+    mask = clean.clone()
+    mask[0, 0, z, y, x] = bad
+    out, expected = ours(**o)(fixed, moved, mask), ours(**o)(fixed, moved, clean)
+    holds = torch.zeros_like(out, dtype=torch.bool)
+    holds[0, 0, z - 2 : z + 3, y - 2 : y + 3, x - 2 : x + 3] = True
+    assert torch.equal(out.isnan(), holds)
+    assert_close(out[~holds], expected[~holds].double())
+    for reduction in ("mean", "sum"):
+        assert fastreg.lcc_loss(fixed, moved, **o, mask=mask, reduction=reduction).isnan()
+    touched = torch.zeros_like(holds)
+    touched[0, 0, z - 4 : z + 5, y - 4 : y + 5, x - 4 : x + 5] = True
+    for grad in torch.autograd.grad(
+        fastreg.lcc_loss(fixed, moved, **o, mask=mask, reduction="sum"), (fixed, moved)
+    ):
+        assert not grad[~touched].isnan().any()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_mask_excludes(kernel):
     fixed, moved = pair((1, 2, 12, 10, 14))

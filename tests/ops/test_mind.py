@@ -165,8 +165,8 @@ def test_descriptors(shape, options):
     check_against_reference(lambda x: fastreg.mind(x, **options), reference(options), (make(shape),))
     image = make(shape).detach()
     assert_close(
-        torch.ops.fastreg.mind_mean_variance(image, *options.values()),
-        mind_mean_variance_ref(image, *options.values()),
+        torch.ops.fastreg.mind_mean_variance(image, None, *options.values()),
+        mind_mean_variance_ref(image, None, *options.values()),
     )
 
 
@@ -215,7 +215,7 @@ def test_radius_has_a_limit():
 def opcheck(dtype):
     ops, image = torch.ops.fastreg, make(size((2, 2, 4, 5, 6), (2, 2, 2, 3, 4)), dtype)
     f, options = image.detach(), tuple(OPTIONS.values())
-    yield ops.mind_mean_variance.default, (f, *options)
+    yield ops.mind_mean_variance.default, (f, None, *options)
     yield ops.mind.default, (image, *options)
     yield ops.mind_bwd.default, (torch.rand_like(ops.mind(f, *options)), f, *options)
 

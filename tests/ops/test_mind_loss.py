@@ -8,7 +8,7 @@ from contract import Case, Contract
 from test_mind import F3RNET, INTERPRETED, LARGE, OPTIONS, SETTINGS, SHAPES, make, reference, size
 
 import fastreg
-from fastreg.ops.mind import channels
+from fastreg.ops.mind import _distances, channels
 from fastreg.ops.mind_loss import mind_loss_prepared, mind_map_ref
 
 
@@ -27,7 +27,7 @@ def make_mask(shape):
 
 def loss_reference(options, norm="l2", mask=None, reduction="mean"):
     def loss(fixed, moved):
-        error = mind_map_ref(fixed, moved, None, *options.values(), norm)
+        error = mind_map_ref(fixed, moved, None, None, *options.values(), norm)
         if reduction == "none":
             return error if mask is None else error * mask.double()
         n_channels = len(channels(options["neighbourhood"], fixed.dim() - 2))
@@ -259,6 +259,43 @@ def test_prepared_loss_is_of_the_image_it_saw():
     assert torch.equal(prepared(moved), expected)
 
 
+@pytest.mark.parametrize("options", SETTINGS[:2])
+@pytest.mark.parametrize("shape", [(1, 2, 7, 6, 9), (1, 1, 17, 16)])
+def test_what_no_counted_descriptor_reads_counts_as_zero(shape, options):
+    """Of voxels one by one, where not finite; read by a counted one's distances they make the sample NaN."""
+    shape = size(shape, (1, 1, 3, 4, 5))
+    fixed, moved = (t.detach().float() for t in pair(shape))
+    mask = torch.zeros(1, 1, *shape[2:])
+    mask[0, 0].view(-1)[:: max(mask.numel() // 3, 1)][:2] = 0.7
+    counted, kinds = mask > 0, set()
+
+    def distances(image):
+        return _distances(image, *options.values()).masked_select(counted)
+
+    def run(image, **o):
+        image = image.clone().requires_grad_()
+        loss = fastreg.mind_loss(fixed, image, **options, mask=mask, **o)
+        return loss, torch.autograd.grad(loss.sum(), image)[0]
+
+    for voxel in torch.randperm(mask.numel())[: 2 if BACKEND == "triton" else 12].tolist():
+        images = []
+        for value in (float("nan") if voxel % 2 else -float("inf"), 0.0, 9.0):
+            images.append(moved.clone())
+            images[-1][:, -1].view(-1)[voxel] = value
+        spoiled, zero, other = images
+        read = not torch.equal(distances(zero), distances(other))
+        kinds.add(read)
+        for reduction in ("mean", "none"):
+            loss, grad = run(spoiled, reduction=reduction)
+            expected, expected_grad = run(zero, reduction=reduction)
+            assert loss.isnan().any() if read else torch.equal(loss, expected)
+            assert read or torch.equal(grad, expected_grad)
+        prepared = fastreg.nn.MINDLoss(**options).prepare(spoiled, mask)
+        theirs = fastreg.mind_loss(spoiled, fixed, **options, mask=mask)
+        assert torch.equal(prepared(fixed, mask), theirs) or (read and theirs.isnan())
+    assert BACKEND == "triton" or kinds == {False, True}
+
+
 @pytest.mark.parametrize(
     ("options", "fixed"), [({}, None), ({}, "a"), ({"norm": "x"}, torch.rand(1, 1, 4, 5))]
 )
@@ -277,13 +314,14 @@ def test_mask_with_a_gradient_is_refused_under_vmap(loss):
 def opcheck(dtype):
     ops, (fixed, moved) = torch.ops.fastreg, pair(size((2, 2, 4, 5, 6), (2, 2, 2, 3, 4)), dtype)
     f, m, options = fixed.detach(), moved.detach(), tuple(OPTIONS.values())
-    mean = ops.mind_mean_variance(f, *options)
-    yield ops.mind_map.default, (fixed, moved, None, *options, "l2")
-    grad = torch.rand_like(ops.mind_map(f, m, mean, *options, "l1"))
-    yield ops.mind_map_bwd.default, (grad, f, m, mean, *options, "l1", True, False)
-    for mask in (None, make_mask(f.shape)):
+    mean = ops.mind_mean_variance(f, None, *options)
+    mask = make_mask(f.shape)
+    yield ops.mind_map.default, (fixed, moved, None, mask, *options, "l2")
+    grad = torch.rand_like(ops.mind_map(f, m, mean, mask, *options, "l1"))
+    yield ops.mind_map_bwd.default, (grad, f, m, mean, mask, *options, "l1", True, False)
+    for weights in (None, mask):
         # The unit gradients it also returns have no derivative: asking for one raises.
-        arguments = (fixed, m, mean, mask, *options, "l2", True, False)
+        arguments = (fixed, m, mean, weights, *options, "l2", True, False)
         yield ops.mind_loss.default, arguments, ("test_schema", "test_faketensor")
 
 

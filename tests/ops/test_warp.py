@@ -162,6 +162,43 @@ def test_gradient_at_zero_displacement_is_one_sided():
         assert_close(grad[:, axis], torch.diff(image, dim=axis + 2, append=last)[:, 0], 1e-12)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("shape", [(1, 2, 5, 6, 7), (1, 2, 6, 37), (1, 1, 1, 5, 4)])
+def test_nothing_changes_beyond_the_border(shape, offset):
+    """Along an axis that has been left the slope is 0, to the last bit; along the others it is that of the border."""
+    nd, size = len(shape) - 2, shape[2:]
+    image = (torch.rand(shape) + offset).requires_grad_()
+    for axis in range(nd):
+        _, u = make(shape, torch.float32, 0.5)
+        far = u.detach().clone()
+        far[:, axis] = torch.where(torch.rand(1, *size) < 0.5, -1.0, 1.0) * (size[axis] + 0.3)
+        far.requires_grad_()
+        weight = torch.randn(shape)
+        (grad,) = torch.autograd.grad(fastreg.warp(image, far, padding="border"), far, weight)
+        assert grad[:, axis].eq(0).all()
+        truth = far.detach().double().requires_grad_()
+        out = reference("linear", "border")(image.detach().double(), truth)
+        (expected,) = torch.autograd.grad(out, truth, weight.double())
+        # The reference adds up products, whose offset it has to cancel.
+        exact = BACKEND != "cpu" or COMPILED or not offset
+        assert_close(grad, expected, 1e-5 if exact else 1e-2, floor=0.1)
+        matrix = torch.eye(nd, nd + 1)[None].requires_grad_()
+        moved = fastreg.warp(image, far.detach(), affine=matrix, padding="border")
+        (to_matrix,) = torch.autograd.grad(moved, matrix, weight)
+        assert to_matrix[:, axis].eq(0).all()
+        (to_v,) = torch.autograd.grad(
+            fastreg.compose(far.detach(), far, padding="border"), far, weight[:, :1].expand_as(far)
+        )
+        assert torch.equal(to_v[:, axis], weight[:, 0])
+
+
+def test_a_single_voxel_has_no_slope():
+    image = (torch.rand(1, 1, 1, 1, 1) + 1000).requires_grad_()
+    for padding in ("border", "reflection"):
+        u = torch.full((1, 3, 1, 1, 1), 0.3, requires_grad=True)
+        assert torch.autograd.grad(fastreg.warp(image, u, padding=padding), u)[0].eq(0).all()
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_non_finite_and_far_displacements(padding):
     image, u = make((1, 2, 5, 6, 70))
