@@ -42,7 +42,10 @@ FASTREG_HD void linearise(const A (&corner)[1 << ND][ND], const A (&fraction)[ND
   }
 }
 
-// (I + J)^-1 = row / determinant.
+// |det(I + J)| below which a step says nothing: neither its length nor its direction.
+constexpr double kDegenerate = 1e-3;
+
+// (I + J)^-1 = row / determinant. A: a number, or a vector of them.
 template <class A, int ND>
 struct InverseJacobian {
   A row[ND][ND], determinant;
@@ -50,7 +53,7 @@ struct InverseJacobian {
   FASTREG_HD explicit InverseJacobian(const A (&slope)[ND][ND]) {
     A m[ND][ND];  // columns of I + J
     for (int k = 0; k < ND; ++k)
-      for (int i = 0; i < ND; ++i) m[k][i] = slope[k][i] + A(k == i);
+      for (int i = 0; i < ND; ++i) m[k][i] = k == i ? slope[k][i] + 1 : slope[k][i];
     if constexpr (ND == 3) {
       for (int k = 0; k < 3; ++k) {
         const int a = (k + 1) % 3, b = (k + 2) % 3;
@@ -63,19 +66,17 @@ struct InverseJacobian {
       row[0][0] = m[1][1], row[0][1] = -m[1][0];
       row[1][0] = -m[0][1], row[1][1] = m[0][0];
     }
-    determinant = A(0);
-    for (int i = 0; i < ND; ++i) determinant += m[0][i] * row[0][i];
+    determinant = m[0][0] * row[0][0];
+    for (int i = 1; i < ND; ++i) determinant += m[0][i] * row[0][i];
   }
 
-  // Below it a step says nothing: neither its length nor its direction.
-  static constexpr A kDegenerate = A(1e-3);
-  FASTREG_HD bool regular() const { return std::abs(determinant) >= kDegenerate; }
+  FASTREG_HD bool regular() const { return std::abs(determinant) >= A(kDegenerate); }
 
   FASTREG_HD void solve(const A (&r)[ND], A (&step)[ND]) const {
-    const A scale = A(1) / determinant;
+    const A scale = 1 / determinant;
     for (int k = 0; k < ND; ++k) {
-      step[k] = A(0);
-      for (int i = 0; i < ND; ++i) step[k] += row[k][i] * r[i];
+      step[k] = row[k][0] * r[0];
+      for (int i = 1; i < ND; ++i) step[k] += row[k][i] * r[i];
       step[k] *= scale;
     }
   }
@@ -83,8 +84,8 @@ struct InverseJacobian {
   // -(I + J)^-T g, what the gradient is before it is scattered. A determinant near 0 counts as kDegenerate,
   // so that the gradient is finite where u folds; a NaN stays one.
   FASTREG_HD void adjoint(const A (&g)[ND], A (&q)[ND]) const {
-    const A d =
-        std::abs(determinant) < kDegenerate ? (determinant < A(0) ? -kDegenerate : kDegenerate) : determinant;
+    constexpr A kLeast = A(kDegenerate);
+    const A d = std::abs(determinant) < kLeast ? (determinant < A(0) ? -kLeast : kLeast) : determinant;
     const A scale = A(-1) / d;
     for (int i = 0; i < ND; ++i) {
       q[i] = A(0);

@@ -8,8 +8,8 @@ def mutants(Mutant):
         ),
         Mutant(
             "inverse_slopes_of_the_first_place", "formula", "csrc/common/invert_displacement.h",
-            "A(k == i);",
-            "A(0);",
+            "m[k][i] = k == i ? slope[k][i] + 1 : slope[k][i];",
+            "m[k][i] = slope[k][i];",
             "invert_displacement", "residual or affine or iterations", "J without I: no Newton step",
         ),
         Mutant(
@@ -29,6 +29,12 @@ def mutants(Mutant):
             "args.u = u[k].const_data_ptr();",
             "args.u = u[0].const_data_ptr();",
             "invert_displacement", "reference", "every sample is inverted by the first",
+        ),
+        Mutant(
+            "inverse_of_another_voxel", "tail", "csrc/cpu/invert_displacement.cpp",
+            "residual[kept] = residual[j], point[kept] = point[j];",
+            "residual[kept] = residual[j], point[kept] = j;",
+            "invert_displacement", "reference or residual", "what moves up in its block is written where it stands",
         ),
         Mutant(
             "inverse_of_a_degenerate_jacobian", "folds", "csrc/common/invert_displacement.h",
