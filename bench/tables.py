@@ -55,12 +55,10 @@ def is_scaling(row, rows):
 
 def speed(results):
     """op -> a table per device, then nanoseconds per voxel over sizes."""
-    # On a GPU one run per implementation: CUDA C++ and Triton are separate.
-    rows = [
-        r | {"kernels": r["isa"] if r["device"] == "cuda" else ""} for r in common.newest(stored(results))
-    ]
+    rows = common.newest(stored(results))
     sections, scaling = {}, []
-    for mine in grouped(rows, "device", "device_name", "threads", "kernels").values():
+    # isa: CUDA C++ and Triton are runs of their own, and CPUs of one name are not one CPU.
+    for mine in grouped(rows, "device", "device_name", "threads", "isa").values():
         alone = [r for r in mine if is_scaling(r, mine)]
         for (op,), group in grouped([r for r in mine if r not in alone], "op").items():
             copy = statistics.median(float(r["copy_gbs"]) for r in group)
@@ -125,7 +123,8 @@ def headlines(results):
         if not mine:
             continue
         last = max(mine, key=lambda r: r["date"])
-        same = [r for r in common.newest(mine) if r["device_name"] == last["device_name"]]
+        machine = ("device_name", "threads", "isa")
+        same = [r for r in common.newest(mine) if all(r[k] == last[k] for k in machine)]
         by = {r["provider"]: r for r in same if not r["gate"].startswith("deviates")}
         ours = by["fastreg"]
         stock = min((by[n] for n in ("torch", "compile") if n in by), key=lambda r: float(r["p50_ms"]))
@@ -218,6 +217,22 @@ def real(results):
     return {"": table([*header, "measured on"], lines)} if rows else {}
 
 
+def tools(results):
+    """Other tools' transforms beside ours: .ci/tools."""
+    header = ["tool", "version", "", "transform", "median", "99th percentile", "largest", "", "measured on"]
+    lines = []
+    for r in common.read_rows(results / "tools.csv"):
+        figures = [number(r[k], 2) for k in ("median", "p99", "largest")]
+        about = [r["tool"], r["version"], r["direction"], r["transform"]]
+        lines.append([*about, *figures, r["status"], f"{r['commit']}, {r['date']}"])
+    text = (
+        "Each tool made its transform and moved an image by it, and `fastreg apply --field` moved the same image by the same file; and "
+        "the tool moved the image by what `fastreg convert` wrote for it. Two oblique scans on unlike grids; differences of the moved "
+        "images in shares of the image's range, over the voxels that both see."
+    )
+    return {"": f"{text}\n\n{table(header, lines)}"} if lines else {}
+
+
 # Page of docs/results -> its title, what its sections are made of, and the command that adds rows.
 PAGES = {
     "speed": ("Speed and memory of the ops", speed, "python bench/run.py"),
@@ -229,6 +244,7 @@ PAGES = {
     ),
     "real": ("Real scans, registered", real, "python -m bench.real"),
     "settings": ("What the settings of register change", settings.sections, "python -m bench.settings"),
+    "tools": ("Other tools' transforms, both ways", tools, ".ci/tools"),
     "where": ("Which implementation ran where", where, "python bench/run.py"),
 }
 
