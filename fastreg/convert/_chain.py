@@ -16,10 +16,29 @@ from fastreg.io._sitk import sitk
 
 @dataclass(frozen=True)
 class Field:
-    """Displacements (*spatial, nd) fp64 on a grid; NaN: not defined there."""
+    """Displacements on a grid; NaN: not defined there. given: (*spatial, nd) fp64, mm; or a Tensor (1, nd, *spatial), fp32, voxels."""
 
-    vectors: np.ndarray
+    given: np.ndarray | torch.Tensor
     geometry: Geometry
+
+    @functools.cached_property
+    def vectors(self) -> np.ndarray:
+        """(*spatial, nd) fp64, mm."""
+        if isinstance(self.given, np.ndarray):
+            return self.given
+        return self.given[0].double().movedim(0, -1).numpy() @ self.geometry.matrix.T
+
+    @property
+    def voxels(self) -> torch.Tensor:
+        """(1, nd, *spatial) fp32, voxels."""
+        if isinstance(self.given, torch.Tensor):
+            return self.given
+        return _voxels(self.given, self.geometry)
+
+
+def _voxels(vectors: np.ndarray, grid: Geometry) -> torch.Tensor:
+    u = np.ascontiguousarray(np.moveaxis(vectors @ np.linalg.inv(grid.matrix).T, -1, 0), dtype=np.float32)
+    return torch.from_numpy(u)[None]
 
 
 @dataclass(frozen=True)
@@ -100,15 +119,17 @@ class Chain:
         place = grid.size, self._until(k), how, grid.origin, grid.spacing, grid.direction
         return np.asarray(sitk().GetArrayFromImage(sitk().Resample(image, *place, 0.0)))
 
+    def _on_its_own(self) -> bool:
+        """Whether the first field lies on the grid of the result."""
+        first = self.steps[0].field
+        return first is not None and first.geometry.matches(self.geometry)
+
     def vectors(self, warn: Warn = ignore) -> np.ndarray:
         """Displacements (*spatial, nd) fp64 on the result's grid; NaN: not defined. InputError where a field does not reach it."""
-        grid, first = self.geometry, self.steps[0]
-        own = first.field is not None and first.field.geometry.matches(grid)
+        grid, own = self.geometry, self._on_its_own()
         for k, step in enumerate(self.steps):
             if step.field is not None and not (own and k == 0):
                 self._require_reach(k, step, warn)
-        if own and len(self.steps) == 1 and first.field is not None:
-            return first.field.vectors
         place = grid.size, grid.origin, grid.spacing, grid.direction
         image = sitk().TransformToDisplacementField(
             self._until(len(self.steps)), sitk().sitkVectorFloat64, *place
@@ -135,10 +156,10 @@ class Chain:
 
     def displacement(self, warn: Warn = ignore) -> tuple[torch.Tensor, Geometry]:
         """(u (1, nd, *spatial) fp32 in voxels, NaN: not defined; its grid)."""
-        grid = self.geometry
-        voxels = self.vectors(warn) @ np.linalg.inv(grid.matrix).T
-        u = np.ascontiguousarray(np.moveaxis(voxels, -1, 0), dtype=np.float32)
-        return torch.from_numpy(u)[None], grid
+        field = self.steps[0].field
+        if len(self.steps) == 1 and field is not None and self._on_its_own():
+            return field.voxels, self.geometry
+        return _voxels(self.vectors(warn), self.geometry), self.geometry
 
     def map(self, points: ArrayLike) -> np.ndarray:
         """(P, nd) mm in the fixed image -> mm in the moving one; NaN where a field is not defined.

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastreg._files import InputError, require_utf8
-from fastreg.io import Geometry, write_displacement
-from fastreg.io._displacement import read_vectors
+from fastreg.io import Geometry, read_displacement, write_displacement
 from fastreg.io._sitk import silent_stderr, sitk
 
 from ._chain import Field, Step
@@ -15,9 +14,9 @@ from ._format import Format, Source, Target
 
 
 def read_field(source: Source) -> list[Step]:
-    vectors, grid = read_vectors(source.path, source.reading, source.warn)
+    u, grid = read_displacement(source.path, source.reading, source.warn)
     what = f"ITK displacement field (LPS, mm), {'x'.join(map(str, grid.size))}"
-    return [Step(what, str(source.path), Field(vectors, grid))]
+    return [Step(what, str(source.path), Field(u, grid))]
 
 
 def read_transform(source: Source, inverse: bool = False) -> list[Step]:

@@ -1,6 +1,7 @@
 """Scans: any file SimpleITK reads."""
 
 import errno
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple
     if which is not None:
         raise InputError(f"{path}: no such file")
     header = header_of(file)
+    if header is not None and header.scale != (1, 0) and math.prod(header.dim[4:]) > 1:
+        raise InputError(  # SimpleITK 2.5 scales the first third of three components, and writes beyond what it has of integers
+            f"{file}: its vectors are scaled (scl_slope {header.scale[0]:g}, scl_inter {header.scale[1]:g}), which SimpleITK reads "
+            "wrongly: save them unscaled"
+        )
     try:
         _integrity.check(file)
         # What it says of NIfTI headers is about what we read of them ourselves.
@@ -77,7 +83,7 @@ def _foreign(file: Path, header: Header | None, reading: Reading, warn: Warn, er
     array, affine = read_foreign(file, kind.name, file)
     form = LPS @ affine if header is None else chosen(file, header, reading, warn)
     grid = grid_of(LPS @ affine if form is None else form, array.shape[::-1])
-    _usable(grid, file)
+    usable(grid, file)
     array, grid = made_straight(array, grid, file, "its sform is sheared", reading, warn)
     return _put(sitk().GetImageFromArray(array), grid)
 
@@ -95,7 +101,7 @@ def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn
         grid = grid_of(form, size)
     else:
         grid = grid_of(form, size[:3])
-    _usable(grid, file)
+    usable(grid, file)
     array = itk.GetArrayViewFromImage(image)
     straight, grid = made_straight(array, grid, file, "its sform is sheared", reading, warn, header.rough)
     if straight is not array:
@@ -111,7 +117,7 @@ def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn
     return image if own.matches(grid) else _put(image, grid)
 
 
-def _usable(geometry: Geometry, path: Name) -> None:
+def usable(geometry: Geometry, path: Name) -> None:
     numbers = np.concatenate([geometry.spacing, geometry.origin, geometry.direction])
     usable = np.isfinite(numbers).all() and min(geometry.spacing) > 0
     if not (usable and np.linalg.cond(geometry.matrix) < 1e6):
@@ -126,7 +132,7 @@ def geometry_of(image: Any, path: Name) -> Geometry:
         raise InputError(
             f"{path}: must have at least 2 voxels along two axes, got 1 along {' and '.join(flat)}"
         )
-    _usable(geometry, path)
+    usable(geometry, path)
     return geometry
 
 

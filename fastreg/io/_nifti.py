@@ -26,7 +26,7 @@ def _fields(places: dict[str, tuple[str, int]], size: int) -> np.dtype:
 NIFTI1 = _fields(
     {
         "size": ("<i4", 0), "dim": ("8<i2", 40), "intent": ("<i2", 68), "kind": ("<i2", 70), "bits": ("<i2", 72),
-        "pixdim": ("8<f4", 76), "offset": ("<f4", 108), "units": ("u1", 123), "codes": ("2<i2", 252), "quaternion": ("3<f4", 256),
+        "pixdim": ("8<f4", 76), "offset": ("<f4", 108), "scale": ("2<f4", 112), "units": ("u1", 123), "codes": ("2<i2", 252), "quaternion": ("3<f4", 256),
         "shift": ("3<f4", 268), "rows": ("(3,4)<f4", 280), "magic": ("S4", 344),
     },
     348,
@@ -34,7 +34,7 @@ NIFTI1 = _fields(
 NIFTI2 = _fields(
     {
         "size": ("<i4", 0), "magic": ("S8", 4), "kind": ("<i2", 12), "bits": ("<i2", 14), "dim": ("8<i8", 16),
-        "pixdim": ("8<f8", 104), "offset": ("<i8", 168), "codes": ("2<i4", 344), "quaternion": ("3<f8", 352),
+        "pixdim": ("8<f8", 104), "offset": ("<i8", 168), "scale": ("2<f8", 176), "codes": ("2<i4", 344), "quaternion": ("3<f8", 352),
         "shift": ("3<f8", 376), "rows": ("(3,4)<f8", 400), "units": ("<i4", 500), "intent": ("<i4", 504),
     },
     540,
@@ -45,6 +45,7 @@ NIFTI2 = _fields(
 class Header:
     """version: 0 is Analyze 7.5. order: "<" or ">". kind: of the values, bits of one of them, offset of the first.
 
+    scale: (slope, intercept) of the values, (1, 0): none.
     forms: by name, "qform" and "sform", those that it has: (3, 4), voxel (x, y, z) -> mm, LPS.
     """
 
@@ -55,6 +56,7 @@ class Header:
     offset: int
     dim: tuple[int, ...]
     intent: int
+    scale: tuple[float, float]
     pixdim: np.ndarray
     unit: float
     forms: dict[str, np.ndarray]
@@ -89,7 +91,10 @@ class Header:
             forms["sform"] = np.asarray(raw["rows"], dtype=np.float64)
         forms = {name: LPS @ form * unit for name, form in forms.items()}
         kind, bits, offset, intent = (int(raw[name]) for name in ("kind", "bits", "offset", "intent"))
-        return cls(version, order, kind, bits, offset, dim, intent, pixdim, unit, forms, rough)
+        slope, intercept = (float(v) for v in raw["scale"])
+        scaled = version and math.isfinite(slope) and slope != 0
+        scale = (slope, intercept) if scaled else (1.0, 0.0)
+        return cls(version, order, kind, bits, offset, dim, intent, scale, pixdim, unit, forms, rough)
 
 
 def _qform(quaternion: np.ndarray, shift: np.ndarray, pixdim: np.ndarray) -> tuple[np.ndarray, float]:
