@@ -19,6 +19,7 @@ from fastreg.data.pairs import Case
 from fastreg.ops import jacobian_determinant
 
 OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "displacement.nii.gz", "picture.png", "report.json")
+SCHEMA = "fastreg report 1"  # report.schema.json says what that is
 
 
 def volume(array: np.ndarray, dtype: type[np.floating] = np.float32) -> torch.Tensor:
@@ -66,6 +67,7 @@ class Outcome:
             intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None
         )
         self.summary: dict[str, Any] = {
+            "schema": SCHEMA,
             "fixed": {"shape": case.fixed_grid.shape, "spacing_mm": case.fixed_grid.spacing_zyx},
             "moving": {"shape": case.moving_grid.shape, "spacing_mm": case.moving_grid.spacing_zyx},
             **summary,
