@@ -93,10 +93,16 @@ def _where_it_lies(path: Name, image: Name, reading: Reading) -> str | None:
 
 
 def read_beside(
-    path: Name, grid: io.Geometry, image: Name, reading: Reading = Reading(), warn: Warn = ignore
+    path: Name,
+    grid: io.Geometry,
+    image: Name,
+    reading: Reading = Reading(),
+    warn: Warn = ignore,
+    *,
+    labels: bool = False,
 ) -> np.ndarray:
     """An image that must lie on the grid of another one."""
-    array, own = io.read_image(path, reading, warn)
+    array, own = io.read_image(path, reading, warn, labels=labels)
     if not own.matches(grid):
         hint = _where_it_lies(path, image, reading) or own.difference(grid)
         raise InputError(f"{path}: must lie on the grid of {image}: {hint}")
@@ -107,7 +113,7 @@ def read_labels(
     path: Name, grid: io.Geometry, image: Name, reading: Reading = Reading(), warn: Warn = ignore
 ) -> np.ndarray:
     """Whole numbers on the grid of an image."""
-    array = read_beside(path, grid, image, reading, warn)
+    array = read_beside(path, grid, image, reading, warn, labels=True)
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         raise InputError(f"{path}: labels must be whole numbers")
     if max(abs(float(array.min())), abs(float(array.max()))) >= 2**53:

@@ -4,6 +4,7 @@ A folder, or a file of many frames, may hold several volumes: `PATH#K` is the K-
 that of a series.
 """
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastreg._files import InputError, Name, require_utf8
+from fastreg._refusals import Missing
 
 from ._dicom_files import Slice, no_image, number, slices_of, sop_class, suffix
 from ._geometry import Geometry
@@ -31,6 +33,7 @@ APART = {
     "0018|0050": "SliceThickness",
 }  # fmt: skip
 LISTED = 12  # volumes that a refusal names
+LOOKED_AT = 10000  # files, for a better word on a folder that holds none
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,19 @@ def is_dicom(path: Path) -> bool:
 # Which slices belong together
 
 
-def _of_folder(folder: Path) -> list[Slice]:
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+def _of_folder(folder: Path, warn: Warn) -> list[Slice]:
     found: list[Slice] = []
-    refused = []
-    for entry in entries:
+    refused, unusable = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         require_utf8(entry.path)
         if entry.name.startswith(".") or not entry.is_file():
             continue
         class_ = sop_class(entry.path)
-        slices = [] if no_image(class_ or "") else slices_of(entry.path)
+        try:
+            slices = [] if no_image(class_ or "") else slices_of(entry.path)
+        except InputError as error:
+            unusable.append(error)
+            continue
         found += slices
         if not slices:
             refused.append((entry.path, class_))
@@ -108,17 +114,40 @@ def _of_folder(folder: Path) -> list[Slice]:
             )
             raise InputError(f"{file}: {what}")
     if not found:
-        kinds = sorted({kind for _, class_ in refused if (kind := no_image(class_ or ""))})
-        inside = [
-            entry.name
-            for entry in entries
-            if entry.is_dir() and any(f.is_file() and is_dicom(Path(f.path)) for f in os.scandir(entry.path))
-        ]
-        text = f"{folder}: holds no DICOM image" + (f", but {', '.join(kinds)}" if kinds else "")
-        if inside:
-            text += f"; give one of the folders in it: {', '.join(inside[:LISTED])}"
-        raise InputError(text)
+        if unusable:
+            raise unusable[0]
+        raise InputError(_nothing(folder, [class_ or "" for _, class_ in refused]))
+    if unusable:
+        warn(
+            f"{folder}: {len(unusable)} file{'s are' if len(unusable) > 1 else ' is'} left out: {unusable[0]}"
+        )
     return found
+
+
+def _nothing(folder: Path, classes: list[str]) -> str:
+    """Why a folder is no series, and what is meant perhaps."""
+    kinds = sorted({kind for class_ in classes if (kind := no_image(class_))})
+    inside: list[str] = []
+    seen = 0
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        paths = [path for name in files if (path := Path(root, name)).is_file()]
+        if root != str(folder) and any(map(is_dicom, paths)):
+            inside.append(os.path.relpath(root, folder))
+        seen += len(paths)
+        if len(inside) == LISTED or seen > LOOKED_AT:
+            break
+    others = [
+        name
+        for name in sorted(os.listdir(folder))
+        if name.lower().endswith((".nii", ".nii.gz", ".mha", ".nrrd", ".mgz"))
+    ]
+    text = f"{folder}: holds no DICOM image" + (f", but {', '.join(kinds)}" if kinds else "")
+    if inside:
+        text += f"; give one of the folders in it: {', '.join(inside)}"
+    elif others:
+        text += f"; give the image itself: {', '.join(others[:LISTED])}"
+    return text
 
 
 def _without_copies(slices: list[Slice], warn: Warn) -> list[Slice]:
@@ -248,6 +277,10 @@ def _placed(path: Name, volume: Volume, reading: Reading, warn: Warn) -> Any:
     """The volume as a SimpleITK image, where it lies; InputError where that cannot be said with one even grid."""
     slices, n = volume.slices, len(volume.slices)
     first = slices[0]
+    if first.spacing is not None and not 0 < min(first.spacing) < np.inf:
+        raise InputError(
+            f"{path}: pixels must have a size, got {first.spacing[0]:g} x {first.spacing[1]:g} mm (PixelSpacing)"
+        )
     if first.spacing is None or first.position is None or first.axes is None:
         if n > 1 or first.position is not None:
             raise InputError(f"{path}: does not say how large its pixels are (PixelSpacing)")
@@ -314,7 +347,7 @@ def read_dicom(path: Name, reading: Reading, warn: Warn) -> Any:
     base, which = parted(path)
     with heard(base, warn):
         if base.is_dir():
-            slices = _of_folder(base)
+            slices = _of_folder(base, warn)
         else:
             kind = no_image(sop_class(str(base)) or "")
             slices = [] if kind else slices_of(str(base))
@@ -341,8 +374,8 @@ def _tell_of_siblings(file: Path, s: Slice, warn: Warn) -> None:
     uids: Counter[str] = Counter()
     for entry in os.scandir(file.parent):
         if entry.is_file() and suffix(entry.name) == suffix(file.name) and sop_class(entry.path) is not None:
-            with_position = [o for o in slices_of(entry.path) if o.position is not None]
-            uids.update(o.uid for o in with_position)
+            with contextlib.suppress(InputError, Missing):
+                uids.update(o.uid for o in slices_of(entry.path) if o.position is not None)
     if uids[s.uid] > 1:
         warn(
             f"{file}: is one of {uids[s.uid]} slices of its series; to read all of them give the folder, {file.parent}"

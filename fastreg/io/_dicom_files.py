@@ -13,7 +13,7 @@ from ._sitk import sitk
 
 # SOP classes that hold no slices of a scan: what they are. A name that ends in "." begins several.
 NO_IMAGES = {
-    "1.2.840.10008.1.3.10": "a DICOMDIR",
+    "1.2.840.10008.1.3.10": "a DICOMDIR, an index (give the folder of a series)",
     "1.2.840.10008.5.1.4.1.1.481.3": "an RT structure set",
     "1.2.840.10008.5.1.4.1.1.481.": "an RT plan or record",
     "1.2.840.10008.5.1.4.1.1.88.": "a structured report",
@@ -126,7 +126,9 @@ def slices_of(file: str) -> list[Slice]:
                 positions = position + (offsets - offsets[0])[:, None] * np.cross(axes[0], axes[1])
                 return [Slice(file, size[:2], spacing, p, axes, tags, k) for k, p in enumerate(positions)]
         return _frames(file, size, tags)
-    if "0028|0030" not in tags and spacing == (1.0, 1.0):
+    if (said := _vector(tags.get("0028|0030", ""), 2)) is not None:
+        spacing = (float(said[1]), float(said[0]))  # GDCM makes 1 of 0
+    elif spacing == (1.0, 1.0):
         spacing = None  # nobody said so
     if position is None or axes is None:
         position = axes = None

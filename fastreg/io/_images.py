@@ -24,8 +24,10 @@ from ._sitk import heard, silent_stderr, sitk
 FOREIGN = ("NIfTI-1", "NIfTI-2", "FreeSurfer MGH")  # what nibabel may read where SimpleITK does not
 
 
-def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple[Any, int]:
-    """(SimpleITK image, how many values are not finite that it reads as 0)."""
+def read(
+    path: Name, reading: Reading = Reading(), warn: Warn = ignore, *, nearest: bool = False
+) -> tuple[Any, int]:
+    """(SimpleITK image, how many values are not finite that it reads as 0). nearest: the interpolation, should a sheared image need one."""
     itk = sitk()
     require_utf8(path)
     file, which = parted(path)
@@ -56,10 +58,10 @@ def read(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         if "memory" in str(error) or "bad_alloc" in str(error):
             raise InputError(f"{file}: not enough memory for an image of this size") from error
-        image, bad = _foreign(file, header, reading, warn, error), 0
+        image, bad = _foreign(file, header, reading, warn, error, nearest), 0
     else:
         if header is not None:
-            image = _placed(image, header, file, reading, warn)
+            image = _placed(image, header, file, reading, warn, nearest)
     return image, bad
 
 
@@ -70,7 +72,9 @@ def _put(image: Any, grid: Geometry) -> Any:
     return image
 
 
-def _foreign(file: Path, header: Header | None, reading: Reading, warn: Warn, error: Exception) -> Any:
+def _foreign(
+    file: Path, header: Header | None, reading: Reading, warn: Warn, error: Exception, nearest: bool
+) -> Any:
     """What SimpleITK does not read, but nibabel does; InputError names what it is."""
     kind = recognise(file)
     if kind is None or kind.name not in FOREIGN:
@@ -84,11 +88,11 @@ def _foreign(file: Path, header: Header | None, reading: Reading, warn: Warn, er
     form = LPS @ affine if header is None else chosen(file, header, reading, warn)
     grid = grid_of(LPS @ affine if form is None else form, array.shape[::-1])
     usable(grid, file)
-    array, grid = made_straight(array, grid, file, "its sform is sheared", reading, warn)
+    array, grid = made_straight(array, grid, file, reading, warn, nearest=nearest)
     return _put(sitk().GetImageFromArray(array), grid)
 
 
-def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn) -> Any:
+def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn, nearest: bool) -> Any:
     """A NIfTI image where its header and what is chosen say that it lies."""
     itk, form = sitk(), chosen(file, header, reading, warn)
     nd, size = image.GetDimension(), image.GetSize()
@@ -103,7 +107,7 @@ def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn
         grid = grid_of(form, size[:3])
     usable(grid, file)
     array = itk.GetArrayViewFromImage(image)
-    straight, grid = made_straight(array, grid, file, "its sform is sheared", reading, warn, header.rough)
+    straight, grid = made_straight(array, grid, file, reading, warn, header.rough, nearest)
     if straight is not array:
         return _put(itk.GetImageFromArray(straight), grid)
     if nd > 3:  # more axes, such as time
@@ -136,18 +140,21 @@ def geometry_of(image: Any, path: Name) -> Geometry:
     return geometry
 
 
-def read_image(path: Name, reading: Reading = Reading(), warn: Warn = ignore) -> tuple[np.ndarray, Geometry]:
-    """Reads a scalar 2D or 3D image: any file SimpleITK reads, or a folder with one DICOM series.
+def read_image(
+    path: Name, reading: Reading = Reading(), warn: Warn = ignore, *, labels: bool = False
+) -> tuple[np.ndarray, Geometry]:
+    """Reads a scalar 2D or 3D image: any file SimpleITK or nibabel reads, or a DICOM series (FOLDER, FOLDER#2, FOLDER#UID).
 
-    reading: what is chosen where a file can be understood in two ways. warn(message): what may not be meant.
+    reading: what is chosen where a file can be understood in two ways. warn(message): what may not be meant. labels: its values
+    must not be mixed, should it have to be resampled.
     Returns:
         (ndarray, Geometry): the array in (z, y, x), in the file's dtype.
     Raises:
-        InputError: missing, damaged, 4D, one slice only, several values a voxel, not finite.
+        InputError: missing, damaged, 4D, not on one even grid, several values a voxel, not finite.
         ImportError: no SimpleITK.
     """
     itk = sitk()
-    image, bad = read(path, reading, warn)
+    image, bad = read(path, reading, warn, nearest=labels)
     nd, n_components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
     if nd not in (2, 3):
         raise InputError(f"{path}: must be a 2D or 3D image, got {nd} dimensions")

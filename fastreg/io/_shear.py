@@ -24,8 +24,8 @@ def upright(grid: Geometry) -> Geometry:
     return Geometry(grid.size, grid.spacing, grid.origin, tuple((u @ v).ravel().tolist()))
 
 
-def straightened(array: np.ndarray, grid: Geometry) -> tuple[np.ndarray, Geometry]:
-    """(fp32, its grid): linear interpolation on the grid of right angles that keeps the rows and the planes, and holds all of it."""
+def straightened(array: np.ndarray, grid: Geometry, nearest: bool = False) -> tuple[np.ndarray, Geometry]:
+    """(fp32, its grid; nearest: its own dtype): linear interpolation on the grid of right angles that keeps the rows and the planes, and holds all of it."""
     first, second, _ = grid.matrix[:, ::-1].T
     row = first / np.linalg.norm(first)
     column = second - (second @ row) * row
@@ -41,17 +41,27 @@ def straightened(array: np.ndarray, grid: Geometry) -> tuple[np.ndarray, Geometr
     onto = Geometry(
         tuple(size.tolist()), loose.spacing, tuple(loose.to_physical(low).tolist()), loose.direction
     )
-    values = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))[None, None]
-    moved, _ = resample(values, grid, onto, outside=float(array.min()))
-    return moved[0, 0].numpy(), onto
+    values = torch.from_numpy(np.array(array, dtype=np.float64 if nearest else np.float32, order="C"))[
+        None, None
+    ]
+    mode = "nearest" if nearest else "linear"
+    moved = resample(values, grid, onto, mode=mode, outside=float(array.min()))[0][0, 0].numpy()
+    return moved.astype(array.dtype) if nearest else moved, onto
 
 
 def made_straight(
-    array: np.ndarray, grid: Geometry, path: Name, what: str, reading: Reading, warn: Warn, rough: float = 0.0
+    array: np.ndarray,
+    grid: Geometry,
+    path: Name,
+    reading: Reading,
+    warn: Warn,
+    rough: float = 0.0,
+    nearest: bool = False,
 ) -> tuple[np.ndarray, Geometry]:
-    """An array (z, y, x) and its grid, with axes at right angles. what: what is sheared, of the file; rough: radians of no
-    account. InputError where reading wants none of it.
+    """An array (z, y, x) and its grid, with axes at right angles. rough: radians of no account; nearest: it holds labels.
+    InputError where reading wants none of it.
     """
+    what = "its sform is sheared"
     straight, angle = upright(grid), shear(grid)
     off = grid.apart(straight)
     if off <= 1e-3 * min(grid.spacing) or angle <= np.degrees(rough):
@@ -69,4 +79,4 @@ def made_straight(
         raise InputError(
             f"{path}: {what}, and has several values a voxel, which cannot be resampled on a straight grid"
         )
-    return straightened(array, grid)
+    return straightened(array, grid, nearest)

@@ -268,6 +268,17 @@ def test_other_dicom_is_named(tmp_path):
     scans.series(tmp_path / "mosaic", ImageType=["ORIGINAL", "PRIMARY", "MOSAIC"])
     with pytest.raises(InputError, match="a Siemens mosaic"):
         read(tmp_path / "mosaic")
+    scans.series(tmp_path / "deep" / "1" / "s1")
+    with pytest.raises(InputError, match=r"holds no DICOM image; give one of the folders in it: 1/s1"):
+        read(tmp_path / "deep")
+    io.write_image(
+        tmp_path / "study" / "empty" / "ct.nii", np.zeros((3, 3, 3)), io.Geometry.of((3, 3, 3), (1, 1, 1))
+    )
+    with pytest.raises(InputError, match=r"holds no DICOM image; give the image itself: ct.nii"):
+        read(tmp_path / "study" / "empty")
+    scans.series(tmp_path / "zero", PixelSpacing=[0, 1])
+    with pytest.raises(InputError, match="pixels must have a size, got 1 x 0 mm"):
+        read(tmp_path / "zero")
     scans.series(tmp_path / "pixels", PixelSpacing=None)
     with pytest.raises(InputError, match="does not say how large its pixels are"):
         read(tmp_path / "pixels")
@@ -328,3 +339,66 @@ def test_enhanced_multi_frame(tmp_path):
     with pytest.raises(InputError, match="TemporalPositionIndex 1"):
         read(tmp_path / "two" / "e.dcm")
     np.testing.assert_array_equal(read(f"{tmp_path / 'two' / 'e.dcm'}#2")[0], array[1::2])
+
+
+def test_a_single_file_of_a_series(tmp_path):
+    array = scans.series(tmp_path / "a")
+    again, grid, said = read(tmp_path / "a" / "s003.dcm")
+    np.testing.assert_array_equal(again, array[3:4])
+    assert (grid.size, grid.spacing, grid.origin) == ((8, 9, 1), (1.25, 1.5, 2.5), (-10, 5, 37.5))
+    assert len(said) == 1
+    assert "is one of 10 slices of its series; to read all of them give the folder" in said[0]
+    # a radiograph has no place
+    scans.series(tmp_path / "x", keep=[0], ImagePositionPatient=None, Modality="CR")
+    _, grid, said = read(tmp_path / "x" / "s000.dcm")
+    assert (grid.size, grid.spacing) == ((8, 9), (1.25, 1.5))
+    assert "read as a 2D image" in said[0]
+
+
+def test_a_film_beside_a_series_is_left_out(tmp_path):
+    array = scans.series(tmp_path / "a")
+    film = scans.dataset(
+        scans.values((3, 5, 5)), SOPClassUID="1.2.840.10008.5.1.4.1.1.3.1", NumberOfFrames=3, Modality="US"
+    )
+    scans.save(film, tmp_path / "a" / "film.dcm")
+    again, _, said = read(tmp_path / "a")
+    np.testing.assert_array_equal(again, array)
+    assert len(said) == 1
+    assert "1 file is left out" in said[0]
+    assert "a film, not a volume" in said[0]
+    with pytest.raises(InputError, match="3 frames that do not say where they lie"):
+        read(tmp_path / "a" / "film.dcm")
+
+
+def test_a_dose_grid(tmp_path):
+    for name, offsets, message in (
+        ("even", [0, 2, 4, 6], None),
+        ("gap", [0, 2, 6, 8], "slice 3 of 5 is missing"),
+    ):
+        array = scans.values((4, 9, 8))
+        scans.save(
+            scans.dataset(
+                array, SOPClassUID="1.2.840.10008.5.1.4.1.1.481.2", Modality="RTDOSE", NumberOfFrames=4, PixelSpacing=[1.5, 1.25],
+                GridFrameOffsetVector=offsets, ImagePositionPatient=[1, 2, 3], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                FrameIncrementPointer=0x3004000C, DoseGridScaling=1.0, RescaleSlope=None, RescaleIntercept=None,
+            ),
+            tmp_path / f"{name}.dcm",
+        )  # fmt: skip
+        if message:
+            with pytest.raises(InputError, match=message):
+                read(tmp_path / f"{name}.dcm")
+        else:
+            again, grid, _ = read(tmp_path / f"{name}.dcm")
+            np.testing.assert_array_equal(again, array)
+            assert (grid.spacing, grid.origin) == ((1.25, 1.5, 2), (1, 2, 3))
+
+
+def test_folders_that_are_no_series_of_even_steps_do_not_hide_behind_one_tag(tmp_path):
+    # Each slice has its own acquisition number, as step-and-shoot scans have, and two are missing.
+    scans.series(tmp_path / "a", keep=[0, 1, 2, 5, 6], each=lambda k: {"AcquisitionNumber": k})
+    with pytest.raises(InputError, match="slices 4 to 5 of 7 are missing"):
+        read(tmp_path / "a")
+    # Two blocks of two acquisitions are two volumes.
+    scans.series(tmp_path / "b", keep=[0, 1, 2, 5, 6], each=lambda k: {"AcquisitionNumber": 1 + k // 4})
+    with pytest.raises(InputError, match=r"#1: CT, 3 slices.*AcquisitionNumber 1.*#2: CT, 2 slices"):
+        read(tmp_path / "b")

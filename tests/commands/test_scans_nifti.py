@@ -171,6 +171,12 @@ def test_sheared(tmp_path):
         inside = ((own > -1e-4) & (own < np.array(SIZE) - 1 + 1e-4)).all(-1)
         assert inside.sum() > 0.8 * DATA.size
         np.testing.assert_allclose(array[inside], (points @ (LPS[:3, :3] @ axis))[inside], atol=1e-3)
+    marks = (ramp > ramp.mean()).astype(np.int16) * 7
+    marked = save(tmp_path / "l.nii", qform=AFFINE, sform=sheared, data=marks)
+    reading = Reading(tilt="resample", affine_source="sform")
+    labels = read_labels(marked, grid, path, reading)  # on the grid that the image was brought to
+    assert sorted(np.unique(labels)) == [0, 7]
+    assert (labels[inside] == 7 * (array > ramp.mean())[inside]).mean() > 0.9
     barely = save(tmp_path / "c.nii", qform=None, sform=form_at(shear=1e-3))
     _, grid, said = read(barely)
     assert len(said) == 1
