@@ -9,7 +9,21 @@ from typing import Any
 from fastreg._files import InputError
 from fastreg.io._reading import Warn, ignore
 
-IMAGES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".tif", ".tiff", ".jpg", ".dcm", ".hdr")
+IMAGES = (
+    ".nii",
+    ".nii.gz",
+    ".mha",
+    ".mhd",
+    ".nrrd",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".jpg",
+    ".dcm",
+    ".hdr",
+    ".mgz",
+    ".mgh",
+)
 POINTS = (".csv", ".tsv", ".fcsv", ".mrk.json", ".json", ".txt", ".pts")
 # Folders beside `images` or `imagesTr`, whose ending they share, by what they hold.
 KINDS = {"labels": ("labels",), "landmarks": ("landmarks", "keypoints"), "mask": ("masks",)}
