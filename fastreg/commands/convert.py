@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("convert takes a transform and the file to make, got one path")
     target = convert.require_written(args.to, out)
     if os.path.lexists(out):
-        for path in (*paths, args.like, args.moving):
+        for path in (*(convert.path_of(p)[0] for p in paths), args.like, args.moving):
             if path is not None and os.path.exists(path) and os.path.samefile(path, out):
                 raise InputError(f"{path}: is an input, and the output would replace it")
         if not args.force:

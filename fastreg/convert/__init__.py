@@ -3,6 +3,7 @@
 Chains are composed in fp64; where a file does not say what its numbers mean, `format` has to.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,9 +80,9 @@ def _optional(given: Name | Geometry | None, reading: Reading, warn: Warn) -> Ge
     return given if given is None or isinstance(given, Geometry) else geometry(given, reading, warn)
 
 
-def _split(name: Name) -> tuple[Path, bool]:
-    """(path, whether it is to be inverted) of PATH, `PATH,1` and `[PATH,1]` as ANTs has them."""
-    text = str(name)
+def path_of(name: Name) -> tuple[Path, bool]:
+    """What a transform's name says: (path, whether it is to be inverted) of PATH, `PATH,1` and `[PATH,1]` as ANTs has them."""
+    text = os.fspath(name)
     found = re.fullmatch(r"\[?(.+?),([01])\]?", text)
     if found is None or Path(text).exists():
         return Path(text), False
@@ -131,11 +132,11 @@ def read_chain(
     As read_transform. Of the Chain, `displacement()` is what read_transform gives, `map(points)` sends points (P, nd), mm, LPS, from
     the fixed image to the moving one, and `what` says in words what was recognised.
     """
-    names = [paths] if isinstance(paths, (str, Path)) or not isinstance(paths, Iterable) else list(paths)
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not names:
         raise InputError("at least one transform must be given")
     wanted = None if format is None else _named(format)
-    split = [_split(name) for name in names]
+    split = [path_of(name) for name in names]
     found = [names_of(path) for path, _ in split]
     fixed, other = _optional(like, reading, warn), _optional(moving, reading, warn)
     # In a list, --from is for those that do not say.

@@ -13,6 +13,9 @@ from fastreg.io import Geometry
 from fastreg.io._reading import Warn, ignore
 from fastreg.io._sitk import sitk
 
+# Of what interpolation makes of 0 and 1: more than its rounding.
+SOME = 1e-6
+
 
 @dataclass(frozen=True)
 class Field:
@@ -34,6 +37,29 @@ class Field:
         if isinstance(self.given, torch.Tensor):
             return self.given
         return _voxels(self.given, self.geometry)
+
+    def _taken(self, index: np.ndarray) -> np.ndarray:
+        """(P, nd) whole voxels -> (P, nd) fp64, mm."""
+        at = tuple(index.T)
+        if isinstance(self.given, np.ndarray):
+            return self.given[at].astype(np.float64)
+        return self.given[0].numpy()[(slice(None), *at)].T.astype(np.float64) @ self.geometry.matrix.T
+
+    def at(self, points: np.ndarray, *, border: bool = False) -> np.ndarray:
+        """(P, nd) mm -> (P, nd) displacements, linear, fp64; beyond the grid 0, as in ITK, or with border those of the nearest point."""
+        shape = np.asarray(self.geometry.shape)
+        index = self.geometry.to_index(points)
+        inside = np.all((index >= -0.5) & (index < shape - 0.5), axis=-1, keepdims=True)
+        index = np.clip(index, 0, shape - 1)
+        lower = np.minimum(np.floor(index).astype(int), shape - 2)
+        fraction = index - lower
+        out = np.zeros_like(index)
+        for corner in np.ndindex(*[2] * len(shape)):
+            weight = np.where(np.array(corner) == 1, fraction, 1 - fraction).prod(-1)[:, None]
+            value = self._taken(lower + corner)
+            # What carries no weight but rounding is not read: NaN reaches no further than the voxels beside it.
+            out += np.where(weight > SOME, weight * value, 0)
+        return out if border else np.where(inside, out, 0)
 
 
 def _voxels(vectors: np.ndarray, grid: Geometry) -> torch.Tensor:
@@ -59,7 +85,7 @@ class Step:
         """Of SimpleITK, which moves nothing where a field is not defined, nor beyond it."""
         if self.field is None:
             return self.other
-        vectors = np.nan_to_num(self.field.vectors, nan=0.0)
+        vectors = np.nan_to_num(self.field.vectors.astype(np.float64), nan=0.0)
         image = _on(sitk().GetImageFromArray(vectors, isVector=True), self.field.geometry)
         return sitk().DisplacementFieldTransform(image)
 
@@ -76,10 +102,6 @@ def _on(image: Any, geometry: Geometry) -> Any:
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
     return image
-
-
-# Of what interpolation makes of 0 and 1: more than its rounding.
-SOME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -167,33 +189,14 @@ class Chain:
         Beyond the grid of a field that comes first a point is moved as the nearest one on it; further fields move
         nothing beyond theirs, as in ITK.
         """
-        points = np.asarray(points, dtype=np.float64)
-        beyond = np.zeros_like(points)
-        first = self.steps[0].field
-        if first is not None:
-            index = first.geometry.to_index(points)
-            nearest = np.clip(index, 0, np.asarray(first.geometry.shape) - 1)
-            start = first.geometry.to_physical(nearest)
-            beyond, points = points - start, start
-        out = np.empty_like(points)
-        for row, point in enumerate(points):
-            for k, step in enumerate(self.steps):
-                if step.undefined is not None and _undefined(step, point):
-                    point = np.full_like(point, np.nan)
-                    break
-                point = np.asarray(step.transform.TransformPoint(point.tolist()))
-                point = point + beyond[row] if k == 0 else point
-            out[row] = point
+        out = np.array(points, dtype=np.float64)
+        for k, step in enumerate(self.steps):
+            known = np.isfinite(out).all(-1)
+            if step.field is not None:
+                out[known] += step.field.at(out[known], border=k == 0)
+            else:
+                out[known] = [step.transform.TransformPoint(p) for p in out[known].tolist()]
         return out
-
-
-def _undefined(step: Step, point: np.ndarray) -> bool:
-    assert step.field is not None
-    index = step.field.geometry.to_index(point)
-    if not step.field.geometry.contains(index):
-        return False
-    inside = np.clip(index, 0, np.asarray(step.field.geometry.shape) - 1)[::-1]
-    return bool(step.undefined.EvaluateAtContinuousIndex(inside.tolist(), sitk().sitkLinear) > SOME)
 
 
 def landing(u: torch.Tensor, geometry: Geometry, moving: Geometry) -> float:

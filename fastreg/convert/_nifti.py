@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fastreg._files import InputError, replacing, require_utf8
+from fastreg._files import InputError, replacing, require_regular, require_utf8
 from fastreg._refusals import Missing
 from fastreg.io import Geometry, Reading
+from fastreg.io._nifti import chosen, grid_of, header_of
 from fastreg.io._reading import Warn
+from fastreg.io._recognise import refusal
 
 from ._format import Source, Target
 
@@ -26,14 +28,22 @@ def nibabel() -> Any:
 
 
 def load(path: Path) -> Any:
-    """nibabel's image, data unread."""
-    require_utf8(path)
+    """nibabel's image, data unread. InputError: no NIfTI."""
+    require_regular(path)
     try:
-        return nibabel().load(path)
-    except (nibabel().filebasedimages.ImageFileError, nibabel().spatialimages.HeaderDataError) as error:
-        raise InputError(f"{path}: not a NIfTI file, or damaged") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: not a NIfTI file, or damaged") from error
+        image = nibabel().load(path)
+    except (
+        nibabel().filebasedimages.ImageFileError,
+        nibabel().spatialimages.HeaderDataError,
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+    ) as error:
+        raise InputError(refusal(path)) from error
+    if not isinstance(image, nibabel().Nifti1Pair):
+        raise InputError(f"{path}: must be NIfTI, and is {type(image).__name__.removesuffix('Image')}")
+    return image
 
 
 def intent(image: Any) -> tuple[int, str, float]:
@@ -43,38 +53,28 @@ def intent(image: Any) -> tuple[int, str, float]:
     return int(header["intent_code"]), name, float(header["intent_p1"])
 
 
-def grid(path: Path, affine: np.ndarray, shape: tuple[int, ...]) -> Geometry:
-    """Of an affine from voxels (x, y, z) to RAS."""
-    matrix = FLIP[:, None] * np.asarray(affine, dtype=np.float64)[:3]
-    spacing = np.linalg.norm(matrix[:, :3], axis=0)
-    if not (np.isfinite(matrix).all() and spacing.min() > 0):
+def grid(path: Path, form: np.ndarray, shape: tuple[int, ...]) -> Geometry:
+    """Of a form (3, 4): voxel (x, y, z) -> mm, LPS."""
+    found = grid_of(form, tuple(int(n) for n in shape))
+    numbers = np.concatenate([found.spacing, found.origin, found.direction])
+    if not (np.isfinite(numbers).all() and min(found.spacing) > 0):
         raise InputError(f"{path}: its spacing, origin or direction is not usable")
-    direction = matrix[:, :3] / spacing
+    direction = np.reshape(found.direction, (3, 3))
     if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
         raise InputError(f"{path}: the axes of its grid must be perpendicular, and are sheared")
     if min(shape) < 2:
-        raise InputError(
-            f"{path}: must have at least 2 voxels an axis, got {'x'.join(map(str, shape))}; 2D is not read"
-        )
-    numbers = (tuple(float(v) for v in a) for a in (spacing, matrix[:, 3], direction.ravel()))
-    return Geometry(tuple(int(n) for n in shape), *numbers)
+        size = "x".join(map(str, shape))
+        raise InputError(f"{path}: must have at least 2 voxels an axis, got {size}; 2D is not read")
+    return found
 
 
 def geometry(path: Path, image: Any, reading: Reading, warn: Warn) -> Geometry:
     """Where the voxels of an image lie, as `reading` says where qform and sform differ."""
-    shape = image.shape[:3]
-    forms = {
-        "qform": image.header.get_qform(coded=True)[0],
-        "sform": image.header.get_sform(coded=True)[0],
-    }
-    known = {name: grid(path, form, shape) for name, form in forms.items() if form is not None}
-    if len(known) == 2 and not known["qform"].matches(known["sform"]):
-        warn(
-            f"{path}: its qform and sform put it at different places: {reading.affine_source} is taken (--affine-source)"
-        )
-    return known.get(reading.affine_source) or next(
-        iter(known.values()), grid(path, image.header.get_base_affine(), shape)
-    )
+    header = header_of(path)
+    form = None if header is None else chosen(path, header, reading, warn)
+    if form is None:
+        raise InputError(f"{path}: does not say where it lies: its qform and sform codes are 0")
+    return grid(path, form, image.shape[:3])
 
 
 def values(path: Path, image: Any, *, undefined: bool = False) -> np.ndarray:

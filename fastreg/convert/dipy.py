@@ -20,7 +20,7 @@ def read(source: Source) -> list[Step]:
         affine = np.linalg.inv(image.affine)
     except np.linalg.LinAlgError as error:
         raise InputError(f"{source.path}: its affine cannot be inverted") from error
-    grid = _nifti.grid(source.path, affine, image.shape[:3])
+    grid = _nifti.grid(source.path, _nifti.FLIP[:, None] * affine[:3], image.shape[:3])
     backward = _nifti.values(source.path, image)[..., 1]
     source.warn(
         f"{source.path}: a DIPY mapping is written without the prealign matrix it may have had: where there was one, the rest is missing"

@@ -3,7 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from convert.scene import FIXED, FLIP, MOVING, U, error, image, mm, nibabel, points, ras, save, voxels, xyz
+from convert.scene import (
+    FIXED,
+    FLIP,
+    MOVING,
+    U,
+    error,
+    image,
+    mm,
+    nibabel,
+    points,
+    ras,
+    save,
+    sitk,
+    voxels,
+    xyz,
+)
 
 from fastreg import convert, io
 
@@ -55,6 +70,25 @@ def test_undefined_voxels_are_outside(tmp_path):
     convert.write_transform(tmp_path / "m.nii.gz", u, FIXED, "mrtrix")
     again, _, _ = convert.read_transform(tmp_path / "m.nii.gz", format="mrtrix")
     assert torch.allclose(again, u, atol=1e-4, equal_nan=True)
+
+
+def test_undefined_voxels_of_a_chain(tmp_path):
+    """As the first step, and as one that another leads to."""
+    array = POSITIONS.copy()
+    array[:3] = np.nan
+    path = save(tmp_path / "f.nii.gz", xyz(array), ras(FIXED))
+    step = FIXED.matrix @ (2, 0, 0)  # two voxels along z
+    sitk.WriteTransform(sitk.TranslationTransform(3, step.tolist()), str(tmp_path / "t.tfm"))
+    first = convert.read_chain([path, tmp_path / "t.tfm"], format="mrtrix")
+    then = convert.read_chain([tmp_path / "t.tfm", path], format="mrtrix", like=FIXED)
+    for chain, planes, expected in ((first, 3, U[8] + step), (then, 1, U[10] + step)):
+        u, _ = chain.displacement()
+        assert torch.isnan(u[0, :, :planes]).all()
+        assert torch.isfinite(u[0, :, planes:]).all()
+        assert np.abs(mm(u)[8] - expected).max() < 1e-4
+        start = FIXED.to_physical([[planes - 1.0, 5, 6], [8, 7, 9]])
+        assert np.isnan(chain.map(start)[0]).all()
+        assert np.allclose(chain.map(start)[1] - start[1], expected[7, 9], atol=1e-4)
 
 
 def test_writes(tmp_path):
