@@ -51,12 +51,12 @@ class Field:
         index = self.geometry.to_index(points)
         inside = np.all((index >= -0.5) & (index < shape - 0.5), axis=-1, keepdims=True)
         index = np.clip(index, 0, shape - 1)
-        lower = np.minimum(np.floor(index).astype(int), shape - 2)
+        lower = np.clip(np.floor(index).astype(int), 0, np.maximum(shape - 2, 0))  # one slice: 0
         fraction = index - lower
         out = np.zeros_like(index)
         for corner in np.ndindex(*[2] * len(shape)):
             weight = np.where(np.array(corner) == 1, fraction, 1 - fraction).prod(-1)[:, None]
-            value = self._taken(lower + corner)
+            value = self._taken(np.minimum(lower + corner, shape - 1))
             # What carries no weight but rounding is not read: NaN reaches no further than the voxels beside it.
             out += np.where(weight > SOME, weight * value, 0)
         return out if border else np.where(inside, out, 0)
