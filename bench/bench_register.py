@@ -56,7 +56,7 @@ def level_of(case, inputs):
     # Not zero: at integer positions the gradient of a linear interpolation is one-sided, and which side a
     # stock sampler takes hangs on its rounding.
     base = common.displacement((1, 1, *_control(case)), 3, inputs[0].device, torch.float32, amplitude=0.5)
-    images, spacing = (*inputs, None), (SPACING,) * len(size)
+    images, spacing = (*inputs, None, None), (SPACING,) * len(size)
     start = base.to(inputs[0].dtype)
     options = (DEFAULTS[n] for n in ("transform", "smoothing", "similarity", "window", "regularization"))
     return registration._level(images, size, spacing, start, *options)

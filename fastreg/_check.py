@@ -140,13 +140,15 @@ def same_device(op: str, name: str, t: Tensor, other_name: str, other: Tensor) -
         fail(op, name, f"be on the device of {other_name}, {other.device}", t.device)
 
 
-def scan(op: str, name: str, image: Tensor) -> Tensor:
-    """A finite image of one sample, detached; fp32, or fp64 where fp32 could round a small range on a large offset away."""
+def scan(op: str, name: str, image: Tensor, unless: Tensor | None = None) -> Tensor:
+    """An image of one sample, detached, finite but where `unless` is 0; fp32, or fp64 where fp32 could round a small range on a
+    large offset away.
+    """
     tensor(op, name, image)
     if image.layout != torch.strided or image.device.type == "meta":
         kind = "meta" if image.device.type == "meta" else str(image.layout).removeprefix("torch.")
         fail(op, name, "be a dense tensor with data", f"a {kind} one", TypeError)
-    if image.dtype.is_complex or (image.dtype == torch.bool and name != "mask"):
+    if image.dtype.is_complex or (image.dtype == torch.bool and "mask" not in name):
         fail(op, name, "have a real dtype", image.dtype, TypeError)
     if image.ndim not in (4, 5) or image.shape[0] != 1:
         hint = f": pass {name}[None, None]" if image.ndim in AXES else ""
@@ -155,20 +157,23 @@ def scan(op: str, name: str, image: Tensor) -> Tensor:
         fail(op, name, "not be empty", tuple(image.shape))
     image = image.detach()
     single = image.float()
-    if not torch.isfinite(single).all():
-        fail(op, name, "be finite", f"{int((~torch.isfinite(single)).sum())} NaN or infinite values")
+    bad = ~torch.isfinite(single)
+    if unless is not None and unless.device == bad.device and unless.shape[2:] == bad.shape[2:]:
+        bad = bad & (unless > 0)
+    if bad.any():
+        fail(op, name, "be finite", f"{int(bad.sum())} NaN or infinite values")
     return image.double() if image.dtype != torch.float32 and image.dtype.itemsize > 2 else single
 
 
-def mask(op: str, t: Tensor | None, image: Tensor) -> Tensor | None:
+def mask(op: str, t: Tensor | None, image: Tensor, name: str = "mask") -> Tensor | None:
     """(N, 1, *spatial) weights without a gradient; bool ones as 0 and 1 in the dtype of the image."""
     if t is None:
         return None
     shape = (image.shape[0], 1, *image.shape[2:])
     if t.shape != shape:
-        fail(op, "mask", f"have shape {tuple(shape)}", tuple(t.shape))
+        fail(op, name, f"have shape {tuple(shape)}", tuple(t.shape))
     if _requires_grad(t):
-        fail(op, "mask", "not require a gradient", "requires_grad=True")
+        fail(op, name, "not require a gradient", "requires_grad=True")
     return t.to(image.dtype) if t.dtype == torch.bool else t
 
 

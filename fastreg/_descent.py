@@ -9,8 +9,9 @@ dense     u = base + G * p, on a grid twice as coarse, where regulariser, smooth
           eighth; resized for the warp
 velocity  the same for a stationary velocity, integrated before it is resized: invertible up to discretisation
 bspline   u = base + cubic B-splines with control points p: the sum over levels is a multilevel B-spline
-affine    (before the others) x -> M x + b in mm, M and b about the centre of the image; the sampling position is
+affine    (before the others, or alone) x -> M x + b in mm, M and b about the centre of the image; the sampling position is
           A p + u(p), with a velocity A (p + u(p)), which is as invertible as u
+rigid     the same with M the exponential of a skew matrix, a rotation in mm
 """
 
 import math
@@ -27,8 +28,9 @@ from .ops.bspline_displacement import control_shape
 
 SimilarityName = Literal["lcc", "mind", "mse"]
 SIMILARITIES = get_args(SimilarityName)
-TransformName = Literal["dense", "velocity", "bspline"]
-TRANSFORMS = get_args(TransformName)
+TransformName = Literal["dense", "velocity", "bspline", "rigid", "affine"]
+LINEAR = ("rigid", "affine")  # one matrix, and nothing after it
+TRANSFORMS = tuple(name for name in get_args(TransformName) if name not in LINEAR)
 STEPS = 5  # squarings of a velocity; 7 and 9 gave the same folds
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -63,6 +65,42 @@ def resized(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     ratio = [(b - 1) / max(s - 1, 1) for b, s in zip(before, shape, strict=True)]
     image = _fused.smooth(image, [0.5 * math.sqrt(max(r * r - 1.0, 0.0)) for r in ratio])
     return F.interpolate(image, size=tuple(shape), mode=_LINEAR[len(before)], align_corners=True)
+
+
+def rescaled(image: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each channel with its 0.5 % and 99.5 % quantiles (where mask > 0) at 0 and 1; a constant channel is 0.
+
+    LCC is invariant to this but for its noise floor, which has to know what a large difference is."""
+    out = []
+    for channel in image[0]:
+        sample = channel.flatten() if mask is None else channel[mask[0, 0] > 0]
+        if sample.numel() == 0:
+            sample = channel.flatten()
+        sample = sample[:: max(1, sample.numel() // 1_000_000)].double()
+        low, high = torch.quantile(sample, sample.new_tensor([0.005, 0.995]))
+        if not high > low:
+            low, high = sample.min(), sample.max()
+        # in fp64, or a small range on a large offset would be rounded twice
+        span = high - low
+        out.append(
+            ((channel.double() - low) / span).float() if span > 0 else torch.zeros_like(channel).float()
+        )
+    return torch.stack(out)[None]
+
+
+def filled(image: Tensor, known: Tensor) -> Tensor:
+    """image, (1, C, *spatial), where known (1, 1, *spatial) is true; else averages over larger and larger blocks of it."""
+    if known.all():
+        return image
+    if not known.any():
+        return torch.zeros_like(image)
+    pool = F.avg_pool3d if image.ndim == 5 else F.avg_pool2d
+    step = [min(2, n) for n in image.shape[2:]]
+    share = pool(known.to(image.dtype), step, ceil_mode=True, count_include_pad=False)
+    total = pool(image.masked_fill(~known, 0), step, ceil_mode=True, count_include_pad=False)
+    coarse = filled(total / share.clamp(min=torch.finfo(image.dtype).tiny), share > 0)
+    around = F.interpolate(coarse, size=image.shape[2:], mode=_LINEAR[image.ndim - 2])
+    return torch.where(known, image, around)
 
 
 def _finest(spacing, shape):
@@ -159,20 +197,32 @@ class Similarity:
         self.floor = _NOISE**2 * math.prod(min(window, n) for n in fixed.shape[2:])
         self.prepared = nn.MINDLoss(radius=1, dilation=2).prepare(fixed) if kind == "mind" else None
 
-    def __call__(self, moved, ops=_fused):
+    def __call__(self, moved, ops=_fused, weights=None):
+        """weights: of the moved image, (1, 1, *shape), or None."""
+        mask = self.mask
+        if weights is not None:
+            mask = weights if mask is None else mask * weights
         if self.kind == "mind":
-            return self.prepared(moved, mask=self.mask)
+            return self.prepared(moved, mask=mask)
         if self.kind == "mse":
-            return ops.mse_loss(self.fixed, moved, mask=self.mask)
+            return ops.mse_loss(self.fixed, moved, mask=mask)
         return ops.lcc_loss(
             self.fixed,
             moved,
             self.window,
-            mask=self.mask,
+            mask=mask,
             padding="valid",
             smooth_dr=self.floor,
             denominator="clamp",
         )
+
+
+def moved_weights(weights, u, affine):
+    """What of the moving image counts, where it is now: it goes along, and pulls at nothing."""
+    if weights is None:
+        return None
+    with torch.no_grad():
+        return _fused.warp(weights, u, affine=affine, padding="border")
 
 
 @dataclass
@@ -185,6 +235,7 @@ class Level:
     matrix: Tensor | None  # affine part, (nd, nd + 1), mm
     affine: Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
     regularization: float
+    weights: Tensor | None = None  # of the moving image
 
     def displacement(self, field, ops=_fused):
         """Without the affine part."""
@@ -201,7 +252,7 @@ class Level:
             moved = ops.warp(self.moving, u, padding="border")
         else:
             moved = ops.warp(self.moving, u, affine=self.affine, padding="border")
-        similarity = self.similarity(moved, ops)
+        similarity = self.similarity(moved, ops, moved_weights(self.weights, u, self.affine))
         regularity = ops.diffusion(field, spacing=self.transform.spacing)
         loss = _WEIGHT[self.similarity.kind] * similarity + self.regularization * regularity
         return loss, similarity, regularity
@@ -288,10 +339,10 @@ def affine_in_voxels(matrix, spacing):
 
 
 class AffineFit:
-    """Minimises a similarity over x -> M x + b, mm. A unit of the parameter moves the rim by one voxel."""
+    """Minimises a similarity over x -> M x + b, mm; rigid: M a rotation. A unit of the parameter moves the rim by one voxel."""
 
-    def __init__(self, full, spacing):
-        self.spacing = spacing
+    def __init__(self, full, spacing, rigid=False):
+        self.spacing, self.rigid = spacing, rigid
         extent = torch.tensor([s * (n - 1) for s, n in zip(spacing, full, strict=True)], dtype=torch.float64)
         self.centre, self.radius = extent / 2, max(float(extent.max()) / 2, 1e-30)
         free = (extent > 0).double()  # nothing moves along an axis of one voxel
@@ -300,10 +351,14 @@ class AffineFit:
 
     def matrix(self, motion):
         """(nd, nd + 1), mm."""
-        linear = torch.eye(len(motion), dtype=motion.dtype) + motion[:, :-1] / self.radius
+        linear = motion[:, :-1] / self.radius
+        if self.rigid:
+            linear = torch.linalg.matrix_exp((linear - linear.T) / 2)
+        else:
+            linear = torch.eye(len(motion), dtype=motion.dtype) + linear
         return torch.cat([linear, (self.centre - linear @ self.centre + motion[:, -1])[:, None]], 1)
 
-    def descend(self, moving, similarity, spacing, n_iterations, learning_rate, report):
+    def descend(self, moving, weights, similarity, spacing, n_iterations, learning_rate, report):
         finest = _finest(spacing, moving.shape[2:])
         parameter = torch.zeros_like(self.motion, requires_grad=True)
         adam = torch.optim.Adam([parameter], lr=learning_rate)
@@ -313,7 +368,8 @@ class AffineFit:
             adam.zero_grad()
             motion = self.motion + finest * self.free * parameter
             matrix = affine_in_voxels(self.matrix(motion), spacing).to(moving)
-            value = similarity(_fused.warp(moving, None, affine=matrix, padding="border"))
+            moved = _fused.warp(moving, None, affine=matrix, padding="border")
+            value = similarity(moved, weights=moved_weights(weights, None, matrix.detach()))
             value.backward()
             adam.step()
             slower.step()

@@ -18,7 +18,9 @@ from fastreg._version import __version__
 from fastreg.data.pairs import Case
 from fastreg.ops import jacobian_determinant
 
-OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "displacement.nii.gz", "picture.png", "report.json")
+OUTPUTS = (
+    "moved.nii.gz", "moved_labels.nii.gz", "displacement.nii.gz", "affine.tfm", "picture.png", "report.json",
+)  # fmt: skip
 SCHEMA = "fastreg report 1"  # report.schema.json says what that is
 
 
@@ -51,7 +53,7 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
 class Outcome:
     """A registered Case: u (1, nd, *fixed grid), voxels, and what is said of it.
 
-    before: (moving image on the fixed grid, where it reaches), where the caller has it.
+    before: (moving image on the fixed grid, where it reaches), where the caller has it. affine: of u, (nd, nd + 1), mm, where there is one.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Outcome:
         device: torch.device,
         summary: Mapping[str, Any],
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        affine: np.ndarray | None = None,
     ) -> None:
-        self.case, self.u, self.device = case, u, device
+        self.case, self.u, self.device, self.affine = case, u, device, affine
         self.before = before or io.resample(
             intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None
         )
@@ -103,6 +106,14 @@ class Outcome:
             io.write_image(folder / "moved_labels.nii.gz", labels, grid)
         if inverse:
             summary["inverse"] = outcome_inverse.write(folder, case, u)
+        if self.affine is not None:
+            matrix, space = (
+                (self.affine, grid) if grid.plane is None else (grid.plane.map(self.affine), grid.plane.whole)
+            )
+            io.write_affine(folder / "affine.tfm", matrix, space.centre)
+            kind = "rigid" if io.is_rigid(matrix) else "affine"
+            summary["affine"] = {"kind": kind, "matrix_lps_mm": matrix.tolist()}
+        summary["overlap_after"] = inside.double().mean().item()
         draw(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
         summary |= {
             "outside_value": outside,

@@ -2,7 +2,8 @@
 
     minimise over u:  similarity(fixed, warp(moving, u)) + regularization * diffusion(u)
 
-with the diffusion in mm over mm. What a level minimises, and over which parameters, is in _descent.py.
+with the diffusion in mm over mm; or over matrices alone. What a level minimises, and over which parameters, is in
+_descent.py; where it all begins, in _start.py.
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, _descent, _inverse
+from . import _check, _descent, _inverse, _start
 from . import ops as _fused
 from ._repr import shapes
 
@@ -26,8 +27,8 @@ _AFFINE_VOXELS = 2_000_000  # levels beyond this size add nothing to twelve numb
 _AFFINE_ITERATIONS = 100
 _AFFINE_STEP = 0.1  # voxels
 
-# Fixed, moving, mask.
-Images = tuple[Tensor, Tensor, Tensor | None]
+# Fixed, moving, weights of the one (or None), of the other.
+Images = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(repr=False)
@@ -40,10 +41,12 @@ class Registration:
         levels (list[dict]): coarse to fine: shape, spacing_mm, iterations, loss_first, loss_last, similarity,
             regularity, seconds.
         seconds (float): all of it, wall clock.
-        affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion.
+        affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion, a start that is
+            one included. None: there is none, or the start is a field, in which it is not told apart.
         velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
             with transform="velocity". Integrated in 5 steps and resized it is the motion before the affine part, but for
             places that folded.
+        start (str): "none", "centres", "masses", "search" or "given": where it began.
     """
 
     displacement: Tensor
@@ -52,6 +55,7 @@ class Registration:
     seconds: float
     affine: Tensor | None = None
     velocity: Tensor | None = None
+    start: str = "none"
 
     __repr__ = shapes
 
@@ -71,27 +75,6 @@ class Registration:
             tensor([-0.5000])
         """
         return _inverse.invert(self.displacement)
-
-
-def _rescaled(image: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Each channel with its 0.5 % and 99.5 % quantiles (where mask > 0) at 0 and 1; a constant channel is 0.
-
-    LCC is invariant to this but for its noise floor, which has to know what a large difference is."""
-    out = []
-    for channel in image[0]:
-        sample = channel.flatten() if mask is None else channel[mask[0, 0] > 0]
-        if sample.numel() == 0:
-            sample = channel.flatten()
-        sample = sample[:: max(1, sample.numel() // 1_000_000)].double()
-        low, high = torch.quantile(sample, sample.new_tensor([0.005, 0.995]))
-        if not high > low:
-            low, high = sample.min(), sample.max()
-        # in fp64, or a small range on a large offset would be rounded twice
-        span = high - low
-        out.append(
-            ((channel.double() - low) / span).float() if span > 0 else torch.zeros_like(channel).float()
-        )
-    return torch.stack(out)[None]
 
 
 def _pyramid(shape: Sequence[int], spacing: Sequence[float], levels: int | None) -> list[tuple[int, ...]]:
@@ -115,9 +98,9 @@ def _pyramid(shape: Sequence[int], spacing: Sequence[float], levels: int | None)
 
 
 def _resized(images: Images, shape: tuple[int, ...]) -> Images:
-    fixed, moving, mask = images
-    smaller = None if mask is None else _descent.resized(mask, shape)
-    return _descent.resized(fixed, shape), _descent.resized(moving, shape), smaller
+    fixed, moving, *weights = images
+    mask, moving_mask = (None if w is None else _descent.resized(w, shape) for w in weights)
+    return _descent.resized(fixed, shape), _descent.resized(moving, shape), mask, moving_mask
 
 
 def _level(
@@ -134,10 +117,10 @@ def _level(
 ) -> _descent.Level:
     """The level of `shape` voxels.
 
-    Args: images: rescaled fixed and moving, mask or None, at full size. spacing: mm, of those. field: of the level
+    Args: images: rescaled fixed and moving, their weights or None, at full size. spacing: mm, of those. field: of the level
     before. width: see _descent.transform. matrix: affine part, mm, or None.
     """
-    fixed, moving, mask = _resized(images, shape)
+    fixed, moving, mask, weights = _resized(images, shape)
     full = images[0].shape[2:]
     affine = None
     if matrix is not None:
@@ -150,6 +133,7 @@ def _level(
         matrix=matrix,
         affine=affine,
         regularization=regularization,
+        weights=weights,
     )
 
 
@@ -160,26 +144,48 @@ def _fit_affine(
     similarity: str,
     window: int,
     report: Callable[..., object] | None,
+    plan: Sequence[int],
+    kind: str = "affine",
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Coarse to fine; returns the matrix, (nd, nd + 1) in mm, and a record per level."""
     full = tuple(images[0].shape[2:])
-    fit, records = _descent.AffineFit(full, spacing), []
-    for number, shape in enumerate(shapes):
+    fit, records = _descent.AffineFit(full, spacing, kind == "rigid"), []
+    for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)):
         begun = time.perf_counter()
-        fixed, moving, mask = _resized(images, shape)
+        fixed, moving, mask, weights = _resized(images, shape)
         size = _descent.spacing_of(shape, full, spacing)
         compare = _descent.Similarity(similarity, fixed, mask, window)
         record = fit.descend(
             moving,
+            weights,
             compare,
             size,
-            _AFFINE_ITERATIONS,
+            n_iterations,
             _AFFINE_STEP,
             report and functools.partial(report, number),
         )
-        record = {"transform": "affine", "shape": shape, "spacing_mm": size, **record}
+        record = {"transform": kind, "shape": shape, "spacing_mm": size, **record}
         records.append({**record, "seconds": time.perf_counter() - begun})
     return fit.matrix(fit.motion), records
+
+
+def _scan(name: str, image: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """An image that is finite where its mask counts, and the mask in fp32, at most 1."""
+    op = "register"
+    if mask is None:
+        return _check.scan(op, name, image), None
+    mask = _check.scan(op, mask_name, mask)
+    image = _check.scan(op, name, image, unless=mask)
+    _check.mask(op, mask, image, mask_name)
+    _check.same_device(op, mask_name, mask, name, image)
+    least, most = mask.aminmax()
+    if least < 0:
+        _check.fail(op, mask_name, "be at least 0", f"{float(least):g}")
+    # only ratios of weights count, and sums of large or tiny ones would leave fp32
+    mask = (mask / most if most > 0 else mask).float()
+    # what is not looked at must not reach its neighbours when the image is smoothed or interpolated
+    known = mask > 0 if name == "moving" else image.isfinite().all(1, keepdim=True)
+    return (_descent.filled(image, known) if known.any() else image.nan_to_num(0, 0, 0)), mask
 
 
 def register(
@@ -188,6 +194,8 @@ def register(
     *,
     spacing: float | Sequence[float] = 1.0,
     mask: Tensor | None = None,  # (1, 1, *spatial)
+    moving_mask: Tensor | None = None,  # (1, 1, *spatial)
+    start: str | Tensor | None = None,  # or (1, nd, nd + 1), or (1, nd, *spatial)
     similarity: _descent.SimilarityName = "lcc",
     transform: _descent.TransformName = "dense",
     affine: bool = False,
@@ -205,13 +213,17 @@ def register(
     diffusion in mm over mm.
 
     Args:
-        fixed, moving (Tensor): (1, C, D, H, W) or (1, C, H, W), of one shape, finite, any real dtype.
+        fixed, moving (Tensor): (1, C, D, H, W) or (1, C, H, W), of one shape, any real dtype; finite where their mask is not 0.
         spacing (float or sequence): voxel size, mm, (z, y, x).
         mask (Tensor, optional): (1, 1, *spatial) >= 0, or bool: weight of each voxel of fixed.
+        moving_mask (Tensor, optional): the same of moving, moved with it. What has weight 0 is not looked at: padding, NaN.
+        start (str or Tensor, optional): where to begin; the motion found includes it. A matrix (1, nd, nd + 1) or a displacement
+            (1, nd, *spatial), in voxels; "masses": those of the intensities above the background laid on each other; "auto": that
+            where it is clearly better; "search": turned as well, by any angle. None or "none": as the images lie.
         similarity (str): "lcc"; "mind" for images of different kinds (MIND-SSC); "mse" for intensities that
             mean the same. Channels are rescaled to their range first.
         transform (str): "dense" displacement; "velocity", stationary and integrated: invertible up to
-            discretisation; "bspline", cubic.
+            discretisation; "bspline", cubic; or a matrix alone: "rigid", a rotation in mm and a shift, or "affine".
         affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
             does not see it.
         window (int): LCC window, voxels of the level, odd.
@@ -221,7 +233,7 @@ def register(
             spacing of each level's displacement grid; 4 voxels between control points.
         levels (int, optional): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
         iterations (int or sequence): at most, of every level or coarse to fine (the affine part takes up to 100 a
-            level of its own); where there are more levels than numbers the first serves the coarser ones, where fewer the
+            level of its own, as "rigid" and "affine" do at most); where there are more levels than numbers the first serves the coarser ones, where fewer the
             first ones go unused. A flat loss ends a level.
         learning_rate (float): of Adam, in voxels of the displacement grid.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
@@ -244,26 +256,20 @@ def register(
         >>> fastreg.mse_loss(fixed, result.moved) < 0.01 * fastreg.mse_loss(fixed, moving)
         tensor(True)
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     op = "register"
-    fixed, moving = _check.scan(op, "fixed", fixed), _check.scan(op, "moving", moving)
+    fixed, mask = _scan("fixed", fixed, "mask", mask)
+    moving, moving_mask = _scan("moving", moving, "moving_mask", moving_mask)
     _check.same_shape(op, "moving", moving, "fixed", fixed)
     _check.same_device(op, "moving", moving, "fixed", fixed)
     full = tuple(fixed.shape[2:])
     nd = len(full)
     spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
-    if mask is not None:
-        mask = _check.scan(op, "mask", mask)
-        _check.mask(op, mask, fixed)
-        _check.same_device(op, "mask", mask, "fixed", fixed)
-        least, most = mask.aminmax()
-        if least < 0:
-            _check.fail(op, "mask", "be at least 0", f"{float(least):g}")
-        # only ratios of weights count, and sums of large or tiny ones would leave fp32
-        mask = (mask / most if most > 0 else mask).float()
     _check.choice(op, "similarity", similarity, _descent.SIMILARITIES)
-    _check.choice(op, "transform", transform, _descent.TRANSFORMS)
-    _check.flag(op, "affine", affine)
+    _check.choice(op, "transform", transform, (*_descent.TRANSFORMS, *_descent.LINEAR))
+    linear = transform in _descent.LINEAR
+    if _check.flag(op, "affine", affine) and linear:
+        _check.fail(op, "affine", f"be False with transform {transform!r}, which has nothing after it", True)
     window = _check.odd_window(op, window)
     (regularization,) = _check.per_axis(op, "regularization", regularization, 1)
     if smoothing is not None:
@@ -288,20 +294,30 @@ def register(
     # The caller's no_grad, inference mode or autocast would each break the descent.
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-        images = (_rescaled(fixed, mask), _rescaled(moving), None if mask is None else mask.clone())
+        mask, moving_mask = (None if m is None else m.clone() for m in (mask, moving_mask))
+        whole, begin = moving, _start.of(start, (fixed, moving, mask, moving_mask), spacing)
+        if begin is not None:
+            moving, mask, moving_mask = begin.resampled(moving, mask, moving_mask)
+        rescaled = (_descent.rescaled(fixed, mask), _descent.rescaled(moving, moving_mask))
+        images = (*rescaled, mask, moving_mask)
         records: list[dict[str, Any]] = []
         matrix, field = None, torch.zeros(1, nd, *[1] * nd, dtype=torch.float32, device=fixed.device)
-        rough = [s for s in shapes if math.prod(s) <= _AFFINE_VOXELS] or shapes[:1] if affine else []
-        if affine:
-            report = progress and (lambda level, *rest: progress(level, len(rough) + len(shapes), *rest))
-            matrix, records = _fit_affine(images, rough, spacing, similarity, window, report)
-        for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)):
+        rough = (
+            [s for s in shapes if math.prod(s) <= _AFFINE_VOXELS] or shapes[:1] if affine or linear else []
+        )
+        total = len(rough) + (0 if linear else len(shapes))
+        if rough:
+            report = progress and (lambda level, *rest: progress(level, total, *rest))
+            most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
+            options = similarity, window, report, most[: len(rough)], transform if linear else "affine"
+            matrix, records = _fit_affine(images, rough, spacing, *options)
+        for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)) if not linear else ():
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             level = _level(
                 images, shape, spacing, field, transform, width, similarity, window, regularization, matrix
             )
-            report = progress and functools.partial(progress, len(rough) + number, len(rough) + len(shapes))
+            report = progress and functools.partial(progress, len(rough) + number, total)
             field, record = _descent.descend(level, n_iterations, learning_rate, report)
             record = {
                 "transform": transform,
@@ -311,16 +327,26 @@ def register(
             }
             records.append({**record, "seconds": time.perf_counter() - begun})
         with torch.no_grad():
-            shift = None if level.affine is None else _fused.affine_displacement(level.affine, full)
-            displacement = _descent.relaxed(level.displacement(field), shift)
-            if shift is not None:
-                displacement = displacement + shift
-            moved = _fused.warp(moving.float(), displacement)
+            voxels = None if matrix is None else _descent.affine_in_voxels(matrix, spacing)
+            own = None if voxels is None else voxels.to(field)
+            displacement = None if linear else level.displacement(field)
+            if own is not None:
+                shift = _fused.affine_displacement(own, full)
+                displacement = shift if linear else _descent.relaxed(displacement, shift) + shift
+            else:
+                displacement = _descent.relaxed(displacement)
+            if begin is not None:
+                displacement, whole_affine = begin.then(displacement), begin.after(voxels)
+                own = None if whole_affine is None else whole_affine.to(field)
+                if linear and own is not None:
+                    displacement = _fused.affine_displacement(own, full)
+            moved = _fused.warp(whole.float(), displacement)
     return Registration(
         displacement,
         moved,
         records,
-        time.perf_counter() - start,
-        affine=level.affine,
+        time.perf_counter() - began,
+        affine=own,
         velocity=field if transform == "velocity" else None,
+        start="none" if begin is None else begin.taken,
     )

@@ -7,13 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fastreg import io, models, outcome_inverse, report
+from fastreg import _start, convert, io, models, outcome_inverse, report
 from fastreg._console import bar, progress, seen, telling, warn
-from fastreg._descent import SIMILARITIES, TRANSFORMS
+from fastreg._descent import LINEAR, SIMILARITIES, TRANSFORMS, filled
 from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg.data.pairs import Case, sample_of, weights_of
 from fastreg.outcome import OUTPUTS, Outcome, intensities
@@ -23,13 +25,15 @@ from fastreg.training.build import predict
 
 from . import nets
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, add_reading, device_of, numbers
+from .options import Parser, add_common, add_reading, device_of, numbers, reading_of
 
 STEPS = 300  # of a net on one pair
 
 HELP = {
     "similarity": "lcc; mind for images of different kinds; mse for intensities that mean the same",
-    "transform": "dense; velocity: integrated, invertible up to discretisation; bspline: cubic",
+    "transform": "dense; velocity: integrated, invertible up to discretisation; bspline: cubic; rigid or affine: one matrix alone",
+    "start": "where to begin: none: as the images lie; centres or masses: laid on each other; auto: one of these where it is clearly "
+    "better; search: turned as well, by any angle; or a FILE: an ITK transform or displacement field",
     "affine": "find an affine part first",
     "window": "side of the LCC window in voxels, odd",
     "regularization": "weight of the smoothness of the displacement",
@@ -38,7 +42,7 @@ HELP = {
     "iterations": "at most, of every level or comma-separated from coarse to fine",
     "learning_rate": "step of the optimiser",
 }
-CHOICES = {"similarity": SIMILARITIES, "transform": TRANSFORMS}
+CHOICES = {"similarity": SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
 METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
 
 
@@ -48,7 +52,8 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="register two images",
         usage="fastreg register FIXED MOVING -o OUT [...]\n       fastreg register FIXED MOVING -o OUT --method METHOD [...]",
         description="Registers MOVING to FIXED: 2D or 3D, scalar, each on its own grid. OUT becomes "
-        "a folder with moved.nii.gz, displacement.nii.gz (ITK displacement field), picture.png, report.json.",
+        "a folder with moved.nii.gz, displacement.nii.gz (ITK displacement field), picture.png, report.json, and affine.tfm (ITK "
+        "transform) where there is an affine part.",
     )
     command.add_argument(
         "fixed",
@@ -64,7 +69,10 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         "where MOVING's landmarks lie in FIXED",
     )
     add_arguments(command.add_argument_group("what else is known of the pair"))
-    add_parameters(command, learning_rate="; with --method: of Adam (default: the paper's)")
+    group = add_parameters(command, learning_rate="; with --method: of Adam (default: the paper's)")
+    starts = "|".join((*_start.CHOICES, "FILE"))
+    text = f"{HELP['start']} (default: auto)"
+    group.add_argument("--start", metavar=starts, default=argparse.SUPPRESS, help=text)
     group = command.add_argument_group(
         "a net on the pair alone",
         "instead of the pairwise optimiser: --method, untrained, and what goes with it",
@@ -80,11 +88,11 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def tunable() -> list[inspect.Parameter]:
     """The parameters of `register` that a number on the command line can set."""
-    given = ("fixed", "moving", "spacing", "mask", "progress")
+    given = ("fixed", "moving", "spacing", "mask", "moving_mask", "start", "progress")
     return [p for p in inspect.signature(register).parameters.values() if p.name not in given]
 
 
-def add_parameters(parser: argparse.ArgumentParser, **also: str) -> None:
+def add_parameters(parser: argparse.ArgumentParser, **also: str) -> argparse._ActionsContainer:
     """A flag for each parameter of `register`; one that is not given is not in the arguments. `also`: more of its help."""
     group = parser.add_argument_group("the pairwise optimiser", "parameters of fastreg.register")
     for p in tunable():
@@ -99,6 +107,7 @@ def add_parameters(parser: argparse.ArgumentParser, **also: str) -> None:
             group.add_argument(flag, choices=CHOICES[p.name], **options)
         else:
             group.add_argument(flag, type=numbers, metavar=METAVARS.get(p.name, "X"), **options)
+    return group
 
 
 def _pasted(parameter: inspect.Parameter) -> str:
@@ -154,37 +163,76 @@ def _begin(args: argparse.Namespace, case: Case, device: torch.device, what: str
             print(f"{what}: {case.fixed_grid}, {device}")
 
 
+def _start_of(case: Case, args: argparse.Namespace) -> _start.Start | None:
+    """What --start says; None: as the images lie."""
+    asked, grid = getattr(args, "start", "auto"), case.fixed_grid
+    if asked not in _start.CHOICES:
+        if not Path(asked.removesuffix(",1")).exists():
+            raise InputError(f"--start must be one of {', '.join(_start.CHOICES)} or a file, got {asked!r}")
+        chain = convert.read_chain(
+            asked, like=grid, moving=case.moving_grid, reading=reading_of(args), warn=warn
+        )
+        matrix = chain.matrix
+        if matrix is None:
+            u, _ = chain.displacement(warn)
+            return _start.Start(asked, grid, displacement=filled(u, ~u.isnan().any(1, keepdim=True)))
+        if not np.linalg.cond(matrix[:, :-1]) < 1e6:
+            raise InputError(f"{asked}: must be invertible, got the matrix {matrix[:, :-1].tolist()}")
+        return _start.Start(asked, grid, matrix)
+    images = intensities(case.fixed), intensities(case.moving), case.weights
+    return _start.find(asked, grid, case.moving_grid, *images)
+
+
 def solve(case: Case, args: argparse.Namespace) -> Outcome:
     """Registers a Case as the arguments say: an Outcome."""
     device = device_of(args)
     parameters = {p.name: getattr(args, p.name, p.default) for p in tunable()}
+    start = _start_of(case, args)
+    grid, field = (case.moving_grid, None) if start is None else start.of_image(case.moving_grid)
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
-    start, inside = io.resample(intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None)
-    overlap, weights = weights_of(case.weights, inside, warn)
+    laid = io.resample(intensities(case.moving), grid, case.fixed_grid, field, outside=None)
+    where = (
+        None
+        if start is None or start.taken in _start.CHOICES
+        else f"{start.taken}: leads nowhere into the moving image"
+    )
+    overlap, weights = weights_of(case.weights, laid[1], warn, where)
     _begin(args, case, device)
+    if start is not None and not args.quiet:
+        with telling():
+            print(f"start: {start}")
     with _progress(args) as told:
         result = register(
             intensities(case.fixed).to(device),
-            start.to(device),
+            laid[0].to(device),
             spacing=case.fixed_grid.spacing_zyx,
             mask=None if weights is None else weights.to(device),
             progress=told,
             **parameters,
         )
-    u = result.displacement.detach().cpu()
+    u, affine = result.displacement.detach().cpu(), result.affine
+    if start is not None:
+        u, affine = start.then(u), start.after(affine)
     summary = {
+        "start": {"asked": getattr(args, "start", "auto"), **_start.plain(start)},
         "overlap": overlap,
         "parameters": parameters,
-        "affine_voxels_zyx": None if result.affine is None else result.affine[0].tolist(),
+        "affine_voxels_zyx": None if affine is None else affine[0].tolist(),
         "levels": result.levels,
         "seconds": result.seconds,
     }
-    return Outcome(case, u, device, summary, (start, inside))
+    matrix = None if affine is None else case.fixed_grid.map_to_physical(affine[0].double().cpu().numpy())
+    before = laid
+    if start is not None:
+        lain = io.resample(intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None)
+        before = lain if lain[1].any() else laid  # rather than a picture of nothing
+    return Outcome(case, u, device, summary, before, matrix)
 
 
 def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
     """A net on the pair alone, as RRN's authors trained on the scans that they registered: an Outcome."""
-    given = [p.name for p in tunable() if hasattr(args, p.name) and p.name != "learning_rate"]
+    names = ["start", *(p.name for p in tunable() if p.name != "learning_rate")]
+    given = [name for name in names if hasattr(args, name)]
     if given:
         raise InputError(
             f"--{given[0].replace('_', '-')} is a parameter of fastreg.register, not of --method {args.method}"
@@ -227,7 +275,7 @@ def _run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     report.require_matplotlib()
     outputs = (*OUTPUTS, *outcome_inverse.OUTPUTS)  # those of a run before that this one does not write go
-    refuse_own_inputs(args.out, paths_of(args), outputs)
+    refuse_own_inputs(args.out, (*paths_of(args), getattr(args, "start", None)), outputs)
     if args.method is None:
         for name in (*nets.NAMES, "steps", "seed"):
             if getattr(args, name) is not None:

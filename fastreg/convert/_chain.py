@@ -176,6 +176,14 @@ class Chain:
                 f"{step.path}: {100 * (1 - share):.0f} % of the result lies beyond its grid and is not moved by it"
             )
 
+    @property
+    def matrix(self) -> np.ndarray | None:
+        """(nd, nd + 1), mm (x, y, z), where every step is linear; else None."""
+        if any(step.field is not None or not step.other.IsLinear() for step in self.steps):
+            return None
+        shift, *columns = self.map(np.eye(self.steps[0].nd + 1, self.steps[0].nd, -1))
+        return np.stack([*(column - shift for column in columns), shift], 1)
+
     def displacement(self, warn: Warn = ignore) -> tuple[torch.Tensor, Geometry]:
         """(u (1, nd, *spatial) fp32 in voxels, NaN: not defined; its grid)."""
         field = self.steps[0].field

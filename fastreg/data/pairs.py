@@ -177,14 +177,14 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
 
 
 def weights_of(
-    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = ignore
+    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = ignore, apart: str | None = None
 ) -> tuple[float, torch.Tensor | None]:
     """Where a loss counts: where the moving image reaches (inside, bool), times the user's mask (or None), both
-    (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere).
+    (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere). apart: what is said where that is nowhere.
     """
     share = inside.double().mean().item()
     if share == 0:
-        raise InputError("the fixed and the moving image do not overlap in physical space")
+        raise InputError(apart or "the fixed and the moving image do not overlap in physical space")
     if share < SMALL_OVERLAP:
         warn(f"the moving image covers only {100 * share:.2g} % of the fixed one")
     if mask is None:

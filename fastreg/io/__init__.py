@@ -6,6 +6,7 @@ Physical points are ITK's: millimetres, LPS, in the order (x, y, z). Arrays, ten
 
 from fastreg._files import InputError
 
+from ._affine import is_rigid, write_affine
 from ._channels import Volumes, read_volumes, volume_geometry, write_volumes
 from ._displacement import read_displacement, write_displacement
 from ._geometry import Geometry
@@ -24,6 +25,7 @@ __all__ = [
     "Volumes",
     "invert",
     "invert_points",
+    "is_rigid",
     "read_displacement",
     "read_image",
     "read_landmarks",
@@ -31,6 +33,7 @@ __all__ = [
     "read_volumes",
     "resample",
     "volume_geometry",
+    "write_affine",
     "write_displacement",
     "write_image",
     "write_landmarks",

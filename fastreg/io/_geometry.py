@@ -69,6 +69,31 @@ class Geometry:
         size, spacing = (tuple(np.roll(np.asarray(v), by).tolist()) for v in (self.size, self.spacing))
         return Geometry(size, spacing, self.origin, tuple(direction.ravel().tolist()))
 
+    def before(self, matrix: np.ndarray) -> "Geometry":
+        """The grid that an affine map, (nd, nd + 1) in mm, takes to this one: an image on this grid, sampled through the map."""
+        back = np.linalg.inv(matrix[:, :-1])
+        direction = back @ np.asarray(self.direction).reshape(self.nd, self.nd)
+        origin = back @ (np.asarray(self.origin) - matrix[:, -1])
+        return Geometry(self.size, self.spacing, tuple(origin.tolist()), tuple(direction.ravel().tolist()))
+
+    def map_to_index(self, matrix: np.ndarray) -> np.ndarray:
+        """An affine map of points, (nd, nd + 1) in mm (x, y, z), as one of voxels (z, y, x)."""
+        m, o, back = self.matrix, np.asarray(self.origin), np.linalg.inv(self.matrix)
+        linear, shift = matrix[:, :-1], matrix[:, -1]
+        moved = back @ (linear @ o + shift - o)
+        return np.concatenate([back @ linear @ m, moved[:, None]], 1)
+
+    def map_to_physical(self, matrix: np.ndarray) -> np.ndarray:
+        """An affine map of voxels (z, y, x), (nd, nd + 1), as one of points in mm (x, y, z)."""
+        m, o = self.matrix, np.asarray(self.origin)
+        linear = m @ matrix[:, :-1] @ np.linalg.inv(m)
+        return np.concatenate([linear, (m @ matrix[:, -1] + o - linear @ o)[:, None]], 1)
+
+    @property
+    def centre(self) -> np.ndarray:
+        """mm, (x, y, z)."""
+        return self.to_physical((np.asarray(self.shape) - 1) / 2)
+
     def contains(self, index: np.ndarray) -> np.ndarray:
         """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
         return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)

@@ -24,6 +24,12 @@ class Plane:
         """(rows, columns, 2) mm in the plane -> (*whole.shape, 3) mm in space, that lead to the other slice."""
         return (flat @ self.axes.T + self.step).reshape(*self.whole.shape, 3)
 
+    def map(self, flat: np.ndarray) -> np.ndarray:
+        """A map (2, 3) of mm in the plane -> (3, 4) of mm in space, that leads to the other slice."""
+        linear = self.axes @ (flat[:, :-1] - np.eye(2)) @ self.axes.T
+        shift = self.axes @ flat[:, -1] + self.step - linear @ np.asarray(self.whole.origin)
+        return np.concatenate([np.eye(3) + linear, shift[:, None]], 1)
+
 
 def thin_axis(grid: Geometry) -> int | None:
     """The axis (of x, y, z) along which a 3D grid has one voxel; None: it is no slice."""

@@ -561,8 +561,8 @@ MUTANTS = [
     ),
     Mutant(
         "register_rescales_without_the_mask", "mask", ALL,
-        "images = (_rescaled(fixed, mask), _rescaled(moving),",
-        "images = (_rescaled(fixed), _rescaled(moving),",
+        "rescaled = (_descent.rescaled(fixed, mask),",
+        "rescaled = (_descent.rescaled(fixed),",
         "registration", "mask_hides", "what the mask hides sets the range of intensities",
     ),
     Mutant(
