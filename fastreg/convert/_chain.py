@@ -152,6 +152,8 @@ class Chain:
         for k, step in enumerate(self.steps):
             if step.field is not None and not (own and k == 0):
                 self._require_reach(k, step, warn)
+        if own and all(step.field is None and step.other.IsLinear() for step in self.steps[1:]):
+            return self._then_matrices()
         place = grid.size, grid.origin, grid.spacing, grid.direction
         image = sitk().TransformToDisplacementField(
             self._until(len(self.steps)), sitk().sitkVectorFloat64, *place
@@ -161,6 +163,24 @@ class Chain:
             if step.undefined is not None:
                 vectors[self._sampled(step.undefined, k, sitk().sitkLinear) > SOME] = np.nan
         return vectors
+
+    def _then_matrices(self) -> np.ndarray:
+        """As vectors, of a field on its own grid and matrices after it: without interpolation."""
+        field, grid = self.steps[0].field, self.geometry
+        assert field is not None
+        offset = np.zeros(grid.nd)
+        matrix = np.eye(grid.nd)
+        for step in self.steps[1:]:
+            images = [np.asarray(step.other.TransformPoint(p)) for p in [*matrix.T.tolist(), offset.tolist()]]
+            start = np.asarray(step.other.TransformPoint([0.0] * grid.nd))
+            matrix, offset = np.stack(images[:-1], 1) - start[:, None], images[-1]
+        out = np.empty((*grid.shape, grid.nd))
+        index = np.stack(np.meshgrid(*map(np.arange, (1, *grid.shape[1:])), indexing="ij"), -1)[0]
+        for k in range(grid.shape[0]):  # positions of all at once would outweigh everything else
+            index[..., 0] = k
+            p = grid.to_physical(index)
+            out[k] = (p + field.vectors[k]) @ matrix.T + offset - p
+        return out
 
     def _require_reach(self, k: int, step: Step, warn: Warn) -> None:
         assert step.field is not None

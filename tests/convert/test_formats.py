@@ -1,6 +1,13 @@
 """What FORMATS says is what the page prints."""
 
+import doctest
+import inspect
+import re
 from pathlib import Path
+
+import pytest
+import torch
+from convert.scene import nibabel  # noqa: F401
 
 from fastreg import convert
 
@@ -18,3 +25,16 @@ def test_every_format_is_read_or_says_what_to_do():
         assert format.name == name
         assert format.read or format.instead
         assert bool(format.write) == bool(format.suffixes)
+
+
+@pytest.mark.parametrize("function", [convert.read_transform, convert.write_transform])
+def test_help_names_every_argument_and_its_example_is_true(function):
+    doc = inspect.getdoc(function)
+    section = re.split(r"^(?:Returns|Raises|Example):$", doc.partition("Args:\n")[2], flags=re.M)[0]
+    assert set(inspect.signature(function).parameters) == set(
+        re.findall(r"(?:^    |\. )(\w+) \(", section, re.M)
+    )
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, globs={"torch": torch})
+    runner, log = doctest.DocTestRunner(), []
+    runner.run(test, out=log.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(log)

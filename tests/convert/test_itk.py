@@ -98,6 +98,17 @@ def test_both_of_ants_in_their_order(tmp_path):
         assert np.allclose(mm(got)[5, 6, 7], expected, atol=1e-4)
 
 
+def test_several_matrices_after_a_field(tmp_path):
+    warp, matrix = ants(tmp_path)
+    rigid = sitk.Euler3DTransform((1.0, 2.0, 3.0), 0.2, -0.1, 0.3, (3.0, -2.0, 1.0))
+    sitk.WriteTransform(rigid, str(tmp_path / "r.tfm"))
+    u, _, _ = convert.read_transform([warp, matrix, tmp_path / "r.tfm"])
+    for index in ([0, 0, 0], [13, 17, 21], [5, 6, 7]):
+        p = FIXED.to_physical(index)
+        end = rigid.TransformPoint(affine(p + U[tuple(index)]).tolist())
+        assert np.allclose(p + mm(u)[tuple(index)], end, atol=1e-4)
+
+
 def test_a_warp_without_the_matrix_beside_it_is_told(tmp_path):
     warp, matrix = ants(tmp_path)
     told = []
@@ -285,6 +296,16 @@ def test_integers_colours_and_nan_are_no_fields(tmp_path):
         write[0](write[1](bad, FIXED), str(path))
         with pytest.raises(io.InputError, match="must be finite"):
             convert.read_transform(path)
+
+
+def test_colours_of_nrrd_are_no_field(tmp_path):
+    """Of floating-point numbers too, where the header says what they are."""
+    header = "NRRD0004\ntype: float\ndimension: 4\nspace: left-posterior-superior\nsizes: 3 2 2 2\n"
+    header += "space directions: none (1,0,0) (0,1,0) (0,0,1)\nkinds: RGB-color domain domain domain\n"
+    header += "endian: little\nencoding: raw\nspace origin: (0,0,0)\n\n"
+    (tmp_path / "c.nrrd").write_bytes(header.encode() + np.ones(24, "<f4").tobytes())
+    with pytest.raises(io.InputError, match="is a colour image"):
+        convert.read_transform(tmp_path / "c.nrrd")
 
 
 def test_h5_is_written_as_a_transform(tmp_path):
