@@ -17,7 +17,7 @@ import numpy as np
 from fastreg._files import InputError, Name, require_utf8
 from fastreg._refusals import Missing
 
-from ._dicom_files import Slice, no_image, number, slices_of, sop_class, suffix
+from ._dicom_files import Slice, no_image, number, slices_of, sop_class, suffix, unreadable
 from ._geometry import Geometry
 from ._reading import Reading, Warn
 from ._shear import STRAIGHT, straightened
@@ -259,7 +259,7 @@ def _pixels(volume: Volume) -> np.ndarray:
             try:
                 array = itk.GetArrayFromImage(itk.ReadImage(s.file, imageIO="GDCMImageIO"))
             except RuntimeError as error:
-                raise InputError(f"{s.file}: is no DICOM image that can be read, or damaged") from error
+                raise InputError(unreadable(s.file)) from error
             last = s.file, array
         planes.append(last[1][s.frame])
     return np.stack(planes, dtype=np.result_type(*{p.dtype for p in planes}))
@@ -352,7 +352,7 @@ def read_dicom(path: Name, reading: Reading, warn: Warn) -> Any:
             kind = no_image(sop_class(str(base)) or "")
             slices = [] if kind else slices_of(str(base))
             if not slices:
-                raise InputError(f"{base}: is {kind or 'no DICOM image that can be read, or damaged'}")
+                raise InputError(f"{base}: is {kind}" if kind else unreadable(str(base)))
         placed = [s for s in slices if s.position is not None]
         volumes = _volumes(_without_copies(placed, warn)) or [Volume([s]) for s in slices]
         volume = _chosen(path, volumes, which)

@@ -72,16 +72,35 @@ def _vector(text: str, n: int) -> np.ndarray | None:
 
 def sop_class(file: str) -> str | None:
     """Of a DICOM file, "" where it does not say; None: not one, or one without the preamble."""
+    return _of_header(file, b"\x02\x00\x02\x00UI")
+
+
+def _of_header(file: str, tag: bytes) -> str | None:
     with open(file, "rb") as stream:
         head = stream.read(1024)
     if head[128:132] != b"DICM":
         return None
-    # The file's own header is explicit little endian whatever the rest is; (0002,0002) is near its beginning.
-    begin = head.find(b"\x02\x00\x02\x00UI", 132)
+    # The file's own header is explicit little endian whatever the rest is, and at its beginning.
+    begin = head.find(tag, 132)
     if begin < 0:
         return ""
     length = int.from_bytes(head[begin + 6 : begin + 8], "little")
     return head[begin + 8 : begin + 8 + length].decode("ascii", "replace").strip("\0 ")
+
+
+def unreadable(file: str) -> str:
+    """What to say of a file that GDCM does not read."""
+    if os.path.getsize(file) == 0:
+        return f"{file}: is empty"
+    syntax = _of_header(file, b"\x02\x00\x10\x00UI") or ""
+    packed = syntax.startswith("1.2.840.10008.1.2.")
+    packed = packed and syntax not in ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
+    more = (
+        f", or packed in a way that is not supported (transfer syntax {syntax}): unpack it, with gdcmconv --raw"
+        if packed
+        else ""
+    )
+    return f"{file}: is no DICOM image that can be read, or damaged{more}"
 
 
 def no_image(class_: str) -> str | None:

@@ -86,7 +86,8 @@ def _foreign(
         raise InputError(refusal(file)) from error
     array, affine = read_foreign(file, kind.name, file)
     form = LPS @ affine if header is None else chosen(file, header, reading, warn)
-    grid = grid_of(LPS @ affine if form is None else form, array.shape[::-1])
+    form = LPS @ affine if form is None else form
+    grid = grid_of(form if array.ndim == 3 else form[:2, [0, 1, 3]], array.shape[::-1])
     usable(grid, file)
     array, grid = made_straight(array, grid, file, reading, warn, nearest=nearest)
     return _put(sitk().GetImageFromArray(array), grid)
@@ -157,7 +158,10 @@ def read_image(
     image, bad = read(path, reading, warn, nearest=labels)
     nd, n_components = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
     if nd not in (2, 3):
-        raise InputError(f"{path}: must be a 2D or 3D image, got {nd} dimensions")
+        size = "x".join(map(str, image.GetSize()))
+        raise InputError(
+            f"{path}: must be a 2D or 3D image, got {nd} dimensions ({size}): take one volume out of it"
+        )
     if n_components != 1:
         raise InputError(f"{path}: must have one value a voxel, got {n_components}")
     geometry = geometry_of(image, path)

@@ -39,7 +39,7 @@ def read_foreign(path: Path, kind: str, shown: Name) -> tuple[np.ndarray, np.nda
         raise InputError(f"{shown}: is {kind}, but damaged or cut short") from error
     if array.dtype.names is not None:
         raise InputError(f"{shown}: must have one value a voxel, got {len(array.dtype.names)} (colour)")
-    if len(shape) != 3:
+    if len(shape) not in (2, 3):
         raise InputError(
             f"{shown}: must be a 2D or 3D image, got {len(shape)} dimensions ({'x'.join(map(str, shape))})"
         )

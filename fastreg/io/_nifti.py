@@ -194,6 +194,11 @@ def grid_of(form: np.ndarray, size: tuple[int, ...]) -> Geometry:
     return Geometry(size, *(tuple(n.tolist()) for n in numbers))
 
 
+def _invertible(form: np.ndarray) -> bool:
+    lengths = np.linalg.norm(form[:, :3], axis=0)
+    return bool(np.isfinite(form).all() and np.abs(np.linalg.det(form[:, :3])) > 1e-6 * np.prod(lengths) > 0)
+
+
 def chosen(path: Name, header: Header, reading: Reading, warn: Warn) -> np.ndarray | None:
     """The form (3, 4) that says where an image lies; None: it does not say. Warns of what others may read differently."""
     if not header.version:
@@ -215,6 +220,16 @@ def chosen(path: Name, header: Header, reading: Reading, warn: Warn) -> np.ndarr
             f"{path}: does not say where it lies (qform and sform codes are 0): taken as SimpleITK does, from 0 along the axes"
         )
         return None
+    if (
+        len(forms) == 2
+        and (usable := {n: f for n, f in forms.items() if _invertible(f)})
+        and len(usable) == 1
+    ):
+        (good,) = usable
+        warn(
+            f"{path}: its {(set(forms) - {good}).pop()} is no place in space, and left out; read by the {good}"
+        )
+        forms = usable
     if len(forms) == 1:
         return next(iter(forms.values()))
     size = (*header.dim, 1, 1)[:3]

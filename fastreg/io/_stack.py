@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ROUNDED = 2e-2  # of a step: what positions of two decimals lose of half a millimetre
+
 
 @dataclass(frozen=True)
 class Lie:
@@ -30,8 +32,8 @@ class Lie:
 
     @property
     def even(self) -> bool:
-        """Even, or as good as: what is off by more than the tolerance, but less than a hundredth of a step, is worth a word."""
-        return self.off <= max(self.tolerance, 1e-2 * float(np.linalg.norm(self.step)))
+        """Even, or as good as: what is off by more than the tolerance, but less than a fiftieth of a step, is worth a word."""
+        return self.off <= max(self.tolerance, ROUNDED * float(np.linalg.norm(self.step)))
 
     def sideways(self, normal: np.ndarray) -> np.ndarray:
         """(3,) mm: the part of a step that lies in the slice."""
@@ -63,11 +65,13 @@ def complaint(points: np.ndarray, normal: np.ndarray, thickness: Sequence[float]
     depths = points @ normal
     steps = np.diff(depths)
     step = float(np.median(steps))
-    odd = np.flatnonzero(np.abs(steps - step) > 1e-2 * step)
+    odd = np.flatnonzero(np.abs(steps - step) > 2 * ROUNDED * step)
     if not len(odd):
-        lateral = points - depths[:, None] * normal
-        off = Lie.of(lateral).off
-        return f"slices are shifted sideways against each other, unevenly, by up to {off:.3g} mm"
+        lateral = Lie.of(points - depths[:, None] * normal).off
+        along = Lie.of(depths[:, None] * normal).off
+        if lateral < along:
+            return f"slices lie up to {along:.3g} mm off even steps of {step:.6g} mm"
+        return f"slices are shifted sideways against each other, unevenly, by up to {lateral:.3g} mm"
     where = f"between {at(depths[odd[0]], normal)} and {at(depths[odd[0] + 1], normal)}"
     kinds = [f"{t:g}" for t in sorted(set(thickness)) if np.isfinite(t)]
     if len(kinds) > 1:
@@ -75,7 +79,7 @@ def complaint(points: np.ndarray, normal: np.ndarray, thickness: Sequence[float]
     if len(odd) > 1 and np.ptp(odd) == len(odd) - 1 and np.ptp(steps[odd]) < 1e-2 * step:
         return f"slices have two steps, {step:.6g} mm and {steps[odd[0]]:.6g} mm, which begins {where}"
     times = np.rint(steps / step).astype(int)
-    if times.min() >= 1 and np.abs(steps - times * step).max() <= 2e-2 * step:
+    if times.min() >= 1 and np.abs(steps - times * step).max() <= 2 * ROUNDED * step:
         number = 1 + np.concatenate([[0], np.cumsum(times)])
         gaps = [(number[k] + 1, number[k + 1] - 1) for k in odd]
         named = [f"{a} to {b}" if a < b else f"{a}" for a, b in gaps[:3]]

@@ -81,6 +81,17 @@ def test_slightly_uneven_slices_are_read_with_a_word(tmp_path):
     ]
 
 
+def test_positions_of_two_decimals(tmp_path):
+    scans.series(tmp_path / "a", positions=[(0, 0, round(0.625 * k, 2)) for k in range(10)])
+    _, grid, said = read(tmp_path / "a")
+    assert grid.spacing[2] == pytest.approx(0.625, abs=1e-3)
+    assert len(said) == 1
+    off = [(0, 0, 2.5 * k + (0.08 if k == 4 else 0)) for k in range(10)]
+    scans.series(tmp_path / "b", positions=off)
+    with pytest.raises(InputError, match=r"slices lie up to 0.08 mm off even steps of 2.5 mm"):
+        read(tmp_path / "b")
+
+
 def texture(points):
     """Linear in the plane, so that linear interpolation is exact; anything along z."""
     x, y, z = np.moveaxis(points, -1, 0)

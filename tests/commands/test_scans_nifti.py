@@ -183,6 +183,10 @@ def test_sheared(tmp_path):
     assert "left out" in said[0]
     assert read(save(tmp_path / "d.nii", qform=None, sform=form_at(shear=1e-4)))[2] == []
     singular = np.zeros((4, 4))
+    _, grid, said = read(save(tmp_path / "f.nii", sform=singular), affine_source="sform")
+    assert lies_at(grid, AFFINE)
+    assert len(said) == 1
+    assert "its sform is no place in space" in said[0]
     with pytest.raises(InputError, match="not usable"):
         read(save(tmp_path / "e.nii", qform=None, sform=singular))
 
@@ -211,6 +215,10 @@ def test_what_nibabel_reads(tmp_path):
     for name in ("a.mgh", "a.mgz"):
         nibabel.save(nibabel.MGHImage(DATA, AFFINE), tmp_path / name)
         same(tmp_path / name)
+    nibabel.save(nibabel.Nifti2Image(DATA[:, :, 0], np.diag([1.5, 2, 3, 1])), tmp_path / "flat.nii")
+    array, grid, _ = read(tmp_path / "flat.nii")
+    np.testing.assert_array_equal(array, DATA[:, :, 0].T)
+    assert grid.spacing == (1.5, 2)
     nibabel.save(nibabel.MGHImage(np.stack([DATA] * 2, -1), AFFINE), tmp_path / "b.mgz")
     with pytest.raises(InputError, match="got 4 dimensions"):
         read(tmp_path / "b.mgz")
