@@ -405,7 +405,7 @@ setup(
     # An editable install is then this folder on the path. The finder that it is otherwise comes after the path, and to a script
     # beside the clone the clone itself would be the package, an empty one.
     package_dir={"": "."},
-    package_data={"fastreg": ["py.typed", "report.schema.json"]},
+    package_data={"fastreg": ["py.typed", "report.html", "report.schema.json"]},
     ext_modules=[Extension(name, sources=[]) for name in extensions],
     cmdclass={"build_ext": BuildKernels},
 )

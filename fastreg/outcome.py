@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import _ext, evaluation, io, metrics, outcome_inverse, report
+from fastreg import _ext, evaluation, io, metrics, outcome_inverse, report, report_page
 from fastreg._console import telling, warn
 from fastreg._files import Name, write_json
 from fastreg._version import __version__
@@ -91,9 +91,10 @@ class Outcome:
         files: Mapping[str, Name] | None = None,
         *,
         inverse: bool = False,
+        page: bool = False,
     ) -> None:
         """Writes OUTPUTS into the folder; began: time.perf_counter() when all began; files: of "fixed" and "moving", for the report;
-        inverse: the other direction too."""
+        inverse: the other direction too; page: report.html too."""
         case, u, grid, summary = self.case, self.u, self.case.fixed_grid, self.summary
         for which, file in (files or {}).items():
             summary[which] = {"file": str(file), **summary[which]}
@@ -114,7 +115,8 @@ class Outcome:
             kind = "rigid" if io.is_rigid(matrix) else "affine"
             summary["affine"] = {"kind": kind, "matrix_lps_mm": matrix.tolist()}
         summary["overlap_after"] = inside.double().mean().item()
-        draw(case, u, summary, folder / "picture.png", reached=(self.before, (moved, inside)))
+        reached = self.before, (moved, inside)
+        draw(case, u, summary, folder / "picture.png", reached=reached)
         summary |= {
             "outside_value": outside,
             "seconds_total": round(time.perf_counter() - began, 3),
@@ -122,6 +124,10 @@ class Outcome:
             **about(self.device),
         }
         write_json(folder / "report.json", summary)
+        if page:
+            before, after = (image.masked_fill(~known, math.nan)[0, 0].numpy() for image, known in reached)
+            page_of = folder / report_page.PAGE, case.fixed, before, after, grid, case.title, summary
+            report_page.write(*page_of, folder / "picture.png", folder / "report.json")
 
     def tell(self, out: Name) -> None:
         """Prints the summary."""

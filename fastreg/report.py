@@ -38,7 +38,7 @@ def require_matplotlib() -> None:
         raise Missing("matplotlib", "the picture")
 
 
-def _anatomical(geometry: Geometry) -> tuple[list[int], list[bool]]:
+def anatomical(geometry: Geometry) -> tuple[list[int], list[bool]]:
     """For superior, posterior, left (2D: no S): the nearest axis of the array, whether it runs backwards."""
     nd = geometry.nd
     direction = np.asarray(geometry.direction).reshape(nd, nd)[::-1, ::-1]  # (z, y, x) both ways
@@ -51,7 +51,7 @@ def _anatomical(geometry: Geometry) -> tuple[list[int], list[bool]]:
     return order, flip
 
 
-def _turn(array: np.ndarray, order: Sequence[int], flip: Sequence[bool]) -> np.ndarray:
+def turned(array: np.ndarray, order: Sequence[int], flip: Sequence[bool]) -> np.ndarray:
     return np.flip(array.transpose(order), tuple(axis for axis, f in enumerate(flip) if f))
 
 
@@ -60,12 +60,12 @@ def _percentile(values: np.ndarray, shares: Any) -> Any:
     return np.nanpercentile(flat[:: max(1, flat.size // 1_000_000)], shares)
 
 
-def _window(image: np.ndarray) -> tuple[float, float]:
+def window_of(image: np.ndarray) -> tuple[float, float]:
     low, high = _percentile(image, [0.5, 99.5])
     return (low, high) if high > low else (low, low + 1)
 
 
-def _cuts(before: np.ndarray) -> list[int]:
+def cuts_of(before: np.ndarray) -> list[int]:
     """The slice of each axis to show: in the middle half, the most central where images differed most."""
     cuts = []
     for axis, n in enumerate(before.shape):
@@ -78,7 +78,7 @@ def _cuts(before: np.ndarray) -> list[int]:
     return cuts
 
 
-def _planes(nd: int, cuts: Sequence[int]) -> list[tuple[str, int | None, int | None, int, int, bool]]:
+def planes_of(nd: int, cuts: Sequence[int]) -> list[tuple[str, int | None, int | None, int, int, bool]]:
     """(name, axis cut, slice, vertical axis, horizontal axis, whether the vertical one points up)."""
     if nd == 2:
         return [("", None, None, 0, 1, False)]
@@ -118,16 +118,16 @@ def draw(
     from matplotlib.figure import Figure
 
     nd = geometry.nd
-    order, flip = _anatomical(geometry)
+    order, flip = anatomical(geometry)
     fixed, moving, moved, determinant = (
-        _turn(np.asarray(a, dtype=np.float32), order, flip) for a in (fixed, moving, moved, determinant)
+        turned(np.asarray(a, dtype=np.float32), order, flip) for a in (fixed, moving, moved, determinant)
     )
     moves = [
-        _turn(u[axis], order, flip) * (-1 if back else 1) for axis, back in zip(order, flip, strict=True)
+        turned(u[axis], order, flip) * (-1 if back else 1) for axis, back in zip(order, flip, strict=True)
     ]
     spacing = [geometry.spacing_zyx[axis] for axis in order]
 
-    fixed_window, moving_window = _window(fixed), _window(moving)
+    fixed_window, moving_window = window_of(fixed), window_of(moving)
 
     def scaled(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
         return np.clip((image - window[0]) / (window[1] - window[0]), 0, 1)
@@ -139,7 +139,7 @@ def draw(
     spread = float(np.clip(_percentile(np.abs(determinant - 1), 99.5), 0.2, 1))
     volume_map = LinearSegmentedColormap.from_list("volume", VOLUME)
 
-    planes = _planes(nd, _cuts(before))
+    planes = planes_of(nd, cuts_of(before))
     gray = {"cmap": colormaps["gray"].with_extremes(bad=NOTHING)}
     columns = [
         ("fixed", fixed, {**gray, "vmin": fixed_window[0], "vmax": fixed_window[1]}),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastreg import convert, io, report
+from fastreg import convert, io, report, report_page
 from fastreg._console import telling, warn
 from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg._moved import move
@@ -19,12 +19,12 @@ from fastreg.training.build import predict
 
 from . import _moving
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, add_reading, add_transforms, device_of, reading_of
+from .options import Parser, add_common, add_html, add_reading, add_transforms, device_of, reading_of
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points", "source", "like")
 POINTS = ("points.fcsv", "points.mrk.json", "points.txt")  # beside points.csv, where they came so
-PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask")
+PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask", "html")
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -58,7 +58,9 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     _moving.add_arguments(command)
     add_transforms(command)
-    add_arguments(command.add_argument_group("with --weights, what else is known of the pair"))
+    group = command.add_argument_group("with --weights, what else is known of the pair")
+    add_arguments(group)
+    add_html(group)
     add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
@@ -85,12 +87,13 @@ def _apply_net(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     report.require_matplotlib()
     args.fixed, args.moving = args.images
-    refuse_own_inputs(args.out, (*paths_of(args), args.weights), OUTPUTS)
+    outputs = (*OUTPUTS, report_page.PAGE)
+    refuse_own_inputs(args.out, (*paths_of(args), args.weights), outputs)
     device = device_of(args)
     content = checkpoint.load(args.weights)
     model = checkpoint.build(content, args.weights).to(device)
     preprocessing = checkpoint.preprocessing(content, args.weights)
-    with output_folder(args.out, OUTPUTS, replace=args.force) as folder:
+    with output_folder(args.out, outputs, replace=args.force) as folder:
         case = read_case(args)
         sample, grid = sample_of(case, preprocessing, model.ndim, warn)
         start = time.perf_counter()
@@ -103,7 +106,7 @@ def _apply_net(args: argparse.Namespace) -> int:
             "seconds": time.perf_counter() - start,
         }
         outcome = Outcome(case, u, device, summary)
-        outcome.write(folder, began, files_of(args))
+        outcome.write(folder, began, files_of(args), page=bool(args.html))
     if not args.quiet:
         outcome.tell(args.out)
     return 0

@@ -91,6 +91,12 @@ def add_transforms(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_html(parser: argparse._ActionsContainer) -> None:
+    """--html; None where not given."""
+    text = "report.html too: numbers, slices to leaf through and the picture, on a page that needs no network"
+    parser.add_argument("--html", action="store_true", default=None, help=text)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """What every command that computes takes."""
     group = parser.add_argument_group("common")

@@ -11,6 +11,7 @@ from unittest import SkipTest
 
 import pytest
 import torch
+from browser import chromium
 
 import fastreg
 from fastreg import lcc_loss, mi_loss
@@ -322,22 +323,6 @@ def test_the_page_of_the_command_line_says_what_help_says(site):
     assert "from coarse to fine (default: 100,100,60,30)" in page
     assert "control point spacing (default: automatic)" in page
     assert "fastreg register FIXED MOVING -o OUT [...]\nfastreg register FIXED MOVING" in page
-
-
-def chromium(*arguments, width=1280):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs chromium")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--window-size={width},1400",
-    ]
-    return subprocess.run(
-        [program, *options, *arguments], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
 
 
 # What a browser made of a page, in its title.
