@@ -3,7 +3,9 @@
 import argparse
 import os
 
-from fastreg import io, outcome_inverse
+import torch
+
+from fastreg import convert, io, outcome_inverse
 from fastreg._console import telling, warn
 from fastreg._files import InputError
 
@@ -14,18 +16,27 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "invert",
         help="the inverse of a displacement field",
-        usage="fastreg invert FIELD -o OUT [--like MOVING] [...]",
+        usage="fastreg invert FIELD [FIELD ...] -o OUT [--like MOVING] [--from FORMAT] [...]",
         description="FIELD warps the moving image onto the fixed one; OUT warps the fixed image onto the moving one: "
         "fastreg apply --field OUT FIXED. Says how far one after the other is from nothing.",
     )
     command.add_argument(
-        "field", metavar="FIELD", help="an ITK displacement field (mm, LPS), as fastreg register writes it"
+        "field",
+        nargs="+",
+        metavar="FIELD",
+        help="a displacement field, as fastreg register and other tools write it, or transforms as apply --field takes them",
     )
     command.add_argument("-o", "--out", metavar="OUT", required=True, help="file to make: inverse.nii.gz say")
     command.add_argument(
         "--like",
         metavar="MOVING",
         help="the moving image, whose grid OUT gets, or any other (default: FIELD's own grid)",
+    )
+    command.add_argument(
+        "--from",
+        dest="source",
+        metavar="FORMAT",
+        help="what the files hold, where they do not say it themselves",
     )
     add_reading(command)
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -37,18 +48,30 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _run(args: argparse.Namespace) -> int:
     set_threads(args)
     if os.path.lexists(args.out):
-        for path in (args.field, args.like):
+        for path in (*(convert.path_of(p)[0] for p in args.field), args.like):
             if path is not None and os.path.exists(path) and os.path.samefile(path, args.out):
                 raise InputError(f"{path}: is an input, and the output would replace it")
         if not args.force:
             raise InputError(f"{args.out}: exists; give another name, or --force to replace it")
     reading = reading_of(args)
-    u, grid = io.read_displacement(args.field, reading, warn)
-    onto = grid if args.like is None else io.read_image(args.like, reading, warn)[1]
+    field = " ".join(args.field)
+    onto = None if args.like is None else convert.geometry(args.like, reading, warn)
+    # A field in voxels is on the one grid of both images.
+    fixed = onto if args.source in ("learn2reg", "voxelmorph") else None
+    chain = convert.read_chain(
+        args.field, format=args.source, like=fixed, moving=onto, reading=reading, warn=warn
+    )
+    if not args.quiet:
+        with telling():
+            print(f"recognised  {chain.what}")
+    u, grid = chain.displacement(warn)
+    if bad := int(torch.isnan(u).any(1).sum()):
+        raise InputError(f"{field}: must be defined everywhere to be inverted, and is not in {bad} voxels")
+    onto = grid if onto is None else onto
     if onto.nd != grid.nd:
-        raise InputError(f"{args.field} is {grid.nd}D and {args.like} is {onto.nd}D")
+        raise InputError(f"{field} is {grid.nd}D and {args.like} is {onto.nd}D")
     v, residual = io.invert(u, grid, onto)
-    outcome_inverse.check(residual, args.field)
+    outcome_inverse.check(residual, field)
     io.write_displacement(args.out, v, onto)
     if not args.quiet:
         with telling():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from convert.scene import (
     FIXED,
+    MOVING,
     U,
     error,
     field,
@@ -386,6 +387,22 @@ def test_apply_takes_a_list(tmp_path, capsys):
             assert np.allclose(truth.TransformPoint(start.tolist()), end, atol=1e-4)
     assert cli.main(["apply", "--field", f"{matrix},1", str(moving), "--like", str(fixed), *arguments]) == 0
     assert "(inverted)" in capsys.readouterr().out
+
+
+def test_invert_takes_a_list(tmp_path, capsys):
+    _, moving = images(tmp_path)
+    warp, matrix = ants(tmp_path)
+    out = tmp_path / "inverse.nii.gz"
+    assert cli.main(["invert", str(warp), str(matrix), "-o", str(out), "--like", str(moving)]) == 0
+    assert "then ITK AffineTransform" in capsys.readouterr().out
+    _, own = io.read_displacement(out)
+    assert own.matches(MOVING)
+    chain = convert.read_chain([warp, matrix])
+    start = FIXED.to_physical([[7.0, 8.0, 9.0], [5.0, 10.0, 12.0]])
+    back = convert.read_chain(out).map(chain.map(start))
+    assert np.abs(back - start).max() < 0.1
+    assert cli.main(["invert", str(warp), "-o", str(out), "--force"]) == 0
+    assert "beside it was not given" in capsys.readouterr().err
 
 
 def test_what_leads_out_of_the_image_is_told(tmp_path, capsys):
