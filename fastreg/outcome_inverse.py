@@ -60,5 +60,6 @@ def write(folder: Path, case: Case, u: torch.Tensor) -> dict[str, Any]:
         moved, _ = io.resample(labels, *grids, v, mode="nearest")
         io.write_image(folder / OUTPUTS[2], moved[0, 0].numpy(), case.moving_grid)
     if case.moving_landmarks is not None:
-        io.write_landmarks(folder / OUTPUTS[3], io.invert_points(case.moving_landmarks, u, case.fixed_grid))
+        points = io.invert_points(case.moving_landmarks, u, case.fixed_grid)
+        io.write_landmarks(folder / OUTPUTS[3], case.fixed_grid.in_space(points))
     return {**vars(residual), "outside_value": outside}

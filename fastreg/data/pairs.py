@@ -137,11 +137,11 @@ def _require_one_kind(pair: Pair, fixed: io.Geometry, moving: io.Geometry) -> No
         raise InputError(f"{pair.fixed} is {kinds[0]} and {pair.moving} is {kinds[1]}")
 
 
-def _flat(case: Case, pair: Pair) -> Case:
+def _flat(case: Case, pair: Pair, warn: Warn = ignore) -> Case:
     """A Case of two slices in space, in 2D in their plane; any other as it is."""
     if thin_axis(case.fixed_grid) is None:
         return case
-    fixed, moving = in_plane(case.fixed_grid, case.moving_grid, pair.moving)
+    fixed, moving = in_plane(case.fixed_grid, case.moving_grid, pair.moving, warn)
     parts = {"fixed": fixed.shape, "fixed_labels": fixed.shape, "mask": fixed.shape}
     parts |= {"moving": moving.shape, "moving_labels": moving.shape}
     flat = {
@@ -152,7 +152,7 @@ def _flat(case: Case, pair: Pair) -> Case:
     for side, grid in (("fixed", fixed), ("moving", moving)):
         if (points := getattr(case, f"{side}_landmarks")) is not None:
             path = getattr(pair, f"{side}_landmarks")
-            flat[f"{side}_landmarks"] = points_in_plane(points, grid, case.fixed_grid, path)
+            flat[f"{side}_landmarks"] = points_in_plane(points, grid, path)
     return replace(case, fixed_grid=fixed, moving_grid=moving, **flat)
 
 
@@ -173,7 +173,7 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
             raise InputError(f"{pair.fixed_labels} and {pair.moving_labels} hold background only")
     if pair.mask:
         case.mask = read_mask(pair.mask, fixed_grid, pair.fixed, reading, warn)
-    return _flat(case, pair)
+    return _flat(case, pair, warn)
 
 
 def weights_of(

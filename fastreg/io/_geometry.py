@@ -94,6 +94,10 @@ class Geometry:
         """mm, (x, y, z)."""
         return self.to_physical((np.asarray(self.shape) - 1) / 2)
 
+    def in_space(self, points: np.ndarray) -> np.ndarray:
+        """(..., nd) mm (x, y, z); of a slice in space (..., 3)."""
+        return points if self.plane is None else self.plane.points(points)
+
     def contains(self, index: np.ndarray) -> np.ndarray:
         """(..., nd) voxels (z, y, x) -> bool: inside the image, half a voxel around its centres included."""
         return np.all((index >= -0.5) & (index <= np.asarray(self.shape) - 0.5), axis=-1)

@@ -7,16 +7,19 @@ import numpy as np
 from fastreg._files import InputError, Name
 
 from ._geometry import Geometry
+from ._reading import Warn
 
 
 @dataclass(frozen=True)
 class Plane:
     """Where a 2D grid lies that is one slice in space.
 
-    whole: the slice, in 3D. axes (3, 2): the plane's x and y in space. step (3,), mm: to the slice that it is registered with.
+    whole: the slice, in 3D. origin (3,), axes (3, 2): of the plane, in space. step (3,), mm: to the slice that it is registered
+    with.
     """
 
     whole: Geometry
+    origin: np.ndarray
     axes: np.ndarray
     step: np.ndarray
 
@@ -24,10 +27,14 @@ class Plane:
         """(rows, columns, 2) mm in the plane -> (*whole.shape, 3) mm in space, that lead to the other slice."""
         return (flat @ self.axes.T + self.step).reshape(*self.whole.shape, 3)
 
+    def points(self, flat: np.ndarray) -> np.ndarray:
+        """(..., 2) mm in the plane -> (..., 3) mm in space."""
+        return np.asarray(self.origin + flat @ self.axes.T)
+
     def map(self, flat: np.ndarray) -> np.ndarray:
         """A map (2, 3) of mm in the plane -> (3, 4) of mm in space, that leads to the other slice."""
         linear = self.axes @ (flat[:, :-1] - np.eye(2)) @ self.axes.T
-        shift = self.axes @ flat[:, -1] + self.step - linear @ np.asarray(self.whole.origin)
+        shift = self.axes @ flat[:, -1] + self.step - linear @ self.origin
         return np.concatenate([np.eye(3) + linear, shift[:, None]], 1)
 
 
@@ -40,7 +47,7 @@ def kind_of(grid: Geometry) -> str:
     return f"{grid.nd}D" if thin_axis(grid) is None else "one slice in 3D"
 
 
-def in_plane(fixed: Geometry, moving: Geometry, path: Name) -> tuple[Geometry, Geometry]:
+def in_plane(fixed: Geometry, moving: Geometry, path: Name, warn: Warn) -> tuple[Geometry, Geometry]:
     """The 2D grids, with their Plane, of two slices: mm from the fixed one's first voxel, along its own axes.
 
     InputError: the moving one, of path, is turned out of the fixed one's plane by more than half its thickness.
@@ -57,21 +64,25 @@ def in_plane(fixed: Geometry, moving: Geometry, path: Name) -> tuple[Geometry, G
             f"{path}: both must be slices of one plane, but one is turned against the other: by {off:.3g} mm at a corner, "
             f"more than half of its thickness of {thick:g} mm"
         )
+    if abs(depth) > thick / 2:
+        warn(
+            f"{path}: its slice lies {abs(depth):.3g} mm off that of the fixed image; the displacement leads there"
+        )
     grids = []
     for whole, step in ((fixed, depth * normal), (moving, -depth * normal)):
         thin = thin_axis(whole) or 0
         direction = frame.T @ np.delete(np.reshape(whole.direction, (3, 3)), thin, axis=1)
         origin = frame.T @ np.subtract(whole.origin, fixed.origin)
         size, spacing = (tuple(np.delete(np.asarray(v), thin).tolist()) for v in (whole.size, whole.spacing))
-        plane = Plane(whole, frame, step)
+        plane = Plane(whole, np.asarray(fixed.origin), frame, step)
         grids.append(
             Geometry(size, spacing, tuple(origin.tolist()), tuple(direction.ravel().tolist()), plane=plane)
         )
     return grids[0], grids[1]
 
 
-def points_in_plane(points: np.ndarray, grid: Geometry, fixed: Geometry, path: Name) -> np.ndarray:
-    """(P, 3) mm near a slice -> (P, 2) mm in the plane of the fixed one. InputError: more than half a slice off."""
+def points_in_plane(points: np.ndarray, grid: Geometry, path: Name) -> np.ndarray:
+    """(P, 3) mm in a slice -> (P, 2) mm in the plane. InputError: more than half a slice off."""
     assert grid.plane is not None
     whole = grid.plane.whole
     thin = thin_axis(whole) or 0
@@ -82,4 +93,4 @@ def points_in_plane(points: np.ndarray, grid: Geometry, fixed: Geometry, path: N
         raise InputError(
             f"{path}: landmark {worst + 1} lies {off[worst] * thick:.3g} mm off the slice, which is {thick:g} mm thick"
         )
-    return np.asarray((points - fixed.origin) @ grid.plane.axes)
+    return np.asarray((points - grid.plane.origin) @ grid.plane.axes)

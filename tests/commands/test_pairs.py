@@ -119,7 +119,7 @@ def test_labels_that_are_missing_are_told(tmp_path):
     assert sum(p.fixed_labels is not None for p in pairs) == 2
     assert [p.mask is not None for p in pairs] == [p.fixed.endswith("b.nii") for p in pairs]
     for file in ("a_seg", "b", "d"):
-        (tmp_path / f"labels/{file}.nii").rename(tmp_path / f"labels/{file}_of_someone.mgz")
+        (tmp_path / f"labels/{file}.nii").rename(tmp_path / f"labels/{file}_of_someone.vol")
     with pytest.raises(
         InputError,
         match=r"none of its 4 files \(README.md, .*, \.\.\.\) is named as one of the images \(a.nii, b.nii, c.nii\)",

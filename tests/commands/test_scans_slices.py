@@ -83,7 +83,7 @@ def test_register(tmp_path, monkeypatch, thin, thin_moving, depth, flip):
         for side in ("fixed", "moving")
         for kind, end in (("labels", "l.nii.gz"), ("landmarks", ".csv"))
     ]
-    assert main(["register", "f.nii.gz", "m.nii.gz", "-o", "out", "--quiet", *sides]) == 0
+    assert main(["register", "f.nii.gz", "m.nii.gz", "-o", "out", "--quiet", "--inverse", *sides]) == 0
     with open("out/report.json", encoding="utf-8") as stream:
         report = json.load(stream)
     assert report["tre"]["before"]["mean"] == pytest.approx(np.linalg.norm(SHIFT), abs=1e-3)
@@ -104,6 +104,14 @@ def test_register(tmp_path, monkeypatch, thin, thin_moving, depth, flip):
     inner = np.s_[2:-2]
     both = [np.squeeze(a)[inner, inner] for a in (sitk.GetArrayFromImage(moved), ours)]
     np.testing.assert_allclose(*both, atol=1e-3)
+    # and the inverse
+    back = sitk.ReadImage("out/inverse_displacement.nii.gz", sitk.sitkVectorFloat64)
+    transform = sitk.DisplacementFieldTransform(back)
+    for p, q in zip(in_space(POINTS), in_space(POINTS + SHIFT, depth), strict=True):
+        np.testing.assert_allclose(transform.TransformPoint(q), p, atol=0.6)
+    found = io.read_landmarks("out/moving_landmarks_in_fixed.csv", 3)
+    np.testing.assert_allclose(found, in_space(POINTS), atol=0.6)
+    assert io.read_image("out/moved_fixed.nii.gz")[1].matches(io.read_image("m.nii.gz")[1])
     # and so do we
     io.write_landmarks("p.csv", in_space(POINTS))
     arguments = ["--labels", "ml.nii.gz", "--points", "p.csv", "--quiet", "-o", "applied"]
@@ -173,3 +181,14 @@ def test_a_displacement_of_a_slice_survives_a_file(tmp_path, thin):
     )
     assert again[:, flat].abs().max() < 1e-4
     sitk.ReadTransform(str(tmp_path / "u.h5"))
+
+
+def test_a_matrix_lies_in_space(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    slice_at("f.nii.gz", 1)
+    slice_at("m.nii.gz", 1, SHIFT, depth=12)
+    assert main(["register", "f.nii.gz", "m.nii.gz", "-o", "out", "--quiet", "--transform", "rigid"]) == 0
+    assert "m.nii.gz: its slice lies 12 mm off that of the fixed image" in capsys.readouterr().err
+    transform = sitk.ReadTransform("out/affine.tfm")
+    for p, q in zip(in_space(POINTS), in_space(POINTS + SHIFT, 12), strict=True):
+        np.testing.assert_allclose(transform.TransformPoint(p), q, atol=0.3)
