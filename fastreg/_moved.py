@@ -92,6 +92,21 @@ def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
     return out, n
 
 
+def tell_losses(
+    array: np.ndarray, out: np.ndarray, beyond: int, is_labels: bool, path: Name, warn: Warn
+) -> None:
+    """Says what becomes of the values of an array that came out as `out`, of another type."""
+    dtype = out.dtype
+    if beyond:
+        warn(f"{path}: {beyond} of {out.size} values are beyond what {dtype} holds: clamped")
+    if array.dtype.kind == "f" and dtype.kind in "iu" and not is_labels:
+        bounds = f"{array.min():g} to {array.max():g}"
+        warn(f"{path}: its values, {bounds}, are rounded to whole numbers ({dtype})")
+    exact = {np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}.get(dtype)
+    if is_labels and exact and array.dtype != dtype and max(-int(array.min()), int(array.max())) > exact:
+        warn(f"{path}: {dtype} does not hold labels above {exact} exactly")
+
+
 class Moved(NamedTuple):
     """array (C, *spatial); inside: bool (*spatial), where the image reaches; beyond: how many values its dtype does not hold."""
 

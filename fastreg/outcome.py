@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import _ext, evaluation, io, metrics, outcome_inverse, report, report_page
+from fastreg import _ext, _moved, evaluation, io, metrics, outcome_inverse, report, report_page
 from fastreg._console import telling, warn
 from fastreg._files import Name, write_json
 from fastreg._version import __version__
@@ -92,15 +92,24 @@ class Outcome:
         *,
         inverse: bool = False,
         page: bool = False,
+        interpolation: str | None = None,
+        output_type: str = "same",
     ) -> None:
         """Writes OUTPUTS into the folder; began: time.perf_counter() when all began; files: of "fixed" and "moving", for the report;
-        inverse: the other direction too; page: report.html too."""
+        inverse: the other direction too; page: report.html too; interpolation, output_type: of the moved image, as `fastreg apply`
+        takes them.
+        """
         case, u, grid, summary = self.case, self.u, self.case.fixed_grid, self.summary
         for which, file in (files or {}).items():
             summary[which] = {"file": str(file), **summary[which]}
-        outside = float(case.moving.min())
-        moved, inside = io.resample(intensities(case.moving), case.moving_grid, grid, u, outside=outside)
-        io.write_image(folder / "moved.nii.gz", moved[0, 0].numpy(), grid)
+        name = (files or {}).get("moving", case.title)
+        dtype = case.moving.dtype if output_type == "same" else np.dtype(output_type)
+        interpolation, is_labels = _moved.interpolation_of(case.moving, name, interpolation, warn)
+        outside = _moved.outside_of(case.moving, is_labels)
+        how: dict[str, Any] = {"interpolation": interpolation, "dtype": dtype, "outside": outside}
+        moved = _moved.move(np.ascontiguousarray(case.moving)[None], case.moving_grid, grid, u, **how)
+        _moved.tell_losses(case.moving, moved.array, moved.beyond, is_labels, name, warn)
+        io.write_image(folder / "moved.nii.gz", moved.array[0], grid)
         io.write_displacement(folder / "displacement.nii.gz", u, grid)
         if self.moved_labels is not None:
             labels = self.moved_labels.astype(case.moving_labels.dtype)  # type: ignore[union-attr]
@@ -114,8 +123,8 @@ class Outcome:
             io.write_affine(folder / "affine.tfm", matrix, space.centre)
             kind = "rigid" if io.is_rigid(matrix) else "affine"
             summary["affine"] = {"kind": kind, "matrix_lps_mm": matrix.tolist()}
-        summary["overlap_after"] = inside.double().mean().item()
-        reached = self.before, (moved, inside)
+        summary["overlap_after"] = float(moved.inside.mean())
+        reached = self.before, (volume(moved.array[0]), torch.from_numpy(moved.inside)[None, None])
         draw(case, u, summary, folder / "picture.png", reached=reached)
         summary |= {
             "outside_value": outside,

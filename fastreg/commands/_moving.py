@@ -1,8 +1,8 @@
 """How `fastreg apply` and `register` move an image: what users choose of it."""
 
 import argparse
+from typing import Any
 
-import numpy as np
 import torch
 
 from fastreg import _moved, io
@@ -13,7 +13,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--interpolation",
         choices=_moved.INTERPOLATIONS,
-        help="of MOVING (default: linear; nearest for what looks like labels)",
+        help="of moved.nii.gz (default: linear; nearest for what looks like labels)",
     )
     parser.add_argument(
         "--output-type",
@@ -22,6 +22,11 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         help="numbers that moved.nii.gz holds; whole ones are rounded, what is beyond them becomes the least or the most "
         "(default: same as MOVING)",
     )
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What add_arguments adds."""
+    return {"interpolation": args.interpolation, "output_type": args.output_type}
 
 
 def moved_volumes(
@@ -45,19 +50,5 @@ def moved_volumes(
         output_type=args.output_type,
         is_labels=is_labels,
     )
-    dtype = out.array.dtype
-    if beyond:
-        warn(f"{path}: {beyond} of {out.array.size} values are beyond what {dtype} holds: clamped")
-    if array.dtype.kind == "f" and dtype.kind in "iu" and not is_labels:
-        warn(
-            f"{path}: its values, {array.min():g} to {array.max():g}, are rounded to whole numbers ({dtype})"
-        )
-    inexact = {np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}.get(dtype)
-    if (
-        is_labels
-        and inexact
-        and array.dtype != dtype
-        and max(abs(int(array.min())), abs(int(array.max()))) > inexact
-    ):
-        warn(f"{path}: {dtype} does not hold labels above {inexact} exactly")
+    _moved.tell_losses(array, out.array, beyond, is_labels, path, warn)
     return out, share

@@ -106,7 +106,7 @@ def _apply_net(args: argparse.Namespace) -> int:
             "seconds": time.perf_counter() - start,
         }
         outcome = Outcome(case, u, device, summary)
-        outcome.write(folder, began, files_of(args), page=bool(args.html))
+        outcome.write(folder, began, files_of(args), page=bool(args.html), **_moving.chosen(args))
     if not args.quiet:
         outcome.tell(args.out)
     return 0

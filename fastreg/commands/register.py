@@ -23,7 +23,7 @@ from fastreg.registration import register
 from fastreg.training import Training
 from fastreg.training.build import predict
 
-from . import nets
+from . import _moving, nets
 from .case import add_arguments, files_of, paths_of, read_case
 from .options import Parser, add_common, add_html, add_reading, device_of, numbers, reading_of
 
@@ -82,6 +82,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     group.add_argument("--steps", type=int, metavar="N", help=f"of its optimiser (default: {STEPS})")
     group.add_argument("--seed", type=int, metavar="N", help="of its weights and noise (default: 0)")
     nets.add_arguments(group)
+    _moving.add_arguments(command)
     add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
@@ -284,7 +285,9 @@ def _run(args: argparse.Namespace) -> int:
                 raise InputError(f"--{name} goes with --method")
     with output_folder(args.out, outputs, replace=args.force) as folder:
         outcome = (solve if args.method is None else _optimise)(read_case(args), args)
-        outcome.write(folder, began, files_of(args), inverse=args.inverse, page=bool(args.html))
+        outcome.write(
+            folder, began, files_of(args), inverse=args.inverse, page=bool(args.html), **_moving.chosen(args)
+        )
     if not args.quiet:
         outcome.tell(args.out)
     return 0

@@ -278,3 +278,34 @@ def test_five_dimensions_are_refused(capsys):
     image = nibabel.Nifti1Image(np.zeros((5, 6, 7, 2, 2), np.float32), np.eye(4))
     nibabel.save(image, "m.nii.gz")
     assert "a series of 3D ones, got 5 dimensions" in refused(capsys, moving="m.nii.gz")
+
+
+def test_register_moves_as_apply_does(capsys):
+    """Labels that are registered stay labels, an integer scan stays one; --output-type and --interpolation are register's too."""
+    pytest.importorskip("matplotlib")
+    grid = io.Geometry.of((24, 22), (1, 1))
+    y, x = np.mgrid[:24, :22]
+    cubes = np.where((y > 6) & (y < 15) & (x > 5), 17, 0) + np.where(y > 18, 4, 0)
+    scan = 100 * np.sin(y / 3) * np.cos(x / 4)
+    save(cubes.astype(np.int16), "f.nrrd", grid)
+    save(np.roll(cubes, 1, 0).astype(np.int16), "m.nrrd", grid)
+    few = ["-o", "out", "--force", "--quiet", "--levels", "1", "--iterations", "3"]
+
+    def register(*more):
+        assert cli.main(["register", "f.nrrd", "m.nrrd", *few, *more]) == 0
+        return io.read_image("out/moved.nii.gz")[0]
+
+    moved = register()
+    assert moved.dtype == np.int16
+    assert set(np.unique(moved)) == {0, 4, 17}
+    assert "m.nrrd: holds 3 values, all of them whole numbers: taken for labels" in capsys.readouterr().err
+    assert len(np.unique(register("--interpolation", "linear", "--output-type", "float32"))) > 3
+    save(scan.astype(np.int16), "f.nrrd", grid)
+    save(np.roll(scan, 1, 0).astype(np.int16), "m.nrrd", grid)
+    capsys.readouterr()
+    moved = register()
+    assert moved.dtype == np.int16
+    assert capsys.readouterr().err == ""
+    cli.main(["apply", "--field", "out/displacement.nii.gz", "m.nrrd", "-o", "again", "--quiet"])
+    assert np.abs(io.read_image("again/moved.nii.gz")[0] - moved).max() <= 1
+    assert register("--output-type", "float32").dtype == np.float32
