@@ -58,6 +58,8 @@ def _run(args: argparse.Namespace) -> int:
             print(f"recognised  {chain.what}")
     u, grid = chain.displacement(warn)
     moving = None if args.moving is None else convert.geometry(args.moving, reading, warn)
+    if moving is not None and moving.nd != grid.nd:
+        raise InputError(f"{' '.join(paths)} is {grid.nd}D and {args.moving} is {moving.nd}D")
     if moving is not None:
         require_landing(landing(u, grid, moving), " ".join(paths), args.moving, warn)
     convert.write_transform(out, u, grid, target.name, moving)

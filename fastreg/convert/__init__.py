@@ -15,7 +15,7 @@ from fastreg._files import InputError, Name
 from fastreg.io import Geometry, Reading, volume_geometry
 from fastreg.io._reading import Warn, ignore
 
-from . import dicom, dipy, freesurfer, fsl, itk, mrtrix, niftyreg, others, voxels
+from . import dicom, dipy, freesurfer, fsl, itk, mrtrix, niftyreg, others, spm, voxels
 from ._chain import Chain, Step
 from ._detect import hint, names_of
 from ._format import Format, Source, Target
@@ -34,6 +34,7 @@ FORMATS = {
         mrtrix.FORMAT,
         voxels.VOXELMORPH,
         dipy.FORMAT,
+        spm.FORMAT,
         dicom.FORMAT,
         *others.FORMATS,
     )
@@ -110,7 +111,7 @@ def _format_of(path: Path, names: frozenset[str], wanted: Format | None) -> Form
         raise InputError(
             f"{path}: says that it is {name} ({FORMATS[name].known}), and {wanted.name} was asked for"
         )
-    options = ", ".join(sorted(names))
+    options = ", ".join(sorted(names - {""}))
     if wanted is None:
         raise InputError(
             f"{path}: voxels or mm, displacements or positions? the file does not say{hint(path)}: give --from, one of {options}"

@@ -13,7 +13,7 @@ from fastreg.io._sitk import silent_stderr, sitk
 
 from . import _nifti, dicom
 
-# Of formats whose files do not say.
+# Of formats whose files do not say; "": others that we do not know may be meant as well.
 VOXELS = frozenset({"learn2reg", "voxelmorph"})
 FOUR = VOXELS | {"mrtrix"}
 HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -77,7 +77,7 @@ def _of_bytes(path: Path) -> str | None:
     ):
         if head.startswith(start):
             return name
-    if re.search(rb'^\s*\(Transform\s+"', head, re.M):
+    if re.search(rb'^\s*(\(Transform\s+|Transform\s*=\s*)"', head, re.M):
         return "elastix"
     if re.match(rb"(?:#[^\n]*\n\s*)*type\s*=\s*\d", head):
         return "lta"
@@ -122,7 +122,10 @@ def _of_nifti(path: Path) -> str | frozenset[str]:
             raise InputError(
                 f"{path}: NIfTI intent {code} says vectors, whose shape must be (X, Y, Z, 1, 3), got {size}"
             )
-        return "itk" if code == 1007 else "freesurfer"
+        if code == 1006:
+            return "freesurfer"
+        known = {"": "itk", "Mapping": "spm", "Velocity": "spm-flow"}
+        return known.get(name, frozenset({"itk", ""}))
     if code == 2006:
         return "fsl"
     if code in (2007, 2008, 2009, 2016):
@@ -131,6 +134,8 @@ def _of_nifti(path: Path) -> str | frozenset[str]:
         return "dipy"
     if len(shape) == 4 and shape[3] == 3 and code == 0:
         return FOUR
+    if shape[3:] == (1, 3) and code == 0:
+        return frozenset({"spm", ""})
     raise InputError(
         f"{path}: must be a displacement field, and is none that is recognised: {size}, NIfTI intent {code}"
     )
@@ -152,10 +157,13 @@ def _without_nibabel(path: Path) -> str:
 
 
 def hint(path: Path) -> str:
-    """Of a 4D NIfTI image, what its values look like: for the text of an error."""
+    """Of a NIfTI image of vectors, what its values look like: for the text of an error."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return ""
     image = _nifti.load(path)
+    if len(image.shape) == 5:
+        name = _nifti.intent(image)[1]
+        return f" (NIfTI calls it {name!r})" if name else ""
     array = _nifti.values(path, image, undefined=True)
     index = np.stack(np.meshgrid(*map(np.arange, image.shape[:3]), indexing="ij"), -1)
     apart = array - (index @ image.affine[:3, :3].T + image.affine[:3, 3])

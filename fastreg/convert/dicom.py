@@ -1,5 +1,6 @@
 """DICOM Deformable Spatial Registration (PS3.3 C.20.3)."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from ._nifti import finite, positions
 DEFORMABLE = "1.2.840.10008.5.1.4.1.1.66.3"
 
 
+# What pydicom raises where bytes are not what they should be; of attributes, when they are asked for.
+DAMAGED = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+
+
 def dataset(path: Path) -> Any:
     try:
         import pydicom
@@ -24,7 +29,7 @@ def dataset(path: Path) -> Any:
     require_utf8(path)
     try:
         return pydicom.dcmread(path)
-    except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError) as error:
+    except (pydicom.errors.InvalidDicomError, struct.error, *DAMAGED) as error:
         raise InputError(f"{path}: not a DICOM file, or damaged") from error
 
 
@@ -56,7 +61,7 @@ def read(source: Source) -> list[Step]:
         raw = np.frombuffer(grid.VectorGridData, "<f4").astype(np.float64)
         array = raw.reshape(*size[::-1], 3)
         before, after = (_matrix(item, f"{p}DeformationMatrixRegistrationSequence") for p in ("Pre", "Post"))
-    except (AttributeError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: its Deformable Registration Grid is incomplete or damaged") from error
     direction = np.stack([row, column, np.cross(row, column)], axis=1)
     if min(size) < 2 or min(spacing) <= 0 or not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):

@@ -1,5 +1,7 @@
 """FSL: warps of fnirt and convertwarp."""
 
+from pathlib import Path
+
 import numpy as np
 
 from fastreg._files import InputError
@@ -35,9 +37,15 @@ def _spread(array: np.ndarray) -> float:
     return float(array.std(axis=(0, 1, 2)).sum())
 
 
+def _require_3d(path: Path, moving: Geometry) -> None:
+    if moving.nd != 3:
+        raise InputError(f"{path}: an FSL warp is of 3D images, and the moving one is {moving.nd}D")
+
+
 def read(source: Source) -> list[Step]:
     array, grid = read_vectors(source, 4, "an FSL warp", "a 3D grid of 3 numbers (X, Y, Z, 3)")
     moving = source.needs("moving", "an FSL warp counts from the corner of the moving image")
+    _require_3d(source.path, moving)
     start = positions(grid)
     here = _to_fsl(grid, start)
     # FSL's own rule: positions spread over the image, displacements do not.
@@ -56,6 +64,7 @@ def write(target: Target) -> None:
         raise InputError(
             f"{target.path}: an FSL warp counts from the corner of the moving image: give --moving MOVING"
         )
+    _require_3d(target.path, target.moving)
     start = positions(target.geometry)
     relative = _to_fsl(target.moving, start + target.vectors) - _to_fsl(target.geometry, start)
     write_vectors(target, relative, axes=4, code=2006)

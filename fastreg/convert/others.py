@@ -7,7 +7,7 @@ FORMATS = (
         "elastix",
         "elastix TransformParameters.txt",
         ".txt",
-        'a text with (Transform "..."',
+        'a text with (Transform "...", or Transform = "..."',
         "B-splines and matrices, by a chain of files",
         instead="make a field of it with transformix -def all -tp FILE -out DIR, and give its deformationField",
     ),
@@ -42,6 +42,14 @@ FORMATS = (
         "NIfTI intent 2007, 2008, 2009 or 2016",
         "coefficients",
         instead="make a field of it with fnirtfileutils --in=FILE --ref=FIXED --out=field.nii.gz",
+    ),
+    Format(
+        "spm-flow",
+        "SPM DARTEL flow field",
+        ".nii",
+        "NIfTI intent 1007 named Velocity",
+        "velocities in voxels",
+        instead="make a deformation of it with SPM's Deformations (Dartel flow, save deformation): y_*.nii",
     ),
     Format(
         "mgz",

@@ -61,9 +61,11 @@ def _by_itk(path: Name, reading: Reading, warn: Warn) -> tuple[torch.Tensor, Geo
             f"{path}: must be a displacement field, a vector of 2 or 3 numbers at each pixel of a 2D or voxel of a 3D grid"
         )
     tags = {k: image.GetMetaData(k).strip() for k in image.GetMetaDataKeys()}
-    if (name := tags.get("intent_name", "")).startswith("NREG"):
+    name = tags.get("intent_name", "")
+    theirs = "NiftyReg" if name.startswith("NREG") else "SPM" if name in ("Mapping", "Velocity") else None
+    if theirs:
         raise InputError(
-            f"{path}: is NiftyReg's ({name}), not an ITK displacement field: read it with fastreg convert"
+            f"{path}: is {theirs}'s ({name}), not an ITK displacement field: read it with fastreg convert"
         )
     if image.GetPixelID() not in (sitk().sitkVectorFloat32, sitk().sitkVectorFloat64):
         raise InputError(

@@ -15,6 +15,7 @@ FILES = [
         "transformix -def all",
     ),
     ("t.txt", '// made by elastix\n\n(Transform "EulerTransform")\n', "transformix -def all -tp t.txt"),
+    ("t.toml", 'NumberOfParameters = 3\nTransform = "BSplineTransform"\n', "transformix -def all -tp t.toml"),
     ("bsp.txt", "MGH_GPUIT_BSP <experimental>\nimg_origin = 0 0 0\n", "plastimatch xf-convert"),
     ("flirt.mat", MATRIX, "c3d_affine_tool flirt.mat -oitk"),
     ("aff.txt", "#comment\n" + MATRIX, "FSL flirt, NiftyReg, greedy, MRtrix is not read"),
