@@ -17,7 +17,7 @@ import numpy as np
 from fastreg import _memory
 from fastreg._files import InputError, require_regular
 
-from ._nifti import _nifti_files
+from ._nifti import _nifti_files, header_of, packed
 from ._sitk import silent_stderr, sitk
 
 BLOCK = 1 << 20
@@ -39,7 +39,7 @@ def check(path: Path) -> None:
         InputError: its header claims more than the files hold, or than memory does; a file of its data is none.
         EOFError, zlib.error, RuntimeError, OSError: damaged.
     """
-    data = _meta(path) or _nrrd(path) or _nifti(path)
+    data = _data(path)
     for file, _ in data.files if data else ():
         require_regular(file)
     claimed, needed = _claims(path)
@@ -61,18 +61,27 @@ def check(path: Path) -> None:
             raise EOFError
 
 
+def require_streams(path: Path) -> None:
+    """Of an image that another library reads: EOFError, zlib.error where a file of gzip is not what its checksum says."""
+    for file in dict.fromkeys((path, *(_nifti_files(path) or ()))):
+        if packed(file):
+            _inflated(file, 0)
+
+
 def require_written(path: Path, image: Any) -> None:
     """That a file holds the image: not all writers notice that the disk is full.
 
     Raises: EOFError, zlib.error, RuntimeError, OSError: it does not.
     """
     itk = sitk()
-    data = _meta(path) or _nrrd(path) or _nifti(path)
+    data = _data(path)
     if data is None or data.coding == "other":
         with silent_stderr():
             again = itk.ReadImage(str(path))
         lossy = path.suffix.lower() in (".jpg", ".jpeg")
         ours, read = (itk.GetArrayViewFromImage(one) for one in (image, again))
+        if path.suffix.lower() == ".bmp" and read.ndim > ours.ndim:  # a palette of greys
+            read = read[..., 0]
         if not (lossy or np.array_equal(ours, read, equal_nan=ours.dtype.kind == "f")):
             raise EOFError
         return
@@ -122,6 +131,10 @@ def _inflated(path: Path, offset: int) -> int:
 # Where formats have their data
 
 
+def _data(path: Path) -> Data | None:
+    return _meta(path) or _nrrd(path) or _nifti(path) or _plain(path)
+
+
 class Nifti(Data):
     """Whose streams are looked at with their values."""
 
@@ -132,9 +145,9 @@ def _nifti(path: Path) -> Data | None:
         return None
     for file in files:
         require_regular(file)
-    with open(files[1], "rb") as stream:
-        packed = stream.read(2) == b"\x1f\x8b"
-    return Nifti([(files[1], 0)], "deflate" if packed else "raw")
+    header = header_of(path)
+    begin = max(352, header.offset) if header is not None and files[0] == files[1] else 0
+    return Nifti([(files[1], 0 if packed(files[1]) else begin)], "deflate" if packed(files[1]) else "raw")
 
 
 def _lines(stream: IO[bytes], most: int = 10000) -> Iterator[str]:
@@ -191,8 +204,28 @@ def _nrrd(path: Path) -> Data | None:
         files = [(path.parent / name, 0) for name in (_numbered(named) if "%" in named else [named])]
     coding = fields.get("encoding", "").lower()
     skips = any(fields.get(f, "0") not in ("0", "-1") for f in ("lineskip", "byteskip"))
-    packed = coding in ("gzip", "gz") and not skips
-    return Data(files, "deflate" if packed else "raw" if coding == "raw" and not skips else "other")
+    deflate = coding in ("gzip", "gz") and not skips
+    return Data(files, "deflate" if deflate else "raw" if coding == "raw" and not skips else "other")
+
+
+def _plain(path: Path) -> Data | None:
+    """GIPL, MRC and legacy VTK, whose readers take what is in memory for what is not in the file."""
+    name = path.name.lower()
+    if not name.endswith((".gipl", ".gipl.gz", ".mrc", ".rec", ".vtk")):
+        return None
+    if packed(path):
+        return Data([(path, 0)], "deflate")
+    begin = 256
+    with open(path, "rb") as stream:
+        head = stream.read(4096)
+    if name.endswith((".mrc", ".rec")):
+        begin = 1024 + int.from_bytes(head[92:96], "little" if head[212:213] != b"\x11" else "big")
+    if name.endswith(".vtk"):
+        data = re.search(rb"\n(LOOKUP_TABLE|VECTORS|TENSORS|NORMALS|COLOR_SCALARS|FIELD)[^\n]*\n", head)
+        if data is None or head.split(b"\n")[2].strip().upper() != b"BINARY":
+            return Data([(path, 0)], "other")
+        begin = data.end()
+    return Data([(path, begin)], "raw")
 
 
 def _numbered(text: str) -> list[str]:

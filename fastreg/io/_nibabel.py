@@ -8,6 +8,7 @@ import numpy as np
 from fastreg._files import InputError, Name
 from fastreg._refusals import Missing
 
+from ._integrity import require_streams
 from ._nifti import opened
 
 
@@ -30,6 +31,7 @@ def read_foreign(path: Path, kind: str, shown: Name) -> tuple[np.ndarray, np.nda
             with opened(path) as stream:
                 image = cls.from_bytes(stream.read())
         else:
+            require_streams(path)  # nibabel stops before a checksum
             image = nibabel.load(path)
         shape = tuple(image.shape)
         while len(shape) > 3 and shape[-1] == 1:

@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def header_of(path: Path) -> Header | None:
     try:
         with opened(files[0]) as stream:
             return Header.of(stream.read(540))
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return None
 
 
