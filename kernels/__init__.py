@@ -21,6 +21,8 @@ LAUNCHERS = {
     "compose_bwd": "integrate_velocity",
     "integrate_velocity": "integrate_velocity",
     "integrate_velocity_bwd": "integrate_velocity",
+    "invert_displacement": "invert_displacement",
+    "invert_displacement_adjoint": "invert_displacement",
     "mind": "mind",
     "mind_bwd": "mind",
     "mind_mean_variance": "mind",

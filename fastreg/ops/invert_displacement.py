@@ -47,7 +47,8 @@ def invert_displacement(
         in `iterations` steps: finite, and `metrics.inverse_residual(u, v)` tells how far off. In the gradient a determinant
         of I + J between -1e-3 and 1e-3 counts as that, so it is finite too. A NaN of u makes those voxels NaN that read it
         at x, where the iteration starts, and no other; those that meet it later keep the best that they found.
-        Computed in fp32 (fp64 for fp64): halves are rounded once, at the end. Deterministic on CPU.
+        Computed in fp32 (fp64 for fp64): halves are rounded once, at the end. Deterministic on CPU; the gradient to u is
+        scattered as that of `warp` to its image.
 
     Example:
         >>> u = torch.tensor([0.0, -0.5, -1.0, -1.5, -2.0]).expand(1, 2, 1, 5) * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)

@@ -53,6 +53,7 @@ STEPS = {
     "mse_loss_map": lambda f, m, u: fastreg.mse_loss(f, fastreg.warp(m, u), reduction="none").square().sum(),
     "compose": lambda f, m, u: fastreg.compose(u, u).square().mean(),
     "integrate_velocity": lambda f, m, u: fastreg.integrate_velocity(u).square().mean(),
+    "invert_displacement": lambda f, m, u: fastreg.invert_displacement(fastreg.smooth(u, 2.0)).square().mean(),
     "smooth": lambda f, m, u: fastreg.smooth(u, 1.5).square().mean(),
     "resize_displacement": lambda f, m, u: fastreg.resize_displacement(u, (10, 30, 20)).square().mean(),
     "jacobian_determinant": lambda f, m, u: fastreg.jacobian_determinant(u).square().mean(),
