@@ -171,13 +171,17 @@ def _start_of(case: Case, args: argparse.Namespace) -> _start.Start | None:
     if asked not in _start.CHOICES:
         if not Path(asked.removesuffix(",1")).exists():
             raise InputError(f"--start must be one of {', '.join(_start.CHOICES)} or a file, got {asked!r}")
-        chain = convert.read_chain(
-            asked, like=grid, moving=case.moving_grid, reading=reading_of(args), warn=warn
-        )
+        plane = grid.plane
+        grids = [g if g.plane is None else g.plane.whole for g in (grid, case.moving_grid)]
+        chain = convert.read_chain(asked, like=grids[0], moving=grids[1], reading=reading_of(args), warn=warn)
         matrix = chain.matrix
         if matrix is None:
             u, _ = chain.displacement(warn)
+            if plane is not None:
+                u = plane.flat_displacement(u)
             return _start.Start(asked, grid, displacement=filled(u, ~u.isnan().any(1, keepdim=True)))
+        if plane is not None:
+            matrix = plane.flat_map(matrix)
         if not np.linalg.cond(matrix[:, :-1]) < 1e6:
             raise InputError(f"{asked}: must be invertible, got the matrix {matrix[:, :-1].tolist()}")
         return _start.Start(asked, grid, matrix)

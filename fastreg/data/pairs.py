@@ -82,14 +82,14 @@ def _read_intensities(path: Name, reading: Reading, warn: Warn) -> tuple[np.ndar
     return array, grid
 
 
-def _where_it_lies(path: Name, image: Name, reading: Reading) -> str | None:
-    """How the two lie on one grid, where they would be read in another way."""
+def _where_it_lies(path: Name, image: Name, reading: Reading) -> str:
+    """`; ...`: how the two lie on one grid, where they would be read in another way; otherwise empty."""
     for source in CHOICES["affine_source"][0]:
         if source != reading.affine_source:
             other = replace(reading, affine_source=source)
             if io.read_image(path, other)[1].matches(io.read_image(image, other)[1]):
-                return f"its qform and sform differ, or those of the image do; they agree with --affine-source {source}"
-    return None
+                return f"; the qform and sform of one of them differ, and with --affine-source {source} they agree"
+    return ""
 
 
 def read_beside(
@@ -104,8 +104,8 @@ def read_beside(
     """An image that must lie on the grid of another one."""
     array, own = io.read_image(path, reading, warn, labels=labels)
     if not own.matches(grid):
-        hint = _where_it_lies(path, image, reading) or own.difference(grid)
-        raise InputError(f"{path}: must lie on the grid of {image}: {hint}")
+        hint = _where_it_lies(path, image, reading)
+        raise InputError(f"{path}: must lie on the grid of {image}: {own.difference(grid)}{hint}")
     return array
 
 

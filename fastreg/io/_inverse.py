@@ -52,6 +52,7 @@ def invert(
     v = torch.empty((1, nd, *onto.shape))
     to_voxels = torch.from_numpy(np.linalg.inv(onto.matrix) @ geometry.matrix).float()
     last = np.asarray(geometry.shape) - 1
+    loose = np.where(last == 0, 0.5, 0)  # a slice is as thick as it is
     sums, most, count = np.zeros(2), np.zeros(2), 0
     step = max(LEAST // max(1, math.prod(onto.shape[1:])), -(-onto.shape[0] // SLABS), 1)
     for start in range(0, onto.shape[0], step):
@@ -64,7 +65,7 @@ def invert(
         # What v leaves, as it is written and as others read u. Beyond its border u is anyone's guess.
         back, _ = resample(u, geometry, part, there, outside=None)
         came_from = points + found.double().movedim(0, -1).numpy()
-        kept = np.all((came_from >= 0) & (came_from <= last), axis=-1)
+        kept = np.all((came_from >= -loose) & (came_from <= last + loose), axis=-1)
         mm = (back[0].double().movedim(0, -1).numpy() @ geometry.matrix.T)[kept]
         mm += there[0].double().movedim(0, -1).numpy()[kept] @ onto.matrix.T
         lengths = np.stack([np.linalg.norm(d, axis=-1) for d in (mm @ np.linalg.inv(onto.matrix).T, mm)])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fastreg._files import InputError, Name
 
@@ -30,6 +31,16 @@ class Plane:
     def points(self, flat: np.ndarray) -> np.ndarray:
         """(..., 2) mm in the plane -> (..., 3) mm in space."""
         return np.asarray(self.origin + flat @ self.axes.T)
+
+    def flat_displacement(self, u: torch.Tensor) -> torch.Tensor:
+        """(1, 3, *whole.shape), in voxels of whole -> (1, 2, rows, columns): what it does in the plane."""
+        axis = 2 - (thin_axis(self.whole) or 0)  # of z, y, x
+        return u[:, [k for k in range(3) if k != axis]].squeeze(2 + axis)
+
+    def flat_map(self, matrix: np.ndarray) -> np.ndarray:
+        """Of a map (3, 4) of mm in space what it does in the plane: (2, 3)."""
+        shift = matrix[:, :-1] @ self.origin + matrix[:, -1] - self.origin
+        return np.asarray(self.axes.T @ np.column_stack([matrix[:, :-1] @ self.axes, shift]))
 
     def map(self, flat: np.ndarray) -> np.ndarray:
         """A map (2, 3) of mm in the plane -> (3, 4) of mm in space, that leads to the other slice."""

@@ -279,7 +279,7 @@ BAD = {
     "truncated": (
         lambda d: (d / "moving.nii.gz").write_bytes((d / "moving.nii.gz").read_bytes()[:-900]),
         [],
-        "moving.nii.gz: not an image SimpleITK can read, or damaged",
+        "moving.nii.gz: is NIfTI-1 that SimpleITK cannot read, or damaged",
     ),
     "constant": (
         lambda d: change(d / "fixed.nii.gz", constant),

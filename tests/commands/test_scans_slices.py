@@ -1,6 +1,7 @@
 """One slice in space is registered in 2D, and what comes out lies where it lay."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -189,6 +190,29 @@ def test_a_matrix_lies_in_space(tmp_path, monkeypatch, capsys):
     slice_at("m.nii.gz", 1, SHIFT, depth=12)
     assert main(["register", "f.nii.gz", "m.nii.gz", "-o", "out", "--quiet", "--transform", "rigid"]) == 0
     assert "m.nii.gz: its slice lies 12 mm off that of the fixed image" in capsys.readouterr().err
+    # what comes out can be a start, and be inverted
+    for file in ("affine.tfm", "displacement.nii.gz"):
+        shutil.rmtree("again", ignore_errors=True)
+        arguments = [
+            "-o",
+            "again",
+            "--quiet",
+            "--start",
+            f"out/{file}",
+            "--iterations",
+            "1",
+            "--no-affine",
+            "--learning-rate",
+            "1e-6",
+        ]
+        assert main(["register", "f.nii.gz", "m.nii.gz", *arguments]) == 0
+        fields = [io.read_displacement(f"{folder}/displacement.nii.gz")[0] for folder in ("out", "again")]
+        torch.testing.assert_close(*fields, atol=0.3, rtol=0)
+    assert (
+        main(["invert", "out/displacement.nii.gz", "-o", "back.nii.gz", "--like", "m.nii.gz", "--quiet"]) == 0
+    )
+    back = sitk.DisplacementFieldTransform(sitk.ReadImage("back.nii.gz", sitk.sitkVectorFloat64))
     transform = sitk.ReadTransform("out/affine.tfm")
     for p, q in zip(in_space(POINTS), in_space(POINTS + SHIFT, 12), strict=True):
         np.testing.assert_allclose(transform.TransformPoint(p), q, atol=0.3)
+        np.testing.assert_allclose(back.TransformPoint(q), p, atol=0.3)
