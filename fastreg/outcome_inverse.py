@@ -61,5 +61,5 @@ def write(folder: Path, case: Case, u: torch.Tensor) -> dict[str, Any]:
         io.write_image(folder / OUTPUTS[2], moved[0, 0].numpy(), case.moving_grid)
     if case.moving_landmarks is not None:
         points = io.invert_points(case.moving_landmarks, u, case.fixed_grid)
-        io.write_landmarks(folder / OUTPUTS[3], case.fixed_grid.in_space(points))
+        io.write_landmarks(folder / OUTPUTS[3], case.fixed_grid.in_space(points), case.landmark_names)
     return {**vars(residual), "outside_value": outside}

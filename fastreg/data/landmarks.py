@@ -63,7 +63,8 @@ def others(
     """
     yield Other("with those of the fixed and the moving image exchanged", moving, fixed, "exchanged")
     both = fixed, moving
-    for meaning in MEANINGS:
+    # In the plane of one slice the numbers are no longer those of the files.
+    for meaning in MEANINGS if grids[0].plane is None else ():
         new = [_taken_as(p, s, g, meaning) for p, s, g in zip(both, spaces, grids, strict=True)]
         changed = [s != meaning[0] or meaning[1] for s in spaces]
         if all(changed):
@@ -111,8 +112,10 @@ def _matched(paths: Sequence[Name], both: Sequence[io.Landmarks], warn: Warn) ->
 
 def read_pair(
     paths: Sequence[Name], grids: Sequence[io.Geometry], warn: Warn = ignore, reading: Reading = Reading()
-) -> tuple[list[np.ndarray], tuple[str, str]]:
-    """([fixed (P, nd), moving (P, nd)] mm, LPS, row i of one belonging to row i of the other; the spaces that they were read in)."""
+) -> tuple[list[np.ndarray], tuple[str, str], tuple[str, ...] | None]:
+    """([fixed (P, nd), moving (P, nd)] mm, LPS, row i of one belonging to row i of the other; the spaces that they were read in;
+    what the moving file calls them, or None).
+    """
     both = [io.read_points(p, g.nd, g, reading, warn) for p, g in zip(paths, grids, strict=True)]
     rows = _matched(paths, both, warn)
     points = [both[0].points, both[1].points[rows]]
@@ -137,4 +140,6 @@ def read_pair(
             warn(
                 f"{path}: {outside} of {len(p)} landmarks lie outside the {which} image, and count{better.replace('would', 'would be inside', 1)}"
             )
-    return points, (both[0].space, both[1].space)
+    called = both[1].names
+    kept = None if called is None else tuple(called[row] for row in np.array(rows)[there])
+    return points, (both[0].space, both[1].space), kept

@@ -49,7 +49,7 @@ class Pair:
 class Case:
     """What is to be registered. Arrays lie on the grid of their image; landmarks (P, nd): mm, LPS, (x, y, z).
 
-    landmark_spaces: what the numbers in their files were read as.
+    landmark_spaces: what the numbers in their files were read as. landmark_names: what the moving file calls them.
     """
 
     title: str
@@ -63,6 +63,7 @@ class Case:
     moving_landmarks: np.ndarray | None = None
     mask: np.ndarray | None = None
     landmark_spaces: tuple[str, str] = ("LPS", "LPS")
+    landmark_names: tuple[str, ...] | None = None
 
     @property
     def weights(self) -> torch.Tensor | None:
@@ -164,7 +165,9 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
     case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
     if pair.fixed_landmarks and pair.moving_landmarks:
         paths = pair.fixed_landmarks, pair.moving_landmarks
-        points, case.landmark_spaces = landmarks.read_pair(paths, (fixed_grid, moving_grid), warn, reading)
+        points, case.landmark_spaces, case.landmark_names = landmarks.read_pair(
+            paths, (fixed_grid, moving_grid), warn, reading
+        )
         case.fixed_landmarks, case.moving_landmarks = points
     if pair.fixed_labels and pair.moving_labels:
         case.fixed_labels = read_labels(pair.fixed_labels, fixed_grid, pair.fixed, reading, warn)

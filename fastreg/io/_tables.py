@@ -105,12 +105,13 @@ def _values(
     for (n, line, row), point in zip(cells, points, strict=True):
         if not np.isfinite(point).all():
             raise InputError(f"{path}: line {n} must hold {len(row)} numbers, got {line.strip()[:60]!r}")
-    return np.asarray(points, dtype=np.float64), commas
+    return np.reshape(points, (len(cells), -1)) if cells else np.empty((0, 1)), commas
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """Lines with their numbers; of comments that begin a table, the last is its header where it names columns."""
+    """Lines with their numbers; of comments that begin a table, the last is its header where it names columns. `sep=;` is Excel's."""
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip(' \t;,"')]
+    lines = lines[1:] if lines and re.fullmatch("sep=.", lines[0][1].strip('" '), re.I) else lines
     body = [(n, line) for n, line in lines if not line.startswith("#")]
     above = [(n, line[1:]) for n, line in lines if line.startswith("#") and (not body or n < body[0][0])]
     if above and any(_found(_split(above[-1][1].strip(), d), 2) for d in ",;\t "):
@@ -146,24 +147,28 @@ def table(path: Name, text: str, nd: int, wanted: str | None) -> Raw:
             raise InputError(
                 f"{path}: line {n} has more fields than the header, got {line.strip()[:60]!r}{hint}"
             )
-    third = [n for n, name in enumerate(header) if name.lower() in ("z", "k", "s")]
-    if nd == 2 and any(number(row[n].replace(",", ".")) for _, _, row in rows for n in third if n < len(row)):
+    third = {"xy": "z", "ij": "k"}.get(columns.letters, "s")
+    beyond = [n for n, name in enumerate(header) if name.lower() == third] if nd == 2 else []
+    if any(abs(number(row[n].replace(",", "."))) > 0 for _, _, row in rows for n in beyond if n < len(row)):
         raise InputError(
             f"{path}: the header must be {','.join(columns.letters)} for a 2D image, got {','.join(header)[:60]!r}"
         )
+    # Tables that 3D Slicer exports have points that were not placed yet.
+    placed = [n for n, name in enumerate(header) if name.lower() == "defined"][:1]
+    there = [all(n < len(row) and row[n].lower() not in ("0", "false") for n in placed) for _, _, row in rows]
     cells = [(n, line, [row[c] if c < len(row) else "" for c in columns.at]) for n, line, row in rows]
-    if not cells:
-        return Raw(np.empty((0, nd)), None, columns.space, "LPS", ".csv", lambda points, space: "")
-    points, commas = _values(path, cells, delimiter)
+    cells = [cell for cell, known in zip(cells, there, strict=True) if known]
+    points = np.full((len(rows), nd), np.nan)
+    points[there], commas = _values(path, cells, delimiter)
     named = [n for name in NAMES for n, title in enumerate(header) if title.lower() == name][:1]
     names = [row[named[0]] if named[0] < len(row) else "" for _, _, row in rows] if named else None
     factor = np.asarray(columns.signs) * columns.scale
-    text_of = _writer(header, [row for _, _, row in rows], columns, factor, delimiter, commas)
+    text_of = _writer(header, [row for _, _, row in rows], columns, factor, delimiter, commas, placed)
     return Raw(points * factor, names, columns.space, "LPS", ".csv", text_of)
 
 
 def _writer(
-    header: list[str], rows: list[list[str]], columns: _Columns, factor: np.ndarray, delimiter: str, commas: bool
+    header: list[str], rows: list[list[str]], columns: _Columns, factor: np.ndarray, delimiter: str, commas: bool, placed: list[int]
 ) -> Callable[[np.ndarray, str], str]:  # fmt: skip
     """The table with other points; a space that its header does not say becomes the header's."""
 
@@ -179,6 +184,8 @@ def _writer(
             row = row + [""] * (len(header) - len(row))
             for c, value in zip(columns.at, point, strict=True):
                 row[c] = written(value).replace(".", ",") if commas else written(value)
+            for c in placed if np.isnan(point).any() else ():
+                row[c] = "0"
             out.writerow(row)
         return stream.getvalue()
 

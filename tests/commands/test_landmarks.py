@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fastreg import cli, evaluation, io
-from fastreg.data.landmarks import better_inside, read_pair
+from fastreg.data.landmarks import better_inside, others, read_pair
 from fastreg.data.pairs import Case
 from fastreg.io import Geometry, InputError, Reading
 
@@ -76,6 +77,8 @@ FILES = {
     "blanks": ("p.txt", rows(POINTS, "{}   {} {}", "x y z\n"), "LPS"),
     "numpy's header": ("p.txt", rows(POINTS, "{},{},{}", "# x,y,z\n"), "LPS"),
     "comments": ("p.csv", rows(POINTS, "{},{},{}", "# by hand\n# today\nx,y,z\n"), "LPS"),
+    "table of Slicer": ("p.csv", rows(RAS, "F-{n},{},{},{},1,1,1,0,", "label,r,a,s,defined,selected,visible,locked,description\n"), "RAS"),
+    "Excel": ("p.csv", rows(POINTS, "{};{};{};", "sep=;\nx;y;z;\n").replace(".", ","), "LPS"),
     "decimal commas": ("p.csv", rows(POINTS, "{};{};{}", "x;y;z\n").replace(".", ","), "LPS"),
     "quoted decimal commas": ("p.csv", rows(POINTS, '"{}","{}","{}"', "x,y,z\n").replace(".", ","), "LPS"),
 }  # fmt: skip
@@ -143,6 +146,7 @@ def test_2d(tmp_path):
     for name, content in (
         ("p.csv", "x,y,z,t,label\n4,5,0,0,1\n"),
         ("p.csv", "j;i\n5;2\n"),
+        ("p.csv", "x,y,s\n4,5,text\n"),
         ("p.csv", "a,r\n-5,-4\n"),
         ("p.txt", "point\n1\n4 5\n"),
         ("p.fcsv", fcsv([[4, 5, 0]], "5.2", "LPS")),
@@ -194,7 +198,8 @@ def test_what_cannot_be_read(tmp_path, name, content, message):
 def pair(tmp_path, fixed, moving, suffix=".csv"):
     paths = [write(tmp_path / f"{n}{suffix}", c) for n, c in (("fixed", fixed), ("moving", moving))]
     told = []
-    points, _ = read_pair(paths, (GRID, GRID), told.append)
+    points, _, names = read_pair(paths, (GRID, GRID), told.append)
+    assert names is None or len(names) == len(points[1])
     return points, told
 
 
@@ -236,6 +241,11 @@ def test_points_without_a_position_leave_with_their_partners(tmp_path):
     # Slicer's fcsv says it after the last column that it names
     status = fcsv(POINTS, "5.4", "LPS", ",2,0").replace(",2,0", ",0,0", 1)
     assert len(io.read_landmarks(write(tmp_path / "p.fcsv", status), 3)) == 2
+    table = "label,r,a,s,defined\na,1,2,3,1\nb,0,0,0,0\n"
+    read = io.read_points(write(tmp_path / "p.csv", table), 3)
+    assert np.isnan(read.points).all(1).tolist() == [False, True]
+    read.write(tmp_path / "p.csv", read.points)
+    assert io.read_landmarks(tmp_path / "p.csv", 3).tolist() == [[-1, -2, 3]]
     # Written without one, they are read without one.
     for name, content in (("p.fcsv", fcsv(POINTS, "5.2", "LPS")), ("p.mrk.json", mrk(markup(POINTS)))):
         read = io.read_points(write(tmp_path / name, content), 3)
@@ -292,6 +302,14 @@ def test_right_landmarks_are_not_doubted():
     assert evaluation.doubt(one, 0 * U) is None
 
 
+def test_in_the_plane_of_a_slice_only_files_may_be_exchanged():
+    flat = [Geometry((32, 30), (2.0, 1.5), (-31.0, -21.75), (1.0, 0, 0, 1)) for _ in range(2)]
+    points = MANY[:, :2]
+    assert len(list(others(points, points, flat, ("RAS", "LPS")))) > 1
+    flat = [replace(grid, plane=object()) for grid in flat]
+    assert [o.kind for o in others(points, points, flat, ("RAS", "LPS"))] == ["exchanged"]
+
+
 def test_outside_says_where_it_would_be_inside(tmp_path):
     grid = Geometry.of((24, 30, 32), (2.5, 1.5, 2.0))  # from 0 on: RAS is outside
     inside = MANY + np.array([30, 20, 30])
@@ -342,8 +360,11 @@ def test_register_with_the_landmarks_of_slicer(scans, capsys):
     right = register(scans, *tables, "--landmarks-space", "RAS")
     assert right < 0.3 < 4 < wrong
     files = [write(scans / f"{n}.fcsv", fcsv(p, "4.10", "0")) for n, p in zip("fm", numbers, strict=True)]
-    assert register(scans, *files) == right
+    assert register(scans, *files, "--inverse") == right
     assert capsys.readouterr().err == ""
+    back = (scans / "out" / "moving_landmarks_in_fixed.csv").read_text().splitlines()
+    assert back[0] == "x,y,z,label"
+    assert back[-1].endswith(",F-12")
     voxels = [
         write(scans / n, rows(GRID.to_index(p)[:, ::-1], "{:.9},{:.9},{:.9}")) for n, p in (("f", MANY), ("m", MANY + T))
     ]  # fmt: skip
