@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastreg import io
-from fastreg._files import Name
+from fastreg._files import InputError, Name
 from fastreg.io._reading import Warn
 from fastreg.io._sitk import sitk
 
@@ -90,6 +90,17 @@ def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
     out = np.where(over | under, 0, array).astype(dtype)
     out[over], out[under] = high, low
     return out, n
+
+
+def numbers(array: np.ndarray, dtype: np.dtype, outside: float, interpolation: str, path: Name) -> np.ndarray:
+    """The array as it can come back in dtype: whole numbers have no NaN, which becomes what lies outside."""
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return array
+    if interpolation in ("cubic", "lanczos"):
+        raise InputError(
+            f"{path}: holds NaN, which {interpolation} interpolation spreads: --interpolation linear or nearest"
+        )
+    return array if dtype.kind == "f" else np.nan_to_num(array, nan=outside)
 
 
 def tell_losses(

@@ -31,7 +31,7 @@ def volume(array: np.ndarray, dtype: type[np.floating] = np.float32) -> torch.Te
 
 def intensities(array: np.ndarray) -> torch.Tensor:
     """As volume, in fp64 where fp32 would round a small range on a large offset, or tiny values, away."""
-    low, high = float(array.min()), float(array.max())
+    low, high = float(np.nanmin(array)), float(np.nanmax(array))
     lost = high - low < max(2.0**-10 * max(abs(low), abs(high)), 1e-30)
     return volume(array, np.float64 if lost and array.dtype != np.float32 else np.float32)
 
@@ -107,8 +107,9 @@ class Outcome:
         interpolation, is_labels = _moved.interpolation_of(case.moving, name, interpolation, warn)
         outside = _moved.outside_of(case.moving, is_labels)
         how: dict[str, Any] = {"interpolation": interpolation, "dtype": dtype, "outside": outside}
-        moved = _moved.move(np.ascontiguousarray(case.moving)[None], case.moving_grid, grid, u, **how)
-        _moved.tell_losses(case.moving, moved.array, moved.beyond, is_labels, name, warn)
+        moving = _moved.numbers(case.moving, dtype, outside, interpolation, name)
+        moved = _moved.move(np.ascontiguousarray(moving)[None], case.moving_grid, grid, u, **how)
+        _moved.tell_losses(moving, moved.array, moved.beyond, is_labels, name, warn)
         io.write_image(folder / "moved.nii.gz", moved.array[0], grid)
         io.write_displacement(folder / "displacement.nii.gz", u, grid)
         if self.moved_labels is not None:

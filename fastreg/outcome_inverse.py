@@ -50,7 +50,7 @@ def write(folder: Path, case: Case, u: torch.Tensor) -> dict[str, Any]:
     grids = case.fixed_grid, case.moving_grid
     v, residual = io.invert(u, *grids)
     check(residual, "displacement.nii.gz")
-    outside = float(case.fixed.min())
+    outside = float(np.nanmin(case.fixed))
     fixed = torch.from_numpy(np.ascontiguousarray(case.fixed))[None, None]
     moved, _ = io.resample(fixed, *grids, v, outside=outside)
     io.write_displacement(folder / OUTPUTS[0], v, case.moving_grid)

@@ -24,7 +24,15 @@ from .options import Parser, add_common, add_html, add_reading, add_transforms, 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points", "source", "like")
 POINTS = ("points.fcsv", "points.mrk.json", "points.txt")  # beside points.csv, where they came so
-PAIR_ONLY = ("fixed_landmarks", "moving_landmarks", "fixed_labels", "moving_labels", "mask", "html")
+PAIR_ONLY = (
+    "fixed_landmarks",
+    "moving_landmarks",
+    "fixed_labels",
+    "moving_labels",
+    "mask",
+    "moving_mask",
+    "html",
+)
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:

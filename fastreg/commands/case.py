@@ -26,22 +26,23 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         text = f"labels on the grid of the {which} image, 0 is background"
         parser.add_argument(f"--{which}-labels", metavar="IMAGE", help=text)
     parser.add_argument("--mask", metavar="IMAGE", help="fixed grid; weights of the comparison")
+    parser.add_argument("--moving-mask", metavar="IMAGE", help="moving grid; the same, moved with the image")
 
 
 def read_case(args: argparse.Namespace) -> pairs.Case:
     """The Case that the arguments name."""
     fixed_labels, moving_labels = _pair(args, "labels")
     fixed_landmarks, moving_landmarks = _pair(args, "landmarks")
-    pair = pairs.Pair(
-        args.fixed, args.moving, fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, args.mask
-    )
+    files = fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, args.mask, args.moving_mask
+    pair = pairs.Pair(args.fixed, args.moving, *files)
     return pairs.read_case(pair, warn, reading_of(args))
 
 
 def paths_of(args: argparse.Namespace) -> tuple[str | None, ...]:
     """The files of a pair that the arguments name."""
     kinds = ("", "_landmarks", "_labels")
-    return (*(getattr(args, f"{which}{kind}") for kind in kinds for which in ("fixed", "moving")), args.mask)
+    images = (getattr(args, f"{which}{kind}") for kind in kinds for which in ("fixed", "moving"))
+    return (*images, args.mask, args.moving_mask)
 
 
 def files_of(args: argparse.Namespace) -> dict[str, str]:

@@ -185,7 +185,7 @@ def _start_of(case: Case, args: argparse.Namespace) -> _start.Start | None:
         if not np.linalg.cond(matrix[:, :-1]) < 1e6:
             raise InputError(f"{asked}: must be invertible, got the matrix {matrix[:, :-1].tolist()}")
         return _start.Start(asked, grid, matrix)
-    images = intensities(case.fixed), intensities(case.moving), case.weights
+    images = intensities(case.fixed_seen), intensities(case.moving_seen), case.weights, case.moving_weights
     return _start.find(asked, grid, case.moving_grid, *images)
 
 
@@ -196,23 +196,29 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     start = _start_of(case, args)
     grid, field = (case.moving_grid, None) if start is None else start.of_image(case.moving_grid)
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
-    laid = io.resample(intensities(case.moving), grid, case.fixed_grid, field, outside=None)
+    laid = io.resample(intensities(case.moving_seen), grid, case.fixed_grid, field, outside=None)
     where = (
         None
         if start is None or start.taken in _start.CHOICES
         else f"{start.taken}: leads nowhere into the moving image"
     )
     overlap, weights = weights_of(case.weights, laid[1], warn, where)
+    moving_weights = case.moving_weights
+    if moving_weights is not None:
+        moving_weights, _ = io.resample(moving_weights, grid, case.fixed_grid, field, outside=0.0)
+        if not (moving_weights if weights is None else moving_weights * weights).any():
+            raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
     _begin(args, case, device)
     if start is not None and not args.quiet:
         with telling():
             print(f"start: {start}")
     with _progress(args) as told:
         result = register(
-            intensities(case.fixed).to(device),
+            intensities(case.fixed_seen).to(device),
             laid[0].to(device),
             spacing=case.fixed_grid.spacing_zyx,
             mask=None if weights is None else weights.to(device),
+            moving_mask=None if moving_weights is None else moving_weights.to(device),
             progress=told,
             **parameters,
         )

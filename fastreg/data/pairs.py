@@ -1,7 +1,7 @@
 """Pairs of scans in files: what a csv or a folder names, and what it holds.
 
 A csv has a header: `fixed`, `moving`, and where there are any `fixed_labels`, `moving_labels`, `fixed_landmarks`,
-`moving_landmarks`, `mask` (fixed grid). Paths are relative to the csv.
+`moving_landmarks`, `mask` (fixed grid), `moving_mask`. Paths are relative to the csv.
 """
 
 import csv
@@ -22,15 +22,16 @@ from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 from . import folders, landmarks
 from .preprocessing import Preprocessing
 from .sample import Sample
+from .weights import counting, seen, warn_of_padding
 
 TASKS = ("inter", "intra", "one-shot")
-OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask")
+OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask", "moving_mask")
 SMALL_OVERLAP = 0.1
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Paths. Labels lie on the grid of their image, the mask on the fixed one's; landmarks are mm, LPS."""
+    """Paths. Labels lie on the grid of their image, the mask on the fixed one's, the moving mask on the moving one's; landmarks are mm, LPS."""
 
     fixed: str
     moving: str
@@ -39,6 +40,7 @@ class Pair:
     fixed_landmarks: str | None = None
     moving_landmarks: str | None = None
     mask: str | None = None
+    moving_mask: str | None = None
 
     @property
     def name(self) -> str:
@@ -62,22 +64,44 @@ class Case:
     fixed_landmarks: np.ndarray | None = None
     moving_landmarks: np.ndarray | None = None
     mask: np.ndarray | None = None
+    moving_mask: np.ndarray | None = None
     landmark_spaces: tuple[str, str] = ("LPS", "LPS")
     landmark_names: tuple[str, ...] | None = None
 
     @property
     def weights(self) -> torch.Tensor | None:
         """The mask as fp32 (1, 1, *spatial), at most 1, or None: only ratios count, and fp32 does not hold all that a file may."""
-        if self.mask is None:
-            return None
-        return torch.from_numpy((self.mask / float(self.mask.max())).astype(np.float32))[None, None]
+        return _as_weights(self.mask)
+
+    @property
+    def moving_weights(self) -> torch.Tensor | None:
+        """The same of the moving mask."""
+        return _as_weights(self.moving_mask)
+
+    @property
+    def fixed_seen(self) -> np.ndarray:
+        """The fixed image as it is compared: NaN is continued from around it."""
+        return seen(self.fixed, None)
+
+    @property
+    def moving_seen(self) -> np.ndarray:
+        """The moving image as it is compared: NaN, and what its mask hides, is continued from around it."""
+        return seen(self.moving, self.moving_mask)
+
+
+def _as_weights(mask: np.ndarray | None) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    return torch.from_numpy((mask / float(mask.max())).astype(np.float32))[None, None]
 
 
 def _read_intensities(path: Name, reading: Reading, warn: Warn) -> tuple[np.ndarray, io.Geometry]:
-    array, grid = io.read_image(path, reading, warn)
-    if array.min() == array.max():
-        raise InputError(f"{path}: must not be constant, got {array.min():g} everywhere")
-    largest = max(abs(float(array.min())), abs(float(array.max())))
+    """An image, in which NaN is what is no number."""
+    array, grid = io.read_image(path, reading, warn, undefined=True)
+    low, high = float(np.nanmin(array)), float(np.nanmax(array))
+    if low == high:
+        raise InputError(f"{path}: must not be constant, got {low:g} everywhere")
+    largest = max(abs(low), abs(high))
     if largest > torch.finfo(torch.float32).max:
         raise InputError(f"{path}: must fit single precision, got values as large as {largest:g}")
     return array, grid
@@ -144,7 +168,7 @@ def _flat(case: Case, pair: Pair, warn: Warn = ignore) -> Case:
         return case
     fixed, moving = in_plane(case.fixed_grid, case.moving_grid, pair.moving, warn)
     parts = {"fixed": fixed.shape, "fixed_labels": fixed.shape, "mask": fixed.shape}
-    parts |= {"moving": moving.shape, "moving_labels": moving.shape}
+    parts |= {"moving": moving.shape, "moving_labels": moving.shape, "moving_mask": moving.shape}
     flat = {
         name: array.reshape(shape)
         for name, shape in parts.items()
@@ -174,9 +198,18 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
         case.moving_labels = read_labels(pair.moving_labels, moving_grid, pair.moving, reading, warn)
         if not (case.fixed_labels.any() or case.moving_labels.any()):
             raise InputError(f"{pair.fixed_labels} and {pair.moving_labels} hold background only")
-    if pair.mask:
-        case.mask = read_mask(pair.mask, fixed_grid, pair.fixed, reading, warn)
+    _weigh(case, pair, reading, warn)
     return _flat(case, pair, warn)
+
+
+def _weigh(case: Case, pair: Pair, reading: Reading, warn: Warn) -> None:
+    """What counts of both images of a Case that has no mask yet."""
+    for side, name in (("fixed", "mask"), ("moving", "moving_mask")):
+        path, array, file = getattr(pair, side), getattr(case, side), getattr(pair, name)
+        mask = read_mask(file, getattr(case, f"{side}_grid"), path, reading, warn) if file else None
+        mask = counting(path, array, mask, reading)
+        warn_of_padding(path, array, mask, f"--{name.replace('_', '-')}", warn)
+        setattr(case, name, mask)
 
 
 def weights_of(
@@ -307,9 +340,9 @@ class Pairs(Sequence[Sample]):
         }
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
         _require_one_kind(pair, fixed_grid, moving_grid)
-        mask = read_mask(pair.mask, fixed_grid, pair.fixed, self.reading) if pair.mask else None
-        case = _flat(Case(pair.name, fixed, fixed_grid, moving, moving_grid, mask=mask), pair)
-        return sample_of(case, self.preprocessing, self.ndim)[0]
+        case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
+        _weigh(case, pair, self.reading, ignore)
+        return sample_of(_flat(case, pair), self.preprocessing, self.ndim)[0]
 
 
 def sample_of(
@@ -320,11 +353,14 @@ def sample_of(
         raise InputError(f"{case.title}: the net registers {ndim}D images, got {case.fixed_grid.nd}D")
     grid = preprocessing.grid(case.fixed_grid)
     try:
-        fixed, _ = preprocessing.image(case.fixed, case.fixed_grid, grid)
-        moving, inside = preprocessing.image(case.moving, case.moving_grid, grid)
+        fixed, _ = preprocessing.image(case.fixed_seen, case.fixed_grid, grid)
+        moving, inside = preprocessing.image(case.moving_seen, case.moving_grid, grid)
         mask = case.weights
         if mask is not None:
             mask = io.resample(mask, case.fixed_grid, grid, outside=None)[0]
+        if (other := case.moving_weights) is not None:
+            other = io.resample(other, case.moving_grid, grid, outside=0.0)[0]
+            mask = other if mask is None else mask * other
         _, mask = weights_of(mask, inside, warn)
     except InputError as error:
         raise InputError(f"{case.title}: {error}") from error

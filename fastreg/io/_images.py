@@ -15,7 +15,7 @@ from . import _integrity
 from ._dicom import is_dicom, parted, read_dicom
 from ._geometry import Geometry
 from ._nibabel import read_foreign
-from ._nifti import LPS, Header, chosen, grid_of, header_of, not_finite, packed
+from ._nifti import LPS, Header, chosen, grid_of, header_of, not_finite, packed, where_not_finite
 from ._reading import Reading, Warn, ignore
 from ._recognise import recognise, refusal
 from ._shear import made_straight
@@ -142,12 +142,17 @@ def geometry_of(image: Any, path: Name) -> Geometry:
 
 
 def read_image(
-    path: Name, reading: Reading = Reading(), warn: Warn = ignore, *, labels: bool = False
+    path: Name,
+    reading: Reading = Reading(),
+    warn: Warn = ignore,
+    *,
+    labels: bool = False,
+    undefined: bool = False,
 ) -> tuple[np.ndarray, Geometry]:
     """Reads a scalar 2D or 3D image: any file SimpleITK or nibabel reads, or a DICOM series (FOLDER, FOLDER#2, FOLDER#UID).
 
     reading: what is chosen where a file can be understood in two ways. warn(message): what may not be meant. labels: its values
-    must not be mixed, should it have to be resampled.
+    must not be mixed, should it have to be resampled. undefined: what is not finite is NaN, and no error unless that is all.
     Returns:
         (ndarray, Geometry): the array in (z, y, x), in the file's dtype.
     Raises:
@@ -168,10 +173,24 @@ def read_image(
     array = itk.GetArrayFromImage(image)
     if np.iscomplexobj(array):
         raise InputError(f"{path}: must have real values, got complex ones")
-    bad = bad or array.size - np.count_nonzero(np.isfinite(array))
+    unread, bad = bad, bad or array.size - np.count_nonzero(np.isfinite(array))
+    if bad and undefined and bad < array.size:
+        return _with_nan(array, path if unread else None), geometry
     if bad:
         raise InputError(f"{path}: must be finite, got NaN or infinity in {bad} of {array.size} voxels")
     return array, geometry
+
+
+def _with_nan(array: np.ndarray, path: Name | None) -> np.ndarray:
+    """NaN where values are not finite: of an array, or of the NIfTI file at path, which SimpleITK reads as 0."""
+    bad = ~np.isfinite(array)
+    if path is not None:
+        header = header_of(Path(path))
+        found = None if header is None else where_not_finite(Path(path), header)
+        if found is None or found.size != array.size:
+            raise InputError(f"{path}: must be finite where it has to be resampled, got NaN or infinity")
+        bad = bad | found.reshape(array.shape)
+    return np.where(bad, np.nan, array).astype(array.dtype if array.dtype.kind == "f" else np.float64)
 
 
 def write(path: Name, image: Any, geometry: Geometry) -> None:

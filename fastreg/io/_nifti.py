@@ -4,7 +4,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -167,21 +167,28 @@ def not_finite(path: Path, header: Header) -> int:
 
     SimpleITK reads both without a word, as zeros, so the bytes have to be looked at.
     """
+    return sum(int(np.count_nonzero(bad)) for bad in _not_finite(path, header))
+
+
+def where_not_finite(path: Path, header: Header) -> np.ndarray:
+    """The same as bool of each value, in the order of the file."""
+    return np.concatenate(list(_not_finite(path, header)))
+
+
+def _not_finite(path: Path, header: Header) -> Iterator[np.ndarray]:
     files = _nifti_files(path)
     assert files is not None
     missing = math.prod(header.dim) * header.bits // 8
-    bad = 0
     with opened(files[1]) as stream:
         stream.read(header.offset)
         dtype = {16: f"{header.order}f4", 64: f"{header.order}f8"}.get(header.kind)
         while block := stream.read(1 << 22):
             if dtype and missing > 0:
                 values = np.frombuffer(block[:missing], dtype, min(len(block), missing) // (header.bits // 8))
-                bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+                yield ~np.isfinite(values)
             missing -= len(block)
     if missing > 0:
         raise EOFError
-    return bad
 
 
 # Where it lies

@@ -23,6 +23,10 @@ CHOICES = {
         ("refuse", "resample"),
         "DICOM slices that are shifted against each other evenly (gantry tilt): refuse, or resample on a straight grid",
     ),
+    "nan": (
+        ("refuse", "mask"),
+        "NaN and infinity in the images of a pair: refuse, or mask: such voxels count nothing",
+    ),
     "landmarks_space": (
         ("file", "LPS", "RAS", "voxel"),
         "what the numbers of landmarks and points are: as their file says, and LPS (mm) where it does not; LPS, RAS (mm); "
@@ -36,12 +40,14 @@ class Reading:
     """How files are read: one for all files of a command, of a Case or of a training. The flags of the command line, by name.
 
     affine_source: "qform" or "sform", of a NIfTI image whose two do not agree. tilt: "refuse" or "resample", of a
-    DICOM series whose slices are sheared. landmarks_space: "file", "LPS", "RAS" or "voxel", of landmarks and points. InputError for other values.
+    DICOM series whose slices are sheared. landmarks_space: "file", "LPS", "RAS" or "voxel", of landmarks and points.
+    nan: "refuse" or "mask", of images of a pair. InputError for other values.
     """
 
     affine_source: str = "qform"
     tilt: str = "refuse"
     landmarks_space: str = "file"
+    nan: str = "refuse"
 
     def __post_init__(self) -> None:
         for name, (values, _) in CHOICES.items():

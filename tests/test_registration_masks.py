@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+import fastreg
+from fastreg._descent import filled
+from fastreg.registration import register
+from tests.test_registration import error, pair
+
+SHAPE = (56, 60)
+
+
+@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind"])
+@pytest.mark.parametrize("padding", [-3024.0, float("nan")])
+def test_what_the_moving_mask_hides_is_not_looked_at(similarity, padding):
+    """At every level: it must not be smoothed into its neighbours either."""
+    fixed, moving, truth = pair(SHAPE, (3.0, -3.0))
+    mask = torch.ones_like(moving)
+    mask[..., :12] = 0
+    spoilt = torch.where(mask > 0, moving, torch.full_like(moving, padding))
+    options = {"similarity": similarity, "iterations": 40}
+    found = register(fixed, spoilt, moving_mask=mask, **options).displacement
+    inner = (..., slice(14, -8), slice(20, -8))
+    before, after = (float((u - truth)[inner].norm(dim=1).mean()) for u in (0 * truth, found))
+    assert after < 0.35 * before
+    # what is hidden may be anything
+    other = torch.where(mask > 0, moving, 100 * torch.randn_like(moving))
+    assert torch.equal(register(fixed, other, moving_mask=mask > 0, **options).displacement, found)
+
+
+def test_the_moving_mask_goes_along():
+    """A block in moving, 8 voxels away from where it is found: a mask that stayed would hide the wrong place."""
+    fixed, moving, _ = pair(SHAPE, (0.0, 0.0))
+    moving = moving.roll(8, -1)
+    spoilt, mask = moving.clone(), torch.ones_like(moving)
+    spoilt[..., 20:34, 26:38], mask[..., 20:34, 26:38] = 9.0, 0
+    result = register(fixed, spoilt, moving_mask=mask, transform="affine", affine=False)
+    assert result.affine[0, 1, 2] == pytest.approx(8, abs=0.3)
+
+
+def test_nan_outside_the_masks_is_no_error():
+    fixed, moving, truth = pair(SHAPE, (2.0, -2.0))
+    mask = torch.ones_like(fixed)
+    mask[..., :4, :] = 0
+    nan = fixed.masked_fill(mask == 0, float("nan"))
+    found = register(nan, moving, mask=mask, iterations=40).displacement
+    assert error(found, truth) < 0.35 * error(0 * truth, truth)
+    for images, given in (
+        ((nan, moving), {}),
+        ((nan, moving), {"mask": mask.roll(1, 2)}),
+        ((moving, nan), {"mask": mask}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"fastreg::register: (fixed|moving) must be finite, got \d+ NaN"
+        ):
+            register(*images, **given)
+
+
+def test_errors_name_the_mask():
+    image = torch.rand(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"moving_mask must have shape \(1, 1, 8, 8\)"):
+        register(image, image, moving_mask=image[..., :7])
+    with pytest.raises(ValueError, match="moving_mask must be at least 0"):
+        register(image, image, moving_mask=-image)
+
+
+def test_filled_keeps_what_is_known_and_continues_it():
+    image = torch.linspace(0, 1, 13)[:, None].expand(13, 11)[None, None].clone()
+    known = torch.ones_like(image, dtype=torch.bool)
+    known[..., 5:8, 2:6] = False
+    spoilt = image.masked_fill(~known, float("nan"))
+    out = filled(spoilt, known)
+    assert torch.equal(out[known], image[known])
+    assert (out - image).abs().max() < 0.2
+    assert filled(image, torch.ones_like(known)) is image
+    assert torch.equal(filled(spoilt, torch.zeros_like(known)), torch.zeros_like(image))
+    assert fastreg.mse_loss(filled(spoilt[..., :1, :1], known[..., :1, :1]), image[..., :1, :1]) == 0
