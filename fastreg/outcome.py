@@ -23,6 +23,8 @@ OUTPUTS = (
 )  # fmt: skip
 SCHEMA = "fastreg report 1"  # report.schema.json says what that is
 
+_LEFT = 0.5  # of the overlap, at which a motion has run away
+
 
 def volume(array: np.ndarray, dtype: type[np.floating] = np.float32) -> torch.Tensor:
     """ndarray -> (1, 1, *spatial)."""
@@ -125,6 +127,12 @@ class Outcome:
             kind = "rigid" if io.is_rigid(matrix) else "affine"
             summary["affine"] = {"kind": kind, "matrix_lps_mm": matrix.tolist()}
         summary["overlap_after"] = float(moved.inside.mean())
+        before, after = summary.get("overlap", 0.0), summary["overlap_after"]
+        if after < _LEFT * before:
+            warn(
+                f"the moving image covers {100 * after:.2g} % of the fixed one after the motion that was found, and {100 * before:.2g} % "
+                "where it started: it has run away; try another --start, or --mask and --moving-mask"
+            )
         reached = self.before, (volume(moved.array[0]), torch.from_numpy(moved.inside)[None, None])
         draw(case, u, summary, folder / "picture.png", reached=reached)
         summary |= {

@@ -197,12 +197,10 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     grid, field = (case.moving_grid, None) if start is None else start.of_image(case.moving_grid)
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
     laid = io.resample(intensities(case.moving_seen), grid, case.fixed_grid, field, outside=None)
-    where = (
-        None
-        if start is None or start.taken in _start.CHOICES
-        else f"{start.taken}: leads nowhere into the moving image"
-    )
-    overlap, weights = weights_of(case.weights, laid[1], warn, where)
+    apart = "the fixed and the moving image do not overlap in physical space; --start auto lays them on each other"
+    if start is not None and start.taken not in _start.CHOICES:
+        apart = f"{start.taken}: leads nowhere into the moving image"
+    overlap, weights = weights_of(case.weights, laid[1], warn, apart)
     moving_weights = case.moving_weights
     if moving_weights is not None:
         moving_weights, _ = io.resample(moving_weights, grid, case.fixed_grid, field, outside=0.0)

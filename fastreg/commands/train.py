@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command.add_argument(
         "--pairs",
         metavar="CSV|FOLDER",
-        help="csv: columns fixed, moving and perhaps fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, mask; "
+        help="csv: columns fixed, moving and perhaps fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, mask, moving_mask; "
         "paths relative to it. Folder: images, or images/ with labels/, masks/, landmarks/ (also imagesTr/ ...), which names "
         "match. JSON: the list that comes with a data set of Learn2Reg",
     )

@@ -1,10 +1,13 @@
 import json
 import math
+from dataclasses import replace
+from functools import wraps
 
 import numpy as np
 import pytest
 
 from fastreg import cli, io
+from fastreg.commands import register as command
 
 sitk = pytest.importorskip("SimpleITK")
 pytest.importorskip("matplotlib")
@@ -198,3 +201,18 @@ def test_a_start_is_not_a_nets(pair, capsys):
     command = ["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", "--method", "voxelmorph"]
     assert cli.main([*command, "--start", "masses"]) == 2
     assert "--start is a parameter of fastreg.register, not of --method" in capsys.readouterr().err
+
+
+def test_a_motion_that_ran_away_is_told(pair, capsys, monkeypatch):
+    pair(motion())
+    found = command.register
+
+    def runs_away(*images, **options):
+        result = found(*images, **{**options, "iterations": 0})
+        return replace(result, displacement=result.displacement + 25)
+
+    monkeypatch.setattr(command, "register", wraps(found)(runs_away))
+    run(*QUICK)
+    told = capsys.readouterr().err
+    assert "of the fixed one after the motion that was found, and " in told
+    assert "% where it started: it has run away" in told
