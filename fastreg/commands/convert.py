@@ -62,6 +62,10 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"{' '.join(paths)} is {grid.nd}D and {args.moving} is {moving.nd}D")
     if moving is not None:
         require_landing(landing(u, grid, moving), " ".join(paths), args.moving, warn)
+    if moving is None and "voxels" in target.holds:
+        warn(
+            f"{out}: {target.name} counts voxels of one grid that fixed and moving image must share: --moving MOVING has that checked"
+        )
     convert.write_transform(out, u, grid, target.name, moving)
     if not args.quiet:
         with telling():

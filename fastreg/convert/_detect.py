@@ -163,7 +163,7 @@ def hint(path: Path) -> str:
     image = _nifti.load(path)
     if len(image.shape) == 5:
         name = _nifti.intent(image)[1]
-        return f" (NIfTI calls it {name!r})" if name else ""
+        return f" (NIfTI calls it {name!r})" if name else " (ITK's fields have NIfTI intent 1007)"
     array = _nifti.values(path, image, undefined=True)
     index = np.stack(np.meshgrid(*map(np.arange, image.shape[:3]), indexing="ij"), -1)
     apart = array - (index @ image.affine[:3, :3].T + image.affine[:3, 3])

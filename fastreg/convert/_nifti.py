@@ -9,7 +9,7 @@ import numpy as np
 from fastreg._files import InputError, replacing, require_regular, require_utf8
 from fastreg._refusals import Missing
 from fastreg.io import Geometry, Reading
-from fastreg.io._nifti import chosen, grid_of, header_of
+from fastreg.io._nifti import chosen, grid_of, header_of, opened, packed
 from fastreg.io._reading import Warn
 from fastreg.io._recognise import refusal
 
@@ -31,10 +31,15 @@ def load(path: Path) -> Any:
     """nibabel's image, data unread. InputError: no NIfTI."""
     require_regular(path)
     try:
-        image = nibabel().load(path)
+        if packed(path) == path.name.lower().endswith(".gz"):
+            image = nibabel().load(path)
+        else:  # whose name does not say that it is packed, or says so wrongly
+            with opened(path) as stream:
+                image = nibabel().Nifti1Image.from_bytes(stream.read())
     except (
         nibabel().filebasedimages.ImageFileError,
         nibabel().spatialimages.HeaderDataError,
+        nibabel().wrapstruct.WrapStructError,
         OSError,
         EOFError,
         ValueError,
@@ -71,7 +76,7 @@ def grid(path: Path, form: np.ndarray, shape: tuple[int, ...]) -> Geometry:
 def geometry(path: Path, image: Any, reading: Reading, warn: Warn) -> Geometry:
     """Where the voxels of an image lie, as `reading` says where qform and sform differ."""
     header = header_of(path)
-    form = None if header is None else chosen(path, header, reading, warn)
+    form = chosen(path, header, reading, warn) if header is not None and header.forms else None
     if form is None:
         raise InputError(f"{path}: does not say where it lies: its qform and sform codes are 0")
     return grid(path, form, image.shape[:3])
@@ -84,6 +89,9 @@ def values(path: Path, image: Any, *, undefined: bool = False) -> np.ndarray:
             f"{path}: a field must hold floating-point numbers, got {image.header.get_data_dtype()}"
         )
     try:
+        if isinstance(image, nibabel().Nifti1Image) and packed(path):
+            with opened(path) as stream:  # all of it, up to the checksum, which nibabel does not read
+                image = type(image).from_bytes(stream.read())
         array = np.asarray(image.dataobj, dtype=np.float64)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: damaged or cut short") from error

@@ -64,7 +64,11 @@ def _inverted(step: Step) -> Step:
         raise InputError(
             f"{step.path}: only a matrix can be inverted by ',1'; give the file of the inverse warp"
         )
-    return Step(f"{step.what} (inverted)", step.path, other=step.other.GetInverse())
+    try:
+        inverse = step.other.GetInverse()
+    except RuntimeError as error:
+        raise InputError(f"{step.path}: its matrix is singular and has no inverse") from error
+    return Step(f"{step.what} (inverted)", step.path, other=inverse)
 
 
 def write(target: Target) -> None:

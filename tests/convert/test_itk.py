@@ -155,6 +155,26 @@ def test_a_matrix_alone(tmp_path, suffix):
     assert torch.equal(convert.read_transform(f"[{path},0]", like=FIXED)[0], u)
 
 
+def test_a_singular_matrix_has_no_inverse(tmp_path):
+    flat = sitk.AffineTransform([1, 0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0])
+    sitk.WriteTransform(flat, str(tmp_path / "flat.tfm"))
+    with pytest.raises(io.InputError, match="is singular and has no inverse"):
+        convert.read_transform(f"{tmp_path / 'flat.tfm'},1", like=FIXED)
+
+
+def test_a_spline_is_one_more_step(tmp_path):
+    warp, _ = ants(tmp_path)
+    spline = sitk.BSplineTransformInitializer(as_image(U, FIXED), [4, 4, 4])
+    spline.SetParameters(np.random.default_rng(0).normal(size=len(spline.GetParameters())).tolist())
+    sitk.WriteTransform(spline, str(tmp_path / "s.tfm"))
+    u, _, what = convert.read_transform([warp, tmp_path / "s.tfm"])
+    assert what.endswith("then ITK BSplineTransform")
+    p = FIXED.to_physical([7, 8, 9])
+    assert np.allclose(p + mm(u)[7, 8, 9], spline.TransformPoint((p + U[7, 8, 9]).tolist()), atol=1e-4)
+    with pytest.raises(io.InputError, match="only a matrix can be inverted"):
+        convert.read_transform(f"{tmp_path / 's.tfm'},1", like=FIXED)
+
+
 def test_the_inverse_of_a_field_is_not_made_up(tmp_path):
     warp, _ = ants(tmp_path)
     sitk.WriteTransform(as_transform(), str(tmp_path / "w.h5"))

@@ -26,7 +26,9 @@ def test_reads(tmp_path):
 
 def test_without_an_intent_it_has_to_be_told(tmp_path):
     path = save(tmp_path / "y_a.nii", POSITIONS, ras(FIXED))
-    with pytest.raises(io.InputError, match="does not say: give --from, one of spm"):
+    with pytest.raises(
+        io.InputError, match=r"does not say \(ITK's fields have NIfTI intent 1007\): give --from, one of spm"
+    ):
         convert.read_transform(path)
     assert error(convert.read_transform(path, format="spm")[0]) < 0.2
 
