@@ -74,7 +74,7 @@ def step(n, rounds, threads):
         "fastreg": lambda: io.resample(image, grid, grid, u, outside=-1000.0)[0][0, 0].numpy(),
         "simpleitk": lambda: SimpleITK.Resample(itk, itk, transform, SimpleITK.sitkLinear, -1000.0),
     }
-    ours, theirs = calls["fastreg"](), SimpleITK.GetArrayViewFromImage(calls["simpleitk"]())
+    ours, theirs = calls["fastreg"](), SimpleITK.GetArrayFromImage(calls["simpleitk"]())
     apart = max(
         int(np.abs(np.subtract(a, b, dtype=np.int32)).max()) for a, b in zip(ours, theirs, strict=True)
     )

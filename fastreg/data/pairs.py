@@ -15,6 +15,7 @@ import torch
 
 from fastreg import io
 from fastreg._files import InputError, Name, require_regular
+from fastreg._moved import labels_in
 from fastreg.io._dicom import parted
 from fastreg.io._plane import in_plane, kind_of, points_in_plane, thin_axis
 from fastreg.io._reading import CHOICES, Reading, Warn, ignore
@@ -186,6 +187,12 @@ def read_case(pair: Pair, warn: Warn = ignore, reading: Reading = Reading()) -> 
     fixed, fixed_grid = _read_intensities(pair.fixed, reading, warn)
     moving, moving_grid = _read_intensities(pair.moving, reading, warn)
     _require_one_kind(pair, fixed_grid, moving_grid)
+    for path, array in ((pair.fixed, fixed), (pair.moving, moving)):
+        if (n := labels_in(array)) > 2:  # of two, how far apart they are says nothing
+            warn(
+                f"{path}: holds {n} whole numbers, as label maps do: they are compared as intensities; labels of a scan go to "
+                "--fixed-labels and --moving-labels"
+            )
     case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
     if pair.fixed_landmarks and pair.moving_landmarks:
         paths = pair.fixed_landmarks, pair.moving_landmarks

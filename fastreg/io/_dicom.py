@@ -159,7 +159,7 @@ def _without_copies(slices: list[Slice], warn: Warn) -> list[Slice]:
         key: tuple[Any, ...] = (s["0008|0018"], where, s.frame)
         if s["0008|0018"] and key in kept and kept[key].file != s.file:
             if np.array_equal(
-                *(sitk().GetArrayViewFromImage(sitk().ReadImage(f)) for f in (kept[key].file, s.file))
+                *(sitk().GetArrayFromImage(sitk().ReadImage(f)) for f in (kept[key].file, s.file))
             ):
                 copies.append(s)
                 continue
