@@ -155,8 +155,11 @@ def _pair(fixed: Path, moving: Path, extras: Mapping[str, Mapping[Path, Path]]) 
     files = {"fixed": str(fixed), "moving": str(moving)}
     for kind, of in extras.items():
         if kind == "mask":
-            if fixed in of:
-                files["mask"] = str(of[fixed])
+            files |= {
+                name: str(of[image])
+                for name, image in (("mask", fixed), ("moving_mask", moving))
+                if image in of
+            }
         elif fixed in of and moving in of:
             files |= {f"fixed_{kind}": str(of[fixed]), f"moving_{kind}": str(of[moving])}
     return files

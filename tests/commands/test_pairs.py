@@ -118,6 +118,7 @@ def test_labels_that_are_missing_are_told(tmp_path):
     ]
     assert sum(p.fixed_labels is not None for p in pairs) == 2
     assert [p.mask is not None for p in pairs] == [p.fixed.endswith("b.nii") for p in pairs]
+    assert [p.moving_mask is not None for p in pairs] == [p.moving.endswith("b.nii") for p in pairs]
     for file in ("a_seg", "b", "d"):
         (tmp_path / f"labels/{file}.nii").rename(tmp_path / f"labels/{file}_of_someone.vol")
     with pytest.raises(
