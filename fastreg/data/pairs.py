@@ -318,7 +318,7 @@ class Pairs(Sequence[Sample]):
     """Pair files as a sequence of Sample, read when they are asked for; the last ones stay in memory.
 
     Args: pairs (list of Pair). preprocessing (Preprocessing). keep (int): samples that stay. ndim: 2 or 3, that images must
-    have, or None. reading (Reading).
+    have, or None. reading (Reading). warn: is told what may not be meant, at each reading.
     """
 
     def __init__(
@@ -329,8 +329,10 @@ class Pairs(Sequence[Sample]):
         keep: int = 64,
         ndim: int | None = None,
         reading: Reading = Reading(),
+        warn: Warn = ignore,
     ) -> None:
-        self.pairs, self.preprocessing, self.ndim, self.reading = list(pairs), preprocessing, ndim, reading
+        self.pairs, self.preprocessing, self.ndim = list(pairs), preprocessing, ndim
+        self.reading, self.warn = reading, warn
         self._sample = functools.lru_cache(maxsize=keep)(self._read)
         self._image = functools.lru_cache(maxsize=keep)(_read_intensities)
 
@@ -343,13 +345,13 @@ class Pairs(Sequence[Sample]):
     def _read(self, k: int) -> Sample:
         pair = self.pairs[k]
         arrays = {
-            side: self._image(getattr(pair, side), self.reading, ignore) for side in ("fixed", "moving")
+            side: self._image(getattr(pair, side), self.reading, self.warn) for side in ("fixed", "moving")
         }
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
         _require_one_kind(pair, fixed_grid, moving_grid)
         case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
-        _weigh(case, pair, self.reading, ignore)
-        return sample_of(_flat(case, pair), self.preprocessing, self.ndim)[0]
+        _weigh(case, pair, self.reading, self.warn)
+        return sample_of(_flat(case, pair, self.warn), self.preprocessing, self.ndim)[0]
 
 
 def sample_of(

@@ -107,8 +107,8 @@ class Settings(Net):
         return Run(
             folder,
             model,
-            Pairs(found, preprocessing, ndim=ndim, reading=reading),
-            validation=Pairs(validated, preprocessing, ndim=ndim, reading=reading),
+            Pairs(found, preprocessing, ndim=ndim, reading=reading, warn=told),
+            validation=Pairs(validated, preprocessing, ndim=ndim, reading=reading, warn=told),
             recipe=replace(model.recipe, **given),
             seed=self.seed,
             resume=saved or False,

@@ -31,7 +31,7 @@ class Validation:
 
     def _of_pair(self, k: int) -> tuple[Case, Sample, io.Geometry]:
         if isinstance(self.pairs, Pairs):
-            case = read_case(self.pairs.pairs[k], reading=self.pairs.reading)
+            case = read_case(self.pairs.pairs[k], self.pairs.warn, self.pairs.reading)
             return case, *sample_of(case, self.pairs.preprocessing, self.pairs.ndim)
         sample = self.pairs[k]
         fixed, moving = (t[0, 0].float().cpu().numpy() for t in (sample.fixed, sample.moving))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fastreg import io
-from fastreg.data.pairs import Pair, read_case, read_labels
+from fastreg.data.pairs import Pair, Pairs, read_case, read_labels
+from fastreg.data.preprocessing import Preprocessing
 from fastreg.io import Geometry, InputError, Reading
 
 sitk = pytest.importorskip("SimpleITK")
@@ -344,3 +345,14 @@ def test_labels_that_nibabel_saved_with_the_other_place(tmp_path):
     ):
         read_case(pair)
     assert lies_at(read_case(pair, reading=Reading(affine_source="sform")).fixed_grid, other)
+
+
+def test_what_a_net_is_trained_on_is_told_of_too(tmp_path):
+    good, odd = (str(save(tmp_path / f"{k}.nii", sform=form_at((k, 0, 0)))) for k in (0, 20))
+    told = []
+    pairs = Pairs([Pair(good, good), Pair(good, odd)], Preprocessing(), warn=told.append)
+    assert pairs[0].name
+    assert told == []
+    assert pairs[1].name
+    assert len(told) == 1
+    assert "20.nii: its qform and its sform place it differently" in told[0]
