@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common, models, settings
+from bench import common, fuzz, models, settings
 from bench.common import say
 from bench.experiments import tables as experiments
 from bench.markdown import grouped, measured, number, page, replaced, table
@@ -245,6 +245,7 @@ PAGES = {
     "real": ("Real scans, registered", real, "python -m bench.real"),
     "settings": ("What the settings of register change", settings.sections, "python -m bench.settings"),
     "tools": ("Other tools' transforms, both ways", tools, ".ci/tools"),
+    "fuzz": ("Ops on random inputs", fuzz.sections, ".ci/fuzz --store"),
     "where": ("Which implementation ran where", where, "python bench/run.py"),
 }
 

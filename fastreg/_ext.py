@@ -221,8 +221,19 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     name = schema.split("(")[0]
     _references[name] = reference
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    lib.impl(name, reference, "CompositeExplicitAutograd")
+    lib.impl(name, _contiguous(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastreg::{name}", fake, lib=lib)
+
+
+def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Results lie in memory as those of kernels and fakes do, whatever the layout of the inputs."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        out = reference(*args)
+        return out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+
+    return run
 
 
 def arithmetic(*tensors: Tensor | None) -> torch.dtype:

@@ -87,6 +87,9 @@ def local_correlation_through_kernel(
     # Both maps meet in the same products: their sums of x^ dL/dx^ are equal, and the halving of the deviations undoes the 2.
     still = deviation == 0
     slope = -tl.load(totals_ptr + 1) / (tl.where(still, 1.0, deviation) * tl.maximum(many - 1, 1.0))
+    # As one so small that its slope lies beyond the arithmetic type: an infinite one would meet zeros.
+    steep = slope.to(A)
+    still = still | ((steep - steep != 0) & (slope == slope))
     slope = tl.where(still, 0.0, slope)
     high, low, inverse = normalization(s_ptr, 0, True, A, MAP)
     mask = i < count

@@ -67,4 +67,12 @@ FASTREG_HD ThroughStatistics through_statistics(const double* statistics, double
   return {1 / unit, -sum / (2 * unit * count), slope * unit};
 }
 
+// A deviation so small that its slope lies beyond the arithmetic type counts as 0: an infinite slope would
+// meet zeros.
+template <class A>
+FASTREG_HD A value_of(const ThroughStatistics& t) {
+  const A value = A(t.value);
+  return value - value == A(0) || t.value != t.value ? value : A(0);
+}
+
 }  // namespace fastreg

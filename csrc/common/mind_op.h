@@ -37,8 +37,8 @@ inline at::Tensor any_within(const at::Tensor& seen, int64_t axis, const at::Ten
 inline at::Tensor seen_or_finite(const at::Tensor& image, const OptionalTensor& mask, const MindOptions& o) {
   if (!mask || image.numel() == 0) return image;
   // A sum is finite where all terms are, unless it overflows.
-  if (image.is_cpu() && (std::isfinite(image.sum(at::kDouble).item<double>()) ||
-                         image.isfinite().all().item<bool>()))
+  if (image.is_cpu() &&
+      (std::isfinite(image.sum(at::kDouble).item<double>()) || image.isfinite().all().item<bool>()))
     return image;
   at::Tensor seen = mask->le(0).logical_not();
   const auto index = [&](int64_t axis) {
@@ -187,9 +187,10 @@ std::tuple<at::Tensor, at::Tensor> mind_map_bwd(const at::Tensor& grad, const at
                                                 double sigma, c10::string_view norm, bool need_fixed,
                                                 bool need_moved) {
   const MindOptions o{radius, dilation, neighbourhood, patch, sigma};
-  const MindResult r = mind_compare<Device, Mind>(
-      "mind_map_bwd", fixed, moved, fixed_variance, mask, grad.div(double(mind_channels(o.six(), fixed.dim() - 2))),
-      o, {norm, false, false, false, {need_fixed, need_moved}, fixed.scalar_type()});
+  const MindResult r =
+      mind_compare<Device, Mind>("mind_map_bwd", fixed, moved, fixed_variance, mask,
+                                 grad.div(double(mind_channels(o.six(), fixed.dim() - 2))), o,
+                                 {norm, false, false, false, {need_fixed, need_moved}, fixed.scalar_type()});
   return {r.grad[0], r.grad[1]};
 }
 

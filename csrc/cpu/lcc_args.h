@@ -19,10 +19,10 @@ struct LccTaps {
 // 2D images are volumes whose y axis has one voxel, so that the march along z still has rows to share among
 // threads.
 struct LccArgs : LccCall {
-  double* sums;  // (n c, n_slabs): sums of mask * -LCC
+  double* sums;  // (n c, planes): sums of mask * -LCC
   int64_t size[3], window[3], radius[3];
   double volume;    // weight of a whole window
-  int64_t n_slabs;  // box: slabs of planes a channel is cut into; weighted: its planes
+  int64_t n_slabs, n_chunks;  // box: slabs of chunks of planes that a channel is cut into
   LccTaps taps[3];  // weighted only; radius is then how far taps reach inside the image
   // Weighted, with gradients: sums over y and x of the adjoint maps of a channel's planes, (n_adjoints, ring,
   // H, W).

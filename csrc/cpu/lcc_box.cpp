@@ -76,14 +76,17 @@ class Slab {
         H(a.size[1]),
         W(a.size[2]) {
     const int64_t slab = unit % a.n_slabs;
-    z0 = D * slab / a.n_slabs, z1 = D * (slab + 1) / a.n_slabs;
     for (int k = 0; k < 3; ++k) r[k] = std::min(a.radius[k], a.size[k] - 1);
+    begin = a.n_chunks * slab / a.n_slabs, end = a.n_chunks * (slab + 1) / a.n_slabs;
     fixed = static_cast<const T*>(a.fixed) + nc * D * H * W;
     moved = static_cast<const T*>(a.moved) + nc * D * H * W;
     mask = kMask ? static_cast<const A*>(a.mask) + n * D * H * W : nullptr;
     upstream = a.upstream ? static_cast<const A*>(a.upstream) + n * D * H * W : mask;
     want_fixed = a.grad_fixed, want_moved = a.grad_moved;
     n_adjoints = want_fixed && want_moved ? 5 : want_fixed || want_moved ? 3 : 0;
+    // A gradient needs the windows of rz planes on both sides: with the first of them a chunk begins.
+    first = start(begin), last = n_adjoints ? std::min(D * end / a.n_chunks + r[0], D) : start(end);
+    z0 = n_adjoints ? D * begin / a.n_chunks : first, z1 = n_adjoints ? D * end / a.n_chunks : last;
     if (n_adjoints && kNonFinite) bad_adjoint = n_adjoints++;
     stride = (W + 2 * r[2] + 15) / 8 * 8;
     column = zeros(H * kMoments), running = zeros(kMoments), box = zeros(kMoments), spare = zeros(1);
@@ -103,21 +106,22 @@ class Slab {
       count_x[x] = double(std::min(x + r[2], W - 1) - std::max<int64_t>(x - r[2], 0) + 1);
       count_x[stride + x] = 1.0 / count_x[x];
     }
-    double sum = 0.0;
-    const int64_t halo = n_adjoints ? r[0] : 0;
-    first = std::max<int64_t>(z0 - halo, 0), last = std::min(z1 + halo, D);
-    // Chunks lie at multiples of kChunk, so that neither shift nor seeds move with the number of threads.
-    for (int64_t chunk = first, end; chunk < last; chunk = end) {
-      end = std::min((chunk / kChunk + 1) * kChunk, last);
-      choose_shift(chunk / kChunk * kChunk, chunk == first);
+    choose_shift(0, true);
+    // Shift and seeds belong to chunks, which do not move with the number of threads; slabs are made of them.
+    for (int64_t k = begin; k < a.n_chunks && start(k) < last; ++k) {
+      const int64_t chunk = start(k), stop = std::min(start(k + 1), last);
+      if (stop <= chunk) continue;
+      choose_shift(chunk, false);
       std::fill_n(largest, 2 * stride, 0.0);
-      for (int64_t z = chunk; z < end; ++z) sum += plane(z, z == chunk);
+      for (int64_t z = chunk; z < stop; ++z) {
+        const double sum = plane(z, z == chunk);
+        if (z >= z0 && z < z1) a.sums[nc * D + z] = -sum;
+      }
       if (!kNonFinite && !finite_columns()) return false;
     }
     if (n_adjoints)
       for (int64_t z = last; z < z1 + r[0]; ++z)
         for (int64_t y = 0; y < H; ++y) accumulate_z(z, y, nullptr);
-    a.sums[unit] = -sum;
     return true;
   }
 
@@ -129,6 +133,19 @@ class Slab {
     double* p = arena.rows(count_, stride);
     std::fill_n(p, count_ * stride, 0.0);
     return p;
+  }
+
+  // First plane of a chunk: of those whose windows the planes D k / n_chunks and on need.
+  int64_t start(int64_t k) const {
+    return k == 0 ? 0 : k == a.n_chunks ? D : std::max<int64_t>(D * k / a.n_chunks - r[0], 0);
+  }
+  // Whether the windows of the planes from a chunk's first one on are complete with plane z: there the sums
+  // over them are added up anew.
+  bool completes_chunk(int64_t z) const {
+    const int64_t plane = z - 2 * r[0];
+    if (plane <= first) return false;
+    const int64_t k = ((plane + r[0]) * a.n_chunks + D - 1) / D;
+    return k < a.n_chunks && start(k) == plane;
   }
 
   int64_t at(int64_t z, int64_t y) const { return (z * H + y) * W; }
@@ -182,7 +199,8 @@ class Slab {
       double f = double(load(fixed_row[x])) - cf, m = double(load(moved_row[x])) - cm;
       if (kNonFinite || kMask) {
         const double probe = f * f + m * m;
-        // Outside the mask nothing is looked at, not even a NaN; a weight that is one counts as such a sample.
+        // Outside the mask nothing is looked at, not even a NaN; a weight that is one counts as such a
+        // sample.
         const double all = kMask ? probe + weight : probe;
         const bool bad = kNonFinite && weight != 0.0 && !(all - all == 0.0);
         const bool drop = bad || weight == 0.0;
@@ -343,7 +361,12 @@ class Slab {
     double* __restrict total = adjoint_z + y * width;
     double* __restrict slot = ring_z + ((z % (2 * rz + 1)) * H + y) * width;
     const bool leaving = z - first >= 2 * rz + 1;
-    if (row && leaving) {
+    if (leaving && completes_chunk(z)) {
+      if (row) std::copy_n(row, width, slot);
+      std::fill_n(total, width, 0.0);
+      for (int64_t i = z - 2 * rz; i <= std::min(z, D - 1); ++i)
+        add(total, ring_z + ((i % (2 * rz + 1)) * H + y) * width, width);
+    } else if (row && leaving) {
       for (int64_t i = 0; i < width; ++i) {
         total[i] += row[i] - slot[i];
         slot[i] = row[i];
@@ -388,7 +411,7 @@ class Slab {
 
   const LccArgs& a;
   const int64_t unit, nc, n, D, H, W;
-  int64_t z0, z1, first, last, r[3], stride;
+  int64_t begin, end, z0, z1, first, last, r[3], stride;  // chunks, planes
   const T *fixed, *moved;
   const A *mask, *upstream;
   bool want_fixed, want_moved;

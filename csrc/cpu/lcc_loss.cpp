@@ -10,30 +10,26 @@ namespace {
 
 using at::Tensor;
 
-// Sums of n_slabs slabs a channel, (N, c n_slabs).
-Tensor new_sums(LccArgs& a) {
-  Tensor sums = at::zeros({a.n, a.c * a.n_slabs}, at::kDouble);
-  a.sums = sums.mutable_data_ptr<double>();
-  return sums;
-}
-
 constexpr int64_t kPlanes = 32;  // of a chunk; a multiple of the planes whose gradient is gathered at once
 
 // One pass; units are slabs of planes.
-Tensor box(LccArgs& a, Stored type) {
+void box(LccArgs& a, Stored type) {
+  // Chunks of planes: thick, as each costs a seed; of an even number, for threads to share; at least 4 for
+  // more than two threads where there are 40 planes.
+  const int64_t D = a.size[0];
+  a.n_chunks = std::max({(D + 2 * kPlanes - 1) / (2 * kPlanes) * 2, D < 40 ? 1 + (D >= 16) : int64_t(4)});
   // Enough slabs for every thread; each repeats the statistics of 2 radius planes, so none thinner than that.
   const int64_t units = std::max<int64_t>(a.n * a.c, 1);
   a.n_slabs = std::clamp<int64_t>((at::get_num_threads() + units - 1) / units, 1,
-                                  std::max<int64_t>(a.size[0] / std::max<int64_t>(2 * a.radius[0], 8), 1));
-  Tensor sums = new_sums(a);
+                                  std::max<int64_t>(D / std::max<int64_t>(2 * a.radius[0], 8), 1));
+  a.n_slabs = std::min(a.n_slabs, a.n_chunks);
   auto kernel = FASTREG_PICK(lcc_slabs);
   at::parallel_for(0, a.n * a.c * a.n_slabs, 1, [&](int64_t b, int64_t e) { kernel(type, a, b, e); });
-  return sums;
 }
 
 // Per channel, chunk by chunk: windows of the chunk's planes, then the gradient of the planes whose windows
 // are done.
-Tensor weighted(LccArgs& a, Stored type, const LccTapList& taps) {
+void weighted(LccArgs& a, Stored type, const LccTapList& taps) {
   static const double one[] = {1.0}, nothing_more[] = {1.0, 0.0};
   a.volume = a.least = 1.0;
   for (int k = 0; k < 3; ++k) {
@@ -44,8 +40,6 @@ Tensor weighted(LccArgs& a, Stored type, const LccTapList& taps) {
     a.volume *= a.taps[k].total, a.least *= a.taps[k].tap[0];
   }
   a.least *= 2.0;
-  a.n_slabs = a.size[0];
-  Tensor sums = new_sums(a);
   a.n_adjoints = lcc_adjoints(a);
   const int64_t D = a.size[0], plane = a.size[1] * a.size[2], runs = (plane + kLccRun - 1) / kLccRun;
   const int64_t chunk = a.n_adjoints ? std::max<int64_t>(kPlanes, at::get_num_threads()) : D;
@@ -65,7 +59,6 @@ Tensor weighted(LccArgs& a, Stored type, const LccTapList& taps) {
       done = last;
     }
   }
-  return sums;
 }
 
 LccResult run(const char* op, const Tensor& fixed, const Tensor& moved, const OptionalTensor& mask,
@@ -85,8 +78,11 @@ LccResult run(const char* op, const Tensor& fixed, const Tensor& moved, const Op
     a.volume *= double(a.window[k]);
   }
   const Stored type = stored(fixed);
-  const Tensor sums = o.kind() == Window::box ? box(a, type) : weighted(a, type, in.taps(o));
-  out.sums = sums.sum(1).to(in.arithmetic.dtype());
+  std::vector<double> sums(a.n * a.c * a.size[0]);
+  a.sums = sums.data();
+  o.kind() == Window::box ? box(a, type) : weighted(a, type, in.taps(o));
+  // Channel by channel, each added up plane by plane.
+  out.sums = sample_sums(sums, a.n * a.c, at::kDouble).view({a.n, a.c}).sum(1).to(in.arithmetic.dtype());
   return out;
 }
 

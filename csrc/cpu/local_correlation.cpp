@@ -229,7 +229,7 @@ void store_through(const ThroughStatistics& t, const A* gradient, const A* value
   each_x<A>(0, n, [&](auto v, int64_t x) {
     using V = decltype(v);
     store_as<V>(out + x, load_as<V>(gradient + x) * A(t.gradient) + A(t.constant) +
-                             load_as<V>(value + x) * A(t.value));
+                             load_as<V>(value + x) * value_of<A>(t));
   });
 }
 

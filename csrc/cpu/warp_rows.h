@@ -182,8 +182,7 @@ void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo
       const int64_t index = corner_index(int64_t(p.whole[k][i]) + upper, n, a.padding);
       weights[k][upper] = upper ? p.fraction[k][i] : A(1) - p.fraction[k][i];
       offsets[k][upper] = index * stride;
-      present[k][upper] =
-          index >= 0 && (k > 0 || (index >= lo && index < hi)) && weights[k][upper] != A(0);
+      present[k][upper] = index >= 0 && (k > 0 || (index >= lo && index < hi)) && weights[k][upper] != A(0);
     }
     stride *= n;
   }

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kFinishThreads) correlation_finish_kernel(Fini
       for (int64_t y = low[1]; y <= high[1]; ++y)
         for (int64_t x = low[2]; x <= high[2]; ++x) sum += raw[(z * extent[1] + y) * extent[2] + x];
     if (m.statistics)
-      sum = sum * A(through.gradient) + A(through.constant) + map.read(place, c) * A(through.value);
+      sum = sum * A(through.gradient) + A(through.constant) + map.read(place, c) * value_of<A>(through);
     const int64_t to = (n * m.c + c) * voxels + voxel;
     if (a.arithmetic)
       static_cast<A*>(a.result)[to] = sum;

@@ -78,9 +78,8 @@ def lcc_loss(
         A window that holds a NaN or infinity, of an image or the mask, is NaN, no other; where the mask is 0 nothing is
         looked at. With "valid", constant images give 0
         with gradient 0 (with "zeros" their faces are edges); so does an all-zero mask.
-        CPU: fp64 sums. "box": one pass, cost independent of the window; extra memory per thread: some 3 (both gradients: 5)
-        times ``window`` planes of fp64. Other kernels: cost proportional to the window, bits independent of the number of
-        threads; extra memory with gradients: 3 (both: 5) times ``window + 31`` planes of fp64, at most those of the image.
+        CPU: fp64 sums; on finite images bits independent of the number of threads. "box": one pass, cost independent of the window; extra memory per thread: some 3 (both gradients: 5)
+        times ``window`` planes of fp64. Other kernels: cost proportional to the window; extra memory with gradients: 3 (both: 5) times ``window + 31`` planes of fp64, at most those of the image.
         A region whose offset from the rest is beyond 1e6 times its contrast counts as flat.
         CUDA: fp32 sums, shifted tile by tile (16 x 16 columns, at most 32 planes), for windows that reach at most 10 voxels from
         their centre; there a region whose offset from the rest of its tile is beyond 500 times its contrast counts as flat, and a

@@ -82,15 +82,18 @@ def local_correlation(
     _check.choice(op, "scale", scale, SCALES)
     _check.choice(op, "padding", padding, PADDINGS)
     dtype = torch.promote_types(fixed.dtype, moving.dtype)
-    return torch.ops.fastreg.local_correlation(
-        fixed.to(dtype),
-        moving.to(dtype),
-        radius,
-        displacement,
-        _check.flag("local_correlation", "normalize", normalize),
-        scale,
-        padding,
-    )[0]
+    normalize = _check.flag(op, "normalize", normalize)
+    arguments = (fixed.to(dtype), moving.to(dtype), radius, displacement, normalize, scale, padding)
+    try:
+        return torch.ops.fastreg.local_correlation(*arguments)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "alloc" not in str(error):
+            raise
+    shape = (fixed.shape[0], math.prod(2 * r + 1 for r in radius), *fixed.shape[2:])
+    size = math.prod(shape) * dtype.itemsize / 1e9
+    _check.fail(op, "radius", "leave a result that fits into memory", f"{radius}: {shape}, {size:.0f} GB")
 
 
 def _mean_and_deviation(x):

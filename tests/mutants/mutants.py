@@ -306,8 +306,8 @@ MUTANTS = [
     ),
     Mutant(
         "lcc_slabs_without_halo", "threads", CPU,
-        "const int64_t halo = n_adjoints ? r[0] : 0;",
-        "const int64_t halo = 0;",
+        "k == a.n_chunks ? D : std::max<int64_t>(D * k / a.n_chunks - r[0], 0);",
+        "k == a.n_chunks ? D : D * k / a.n_chunks;",
         "lcc_loss", "across or threads", "gradients near the seam of two slabs; one thread has one slab",
     ),
     Mutant(

@@ -41,7 +41,10 @@ class Contract:
     repeats: bool | dict | str  # the same bits in every run, by any number of threads
     dimensions: tuple = (3, 2)
     tolerance: float = 0.0  # relative, between layouts of the same values: 0 for the same bits
-    large: tuple = ((9, 10, 70), (40, 33))  # beyond one thread's piece of work
+    large: tuple = (
+        (17, 31, 40),
+        (130, 150),
+    )  # beyond one thread's piece of work, and torch's own of 2^15 numbers
 
 
 PROPERTIES = (

@@ -136,7 +136,6 @@ def test_layouts(contract, case):
         )
 
 
-@pytest.mark.skipif(not COMPILED, reason="the references leave it to PyTorch how their results lie")
 @every("layouts")
 def test_fakes_lie_in_memory_as_results_do(contract, case):
     """torch.compile takes the strides of results and gradients from the fake kernels."""
@@ -252,22 +251,21 @@ def test_repeats(contract, case):
     before = torch.get_num_threads()
     # Emulated threads take turns.
     for size in spatial(contract, (4, 6, 33), (9, 40)) if BACKEND == "emulation" else contract.large:
-        inputs = case.make(2, size, torch.float32)
-        weight, results = torch.randn_like(case.call(*inputs)), []
-        try:
-            for threads in (1, 2, 3, 2):
-                torch.set_num_threads(threads)
-                out = case.call(*inputs)
-                grads, twice = (
-                    torch.autograd.grad(out, wanted(inputs), w, retain_graph=True)
-                    for w in (weight, 2 * weight)
-                )
-                assert_same(twice, [2 * g for g in grads])
-                results.append((out, *grads))
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert_same(results[0], other)
+        for dtype in (torch.float32, torch.float64):
+            inputs = case.make(2, size, dtype)
+            weight, results = torch.randn_like(case.call(*inputs)), []
+            try:
+                for threads in (1, 2, 3, 4, 7, 2):
+                    torch.set_num_threads(threads)
+                    out = case.call(*inputs)
+                    grads = torch.autograd.grad(out, wanted(inputs), weight, retain_graph=True)
+                    results.append((out, *grads))
+            finally:
+                torch.set_num_threads(before)
+            for other in results[1:]:
+                assert_same(results[0], other)
+            twice = torch.autograd.grad(out, wanted(inputs), 2 * weight)
+            assert_same(twice, [2 * g for g in grads])
 
 
 @ops()

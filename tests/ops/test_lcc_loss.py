@@ -716,5 +716,5 @@ CONTRACT = Contract(
     empty_channels="NaN, the mean of no channels: test_no_channels_average_to_nan",
     repeats=True,
     tolerance=1e-6,
-    large=((70, 9, 23), (40, 33)),
+    large=((70, 16, 23), (140, 123)),
 )

@@ -200,6 +200,32 @@ def test_far_from_zero_mean():
     assert_close(fastreg.local_correlation(fixed, moving, 1, normalize=True), expected, limit, floor=0.1)
 
 
+@pytest.mark.parametrize("tiny", [1e-36, 1e-40, 1e-44])
+def test_maps_that_are_nearly_constant_are_finite(tiny):
+    """The slope of their deviation lies beyond fp32."""
+    fixed = torch.rand(1, 2, 4, 5, 6).requires_grad_()
+    moving = torch.zeros(1, 2, 4, 5, 6)
+    moving.view(-1)[::7] = tiny
+    moving.requires_grad_()
+    for pair in ((fixed, moving), (moving, fixed)):
+        out = fastreg.local_correlation(*pair, 1, normalize=True)
+        grads = torch.autograd.grad(out, pair, torch.randn_like(out))
+        assert all(t.isfinite().all() for t in (out, *grads))
+
+
+def test_a_result_that_does_not_fit_is_refused_in_words(monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(torch.ops.fastreg, "local_correlation", full)
+    maps = torch.zeros(1, 1, 100, 100, 100)
+    with pytest.raises(
+        ValueError,
+        match=r"radius must leave a result that fits into memory, got .*\(1, 8120601, 100, 100, 100\), 32482 GB",
+    ):
+        fastreg.local_correlation(maps, maps, 100)
+
+
 @pytest.mark.parametrize("displaced", [False, True], ids=["still", "displaced"])
 @pytest.mark.parametrize(("a", "b"), [(0.1, 0.1), (0.0, 0.0), (3.0, -2.0)])
 def test_constant_maps_are_finite(a, b, displaced):
