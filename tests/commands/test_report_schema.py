@@ -84,14 +84,26 @@ def test_register_fits_the_schema(tmp_path, kind, keys):
     check(read(tmp_path / "out"), keys)
 
 
-def test_apply_fits_the_schema(tmp_path, keys):
+def test_apply_fits_the_schema(tmp_path, keys, capsys):
     images, known = write_pair(tmp_path, GRIDS["2d"])
     (tmp_path / "pairs.csv").write_text(f"fixed,moving\n{','.join(images)}\n")
     trained = ["--pairs", str(tmp_path / "pairs.csv"), "-o", str(tmp_path / "run")]
     assert cli.main(["train", *trained, *NET, *OPTIONS]) == 0
     weights = ["--weights", str(tmp_path / "run" / "last.pt")]
-    assert cli.main(["apply", *weights, *images, "-o", str(tmp_path / "out"), *known, *OPTIONS]) == 0
+    assert (
+        cli.main(["apply", *weights, *images, "-o", str(tmp_path / "out"), *known, *OPTIONS, "--html"]) == 0
+    )
     check(read(tmp_path / "out"), keys)
+    assert "voxelmorph" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    field = [
+        "--field",
+        str(tmp_path / "out" / "displacement.nii.gz"),
+        images[1],
+        "-o",
+        str(tmp_path / "moved"),
+    ]
+    assert cli.main(["apply", *field, *OPTIONS, "--html"]) == 2
+    assert capsys.readouterr().err.endswith("--html goes with --weights\n")
 
 
 @pytest.mark.slow
