@@ -118,7 +118,9 @@ class Outcome:
             labels = self.moved_labels.astype(case.moving_labels.dtype)  # type: ignore[union-attr]
             io.write_image(folder / "moved_labels.nii.gz", labels, grid)
         if inverse:
-            summary["inverse"] = outcome_inverse.write(folder, case, u)
+            summary["inverse"] = outcome_inverse.write(
+                folder, case, u, (files or {}).get("fixed", "the fixed image")
+            )
         if self.affine is not None:
             matrix, space = (
                 (self.affine, grid) if grid.plane is None else (grid.plane.map(self.affine), grid.plane.whole)

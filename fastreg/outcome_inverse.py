@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import io
+from fastreg import _moved, io
 from fastreg._console import warn
-from fastreg._files import InputError
+from fastreg._files import InputError, Name
 from fastreg.data.pairs import Case
 
 OUTPUTS = (
@@ -45,20 +45,25 @@ def lines(residual: io.Residual) -> list[str]:
     return told
 
 
-def write(folder: Path, case: Case, u: torch.Tensor) -> dict[str, Any]:
-    """Writes OUTPUTS, those that the case has something for; u (1, nd, *fixed grid), voxels. Returns what the report says."""
+def write(folder: Path, case: Case, u: torch.Tensor, name: Name) -> dict[str, Any]:
+    """Writes OUTPUTS, those that the case has something for; u (1, nd, *fixed grid), voxels; name: of the fixed
+    image, for messages. Returns what the report says."""
     grids = case.fixed_grid, case.moving_grid
     v, residual = io.invert(u, *grids)
-    check(residual, "displacement.nii.gz")
-    outside = float(np.nanmin(case.fixed))
-    fixed = torch.from_numpy(np.ascontiguousarray(case.fixed))[None, None]
-    moved, _ = io.resample(fixed, *grids, v, outside=outside)
+    if residual.outside < 1:
+        check(residual, "displacement.nii.gz")
+    else:  # nothing to refuse what was registered for
+        warn("displacement.nii.gz: no voxel of the moving image comes from inside of the fixed one")
+    interpolation, is_labels = _moved.interpolation_of(case.fixed, name, None, warn)
+    outside = _moved.outside_of(case.fixed, is_labels)
+    how: dict[str, Any] = {"interpolation": interpolation, "dtype": case.fixed.dtype, "outside": outside}
+    moved = _moved.move(np.ascontiguousarray(case.fixed)[None], *grids, v, **how)
     io.write_displacement(folder / OUTPUTS[0], v, case.moving_grid)
-    io.write_image(folder / OUTPUTS[1], moved[0, 0].numpy(), case.moving_grid)
+    io.write_image(folder / OUTPUTS[1], moved.array[0], case.moving_grid)
     if case.fixed_labels is not None:
         labels = torch.from_numpy(np.ascontiguousarray(case.fixed_labels))[None, None]
-        moved, _ = io.resample(labels, *grids, v, mode="nearest")
-        io.write_image(folder / OUTPUTS[2], moved[0, 0].numpy(), case.moving_grid)
+        back, _ = io.resample(labels, *grids, v, mode="nearest")
+        io.write_image(folder / OUTPUTS[2], back[0, 0].numpy(), case.moving_grid)
     if case.moving_landmarks is not None:
         points = io.invert_points(case.moving_landmarks, u, case.fixed_grid)
         io.write_landmarks(folder / OUTPUTS[3], case.fixed_grid.in_space(points), case.landmark_names)
