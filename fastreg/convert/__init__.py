@@ -15,7 +15,7 @@ from fastreg._files import InputError, Name
 from fastreg.io import Geometry, Reading, volume_geometry
 from fastreg.io._reading import Warn, ignore
 
-from . import dicom, dipy, freesurfer, fsl, itk, mrtrix, niftyreg, others, spm, voxels
+from . import dicom, dipy, freesurfer, fsl, itk, matrices, mrtrix, niftyreg, others, spm, voxels
 from ._chain import Chain, Step
 from ._detect import hint, names_of
 from ._format import Format, Source, Target
@@ -35,12 +35,17 @@ FORMATS = {
         voxels.VOXELMORPH,
         dipy.FORMAT,
         spm.FORMAT,
+        matrices.FORMAT,
         dicom.FORMAT,
         *others.FORMATS,
     )
 }
 # How else one may call them.
 ALIASES = {"ants": "itk", "greedy": "itk", "fnirt": "fsl", "surfa": "freesurfer", "synthmorph": "freesurfer"}
+MATRIX = (
+    "a matrix of 4 x 4 numbers, as FSL flirt, NiftyReg, greedy and MRtrix write it, and they mean different axes: give --from ras-matrix for "
+    "one of greedy or of NiftyReg's reg_aladin, or make an ITK matrix of it: c3d_affine_tool (flirt: -ref FIXED -src MOVING FILE -fsl2ras) -oitk affine.txt"
+)
 TRANSFORMS = {"itk", "itk-transform"}
 
 # ANTs, old ANTs, greedy: a warp, and the matrix that its tool writes into another file.
@@ -50,7 +55,7 @@ BESIDE = (
         r"\d+(GenericAffine|DerivedInitialMovingTranslation|Rigid|Affine)\.mat",
     ),
     (r"(.*?)(Inverse)?Warp\.nii(\.gz)?", r"Affine\.txt"),
-    (r"(.*?)warp\.nii(\.gz)?", r"affine\.mat"),
+    (r"(.*?)warp\.nii(\.gz)?", r"affine\.(mat|lta)"),
 )
 
 
@@ -112,6 +117,8 @@ def _format_of(path: Path, names: frozenset[str], wanted: Format | None) -> Form
             f"{path}: says that it is {name} ({FORMATS[name].known}), and {wanted.name} was asked for"
         )
     options = ", ".join(sorted(names - {""}))
+    if wanted is None and names == frozenset({"ras-matrix", ""}):
+        raise InputError(f"{path}: is {MATRIX}")
     if wanted is None:
         raise InputError(
             f"{path}: voxels or mm, displacements or positions? the file does not say{hint(path)}: give --from, one of {options}"
@@ -155,6 +162,8 @@ def read_chain(
         source = Source(path, fixed, other, reading, warn)
         if kind.name == "itk-transform":
             steps += itk.read_transform(source, inverse)
+        elif kind.name == "ras-matrix":
+            steps += matrices.read(source, inverse)
         elif inverse:
             raise InputError(
                 f"{path}: only a matrix can be inverted by ',1'; give the file of the inverse warp"

@@ -25,7 +25,7 @@ SUFFIXES: dict[str, str | frozenset[str]] = {
     ".npz": VOXELS,
     ".x5": "x5",
 }
-NUMBER = rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+NUMBER = rb"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 MATRIX = re.compile(rb"\s*(?:#[^\n]*\n\s*)*" + rb"\s+".join([NUMBER] * 16) + rb"\s*$")
 
 
@@ -56,7 +56,7 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _of_bytes(path: Path) -> str | None:
+def _of_bytes(path: Path) -> str | frozenset[str] | None:
     head = _head(path)
     if head.startswith(HDF5):
         if b"X5" in head and b"Format" in head:
@@ -81,7 +81,7 @@ def _of_bytes(path: Path) -> str | None:
         return "elastix"
     if re.match(rb"(?:#[^\n]*\n\s*)*type\s*=\s*\d", head):
         return "lta"
-    return "matrix" if MATRIX.match(head) else None
+    return frozenset({"ras-matrix", ""}) if MATRIX.match(head) else None
 
 
 def _matlab(head: bytes) -> bool:

@@ -92,14 +92,6 @@ FORMATS = (
         instead="convert it to an ITK matrix first",
     ),
     Format(
-        "matrix",
-        "a matrix of numbers: FSL flirt, NiftyReg, greedy, MRtrix",
-        ".mat .txt",
-        "a text of 4 x 4 numbers",
-        "axes and direction differ between these tools and the file does not say which",
-        instead="make an ITK matrix of it: c3d_affine_tool FILE -oitk affine.txt (greedy), with -ref FIXED -src MOVING -fsl2ras (flirt)",
-    ),
-    Format(
         "dicom-matrix",
         "DICOM Spatial Registration",
         ".dcm",
