@@ -5,6 +5,7 @@ that of a series.
 """
 
 import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ APART = {
     "0008|0008": "ImageType", "0020|0011": "SeriesNumber", "0008|0022": "AcquisitionDate", "0008|0032": "AcquisitionTime",
     "0018|0050": "SliceThickness",
 }  # fmt: skip
+# Of those, what two volumes whose slices lie between each other's differ in, and the halves of one may.
+INTERLEAVED = ("0020|0012", "0020|0100", "0018|0086", "0018|0081")
 LISTED = 12  # volumes that a refusal names
 LOOKED_AT = 10000  # files, for a better word on a folder that holds none
 
@@ -300,6 +303,13 @@ def _placed(path: Name, volume: Volume, reading: Reading, warn: Warn) -> Any:
             warn(
                 f"{path}: slices lie up to {lie.off:.2g} mm off even steps of {lie.step @ normal:.5g} mm, and are read as even"
             )
+        for tag in INTERLEAVED:
+            told = [s[tag] for s in slices]
+            kinds = sorted(set(told))
+            if 1 < len(kinds) <= n / 2 and all(a != b for a, b in itertools.pairwise(told)):
+                warn(
+                    f"{path}: slices alternate between {APART[tag]} {' and '.join(kinds[:3])}, and are read as one volume"
+                )
         step = lie.step
         sideways, angle = lie.sideways(normal), lie.tilt(normal)
         drift = float(np.linalg.norm(sideways)) * (n - 1)

@@ -413,3 +413,12 @@ def test_folders_that_are_no_series_of_even_steps_do_not_hide_behind_one_tag(tmp
     scans.series(tmp_path / "b", keep=[0, 1, 2, 5, 6], each=lambda k: {"AcquisitionNumber": 1 + k // 4})
     with pytest.raises(InputError, match=r"#1: CT, 3 slices.*AcquisitionNumber 1.*#2: CT, 2 slices"):
         read(tmp_path / "b")
+
+
+def test_volumes_between_each_other_are_told(tmp_path):
+    scans.series(tmp_path / "a", each=lambda k: {"AcquisitionNumber": 1 + k % 2})
+    assert read(tmp_path / "a")[2] == [
+        f"{tmp_path / 'a'}: slices alternate between AcquisitionNumber 1 and 2, and are read as one volume"
+    ]
+    scans.series(tmp_path / "b", each=lambda k: {"AcquisitionNumber": 1 + k // 5})
+    assert read(tmp_path / "b")[2] == []
