@@ -198,7 +198,7 @@ def _by_itk(
 
 def outside_of(array: np.ndarray, is_labels: bool) -> float:
     """What is written where the moving image does not reach: background, or the least value."""
-    return 0.0 if is_labels else float(array.min())
+    return 0.0 if is_labels else float(np.nanmin(array))
 
 
 def move_volumes(

@@ -294,3 +294,16 @@ def test_register_inverse(folder):
     plain = ["--iterations", "1", "--levels", "1", "--quiet", "--force"]
     assert cli.main(["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", *plain]) == 0
     assert not [name for name in OUTPUTS if (folder / "out" / name).exists()]
+
+
+def test_register_inverse_beside_nan(folder):
+    """What lies outside is the least value of the fixed image, which a NaN is not."""
+    pytest.importorskip("matplotlib")
+    fixed = scene(forward(places(FIXED)))
+    fixed[:3] = np.nan
+    io.write_image("fixed.nii.gz", fixed, FIXED)
+    arguments = ["--iterations", "1", "--levels", "1", "--similarity", "mse", "--nan", "mask", "--inverse"]
+    assert cli.main(["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", *arguments]) == 0
+    report = json.loads((folder / "out" / "report.json").read_text())["inverse"]
+    assert report["outside_value"] == pytest.approx(np.nanmin(fixed))
+    assert report["mean_voxels"] < 0.01
