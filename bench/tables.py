@@ -233,6 +233,24 @@ def tools(results):
     return {"": f"{text}\n\n{table(header, lines)}"} if lines else {}
 
 
+def applied(results):
+    """`fastreg apply --field` beside SimpleITK: bench/apply.py."""
+    header = ["", "volume", "", "seconds", "p20 to p80", "x fastreg", "peak MB", "measured on"]
+    names = {"step": "in memory", "process": "a process, reading and writing {files}"}
+    key = ["what", "files", "shape", "provider", "device_name", "threads", "isa"]
+    lines = []
+    for r in common.newest(common.read_rows(results / "apply.csv"), key):
+        between = f"{number(r['p20_s'])} to {number(r['p80_s'])}"
+        about = [names[r["what"]].format(**r), r["shape"], r["provider"], number(r["p50_s"]), between]
+        on = f"{r['device_name']}, {r['threads']} threads, {r['isa']}, {r['commit']}, {r['date'][:10]}"
+        lines.append([*about, number(r["ratio"]), r["peak_mb"], on])
+    text = (
+        "An int16 volume moved by a displacement field, by `fastreg apply` and by SimpleITK's Resample with a "
+        "DisplacementFieldTransform, in rounds that alternate; the results differ by the rounding of whole numbers alone."
+    )
+    return {"": f"{text}\n\n{table(header, lines)}"} if lines else {}
+
+
 # Page of docs/results -> its title, what its sections are made of, and the command that adds rows.
 PAGES = {
     "speed": ("Speed and memory of the ops", speed, "python bench/run.py"),
@@ -244,6 +262,7 @@ PAGES = {
     ),
     "real": ("Real scans, registered", real, "python -m bench.real"),
     "settings": ("What the settings of register change", settings.sections, "python -m bench.settings"),
+    "apply": ("Moving a volume by a field", applied, "python bench/apply.py"),
     "tools": ("Other tools' transforms, both ways", tools, ".ci/tools"),
     "fuzz": ("Ops on random inputs", fuzz.sections, ".ci/fuzz --store"),
     "where": ("Which implementation ran where", where, "python bench/run.py"),

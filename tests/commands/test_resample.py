@@ -173,3 +173,19 @@ def test_a_field_on_another_grid_is_itks(monkeypatch, nd, fixed, moving, dtype, 
         0 if mode == "nearest" else 0.5001 if dtype != np.float32 else 1e-3 * np.abs(truth).max()
     )
     assert wrong.mean() < 2e-3  # points on the very edge of image or field
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shift", [0.5, -0.5, 1.5])
+def test_a_tie_of_two_voxels_goes_as_itks(shift):
+    geometry = io.Geometry.of((4, 8), (1, 1))
+    image = torch.arange(32, dtype=torch.int16).view(1, 1, 4, 8)
+    u = torch.zeros(1, 2, 4, 8)
+    u[:, 1] = shift
+    moved, inside = io.resample(image, geometry, geometry, u, mode="nearest", outside=-1.0)
+    transform = sitk.TranslationTransform(2, (shift, 0))
+    itks = sitk.GetImageFromArray(image[0, 0].numpy())
+    truth = sitk.GetArrayFromImage(sitk.Resample(itks, itks, transform, sitk.sitkNearestNeighbor, -1.0))
+    seen = torch.from_numpy(truth >= 0)
+    assert torch.equal(moved[0, 0][seen], torch.from_numpy(truth)[seen])
+    assert inside[0, 0][seen].all()
