@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import fastreg
-from fastreg._descent import filled
+from fastreg._descent import filled, moved_weights
 from fastreg.registration import register
 from tests.test_registration import error, pair
 
@@ -28,12 +28,20 @@ def test_what_the_moving_mask_hides_is_not_looked_at(similarity, padding):
 
 
 def test_the_moving_mask_goes_along():
-    """A block in moving, 8 voxels away from where it is found: a mask that stayed would hide the wrong place."""
+    """A level compares where the image counts that it has moved, by the displacement and the affine part."""
     fixed, moving, _ = pair(SHAPE, (0.0, 0.0))
-    moving = moving.roll(8, -1)
-    spoilt, mask = moving.clone(), torch.ones_like(moving)
-    spoilt[..., 20:34, 26:38], mask[..., 20:34, 26:38] = 9.0, 0
-    result = register(fixed, spoilt, moving_mask=mask, transform="affine", affine=False)
+    weights = torch.ones_like(moving)
+    weights[..., 20:34, 26:38] = 0
+    u = torch.full((1, 2, *SHAPE), 3.0)
+    matrix = torch.tensor([[[1.0, 0.0, 2.0], [0.0, 1.0, -4.0]]])
+    assert torch.equal(moved_weights(weights, u, None), weights.roll((-3, -3), (2, 3)))
+    assert torch.equal(moved_weights(weights, u, matrix), weights.roll((-5, 1), (2, 3)))
+    assert torch.equal(moved_weights(weights, None, matrix), weights.roll((-2, 4), (2, 3)))
+    assert moved_weights(None, u, matrix) is None
+    # a block that is where it was found 8 voxels away
+    away = moving.roll(8, -1)
+    spoilt = away.masked_fill(weights == 0, 9.0)
+    result = register(fixed, spoilt, moving_mask=weights, transform="affine")
     assert result.affine[0, 1, 2] == pytest.approx(8, abs=0.3)
 
 

@@ -135,6 +135,20 @@ def test_affine_alone_is_the_affine_part():
     torch.testing.assert_close(alone.displacement, part.displacement)
 
 
+def test_what_follows_a_start_comes_before_it():
+    """A point goes through what was found, and then through the start."""
+    grid = Geometry.of((18, 26, 24), (2.6, 1.8, 2.0))
+    start = _start.Start("given", grid, motion(grid, turn(50, (1, 2, 3)), np.array([4.0, 5.0, -6.0])))
+    found = torch.tensor([[[1.1, 0.2, 0.0, 3.0], [0.0, 0.9, -0.3, -2.0], [0.1, 0.0, 1.0, 1.0]]]).double()
+    p = np.array([7.0, 11.0, 5.0])
+    between = found[0, :, :3].numpy() @ p + found[0, :, 3].numpy()
+    there = start.matrix[:, :3] @ grid.to_physical(between) + start.matrix[:, 3]
+    whole = start.after(found)[0].numpy()
+    assert whole[:, :3] @ p + whole[:, 3] == pytest.approx(grid.to_index(there))
+    u = start.then(fastreg.affine_displacement(found.float(), grid.shape))
+    assert p + u[0, :, 7, 11, 5].numpy() == pytest.approx(grid.to_index(there), abs=1e-4)
+
+
 @pytest.mark.parametrize("transform", ["dense", "velocity", "affine"])
 @pytest.mark.parametrize("kind", ["matrix", "field"])
 def test_the_motion_holds_the_start(kind, transform):

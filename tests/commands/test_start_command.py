@@ -216,3 +216,21 @@ def test_a_motion_that_ran_away_is_told(pair, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "of the fixed one after the motion that was found, and " in told
     assert "% where it started: it has run away" in told
+
+
+def test_one_slice_in_space_has_an_affine_part_in_space(tmp_path, monkeypatch):
+    """Turned out of the axes' planes, 30 mm apart in the plane and 1 mm across it."""
+    monkeypatch.chdir(tmp_path)
+    turn = np.array([[0.8, 0.0, 0.6], [0.0, 1.0, 0.0], [-0.6, 0.0, 0.8]])
+    step = turn @ (30.0, 4.0, 1.0)
+    image = anatomy(FIXED, np.eye(2, 3))[None]
+    for name, by in (("fixed", 0 * step), ("moving", step)):
+        origin = tuple((np.array([5.0, 6.0, 7.0]) + by).tolist())
+        grid = io.Geometry((*FIXED.size, 1), (*FIXED.spacing, 3.0), origin, tuple(turn.ravel().tolist()))
+        io.write_image(f"{name}.nii.gz", image, grid)
+    command = ["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", "--transform", "rigid", *QUICK]
+    assert cli.main(command) == 0
+    transform = sitk.ReadTransform("out/affine.tfm")
+    assert transform.GetName() == "Euler3DTransform"
+    point = np.array([20.0, 25.0, -3.0])
+    assert np.allclose(transform.TransformPoint(point.tolist()) - point, step, atol=0.2)

@@ -577,6 +577,36 @@ MUTANTS = [
         "bad = _fused.jacobian_determinant(u) < _LEAST_JACOBIAN",
         "registration", "before_the_affine or relax", "folds are those of the whole motion",
     ),
+    Mutant(
+        "register_composes_the_start_backwards", "composition", ALL,
+        "linear = s[..., :-1] @ affine[..., :-1].to(s)",
+        "linear = affine[..., :-1].to(s) @ s[..., :-1]",
+        "start", "follows_a_start", "start(affine p), not affine(start p)",
+    ),
+    Mutant(
+        "register_turns_no_displacement_by_the_start", "composition", ALL,
+        'u = torch.einsum("ij,nj...->ni...", linear, u)',
+        "u = u + 0",
+        "start", "holds_the_start", "what was found after a start is turned by it",
+    ),
+    Mutant(
+        "register_leaves_the_moving_mask_behind", "mask", ALL,
+        'return _fused.warp(weights, u, affine=affine, padding="border")',
+        "return weights",
+        "registration_masks", "goes_along", "the weights of the moving image move with it",
+    ),
+    Mutant(
+        "register_smooths_what_the_moving_mask_hides", "mask", ALL,
+        'known = mask > 0 if name == "moving" else',
+        'known = mask >= 0 if name == "moving" else',
+        "registration_masks", "not_looked_at", "padding is filled before a level smooths it",
+    ),
+    Mutant(
+        "register_is_rigid_in_voxels", "spacing", ALL,
+        "return torch.cat([matrix[:, :-1] * s / s[:, None], matrix[:, -1:] / s[:, None]], 1)[None]",
+        "return torch.cat([matrix[:, :-1], matrix[:, -1:] / s[:, None]], 1)[None]",
+        "start registration", "rotation_in_mm or affine_is_found", "a rotation in mm is none in voxels that are no cubes",
+    ),
     # training
     Mutant(
         "training_masks_by_the_first", "mask", ALL,
