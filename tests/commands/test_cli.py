@@ -318,7 +318,7 @@ BAD = {
     "labels-origin": (
         lambda d: change(d / "fixed_labels.nii.gz", shifted),
         LABELS,
-        r"fixed_labels.nii.gz: must lie on the grid of \S*fixed.nii.gz: origin or direction differ",
+        r"fixed_labels.nii.gz: must lie on the grid of \S*fixed.nii.gz: it is 1 mm off at the corner",
     ),
     "labels-float": (
         lambda d: change(d / "fixed_labels.nii.gz", halves),
