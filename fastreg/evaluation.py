@@ -61,6 +61,7 @@ def doubt(case: Case, u: torch.Tensor) -> str | None:
 
     Better is, with as many inside the images:
     - u brings them to less than half of what they were and of those that were read (if few, or if u helps those too: a quarter);
+    - exchanged or in another space, u helps them by a fifth, and takes those that were read a fifth further apart;
     - in another unit, where distances do not compare, u helps them by half and those that were read not at all;
     - one file in another space: they are at a fifth before u already, and not because all lie in one place.
     """
@@ -84,7 +85,9 @@ def doubt(case: Case, u: torch.Tensor) -> str | None:
     for other in landmarks.others(*read, grids, case.landmark_spaces):
         n, apart, brought = fit(other.fixed, other.moving)
         clearly = brought < share * min(apart, after) and brought < after - 0.5 * voxel
-        if other.kind == "one":
+        if other.kind in ("exchanged", "space"):  # distances between them are the same before u
+            clearly |= n_points >= 6 and brought < 0.8 * apart and after > 1.2 * before
+        elif other.kind == "one":
             clearly |= max(apart, brought) < 0.2 * before and before < min(4 * wide, 1.25 * after)
         elif other.kind == "unit":
             clearly |= n_points >= 6 and brought < min(0.5 * apart, after) and after > 0.8 * before
