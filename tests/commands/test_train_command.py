@@ -560,6 +560,7 @@ def test_a_full_disk_is_named(folder, tmp_path, most, file):
 def other_size(folder):
     for k in range(3):
         (folder / "labels" / f"s{k}.nii.gz").unlink()
+    (folder / "labels").rmdir()
     grid = Geometry.of((17, 19), (1.0, 1.5))
     io.write_image(folder / "images" / "s1.nii.gz", blob((9, 9), grid), grid)
     io.write_image(
