@@ -9,7 +9,7 @@ from fastreg import convert, io, outcome_inverse
 from fastreg._console import telling, warn
 from fastreg._files import InputError
 
-from .options import Parser, add_reading, reading_of, set_threads
+from .options import Parser, add_reading, add_source, reading_of, set_threads
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -32,12 +32,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="MOVING",
         help="the moving image, whose grid OUT gets, or any other (default: FIELD's own grid)",
     )
-    command.add_argument(
-        "--from",
-        dest="source",
-        metavar="FORMAT",
-        help="what the files hold, where they do not say it themselves",
-    )
+    add_source(command)
     add_reading(command)
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     command.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")

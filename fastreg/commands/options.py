@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastreg import convert
 from fastreg._files import InputError
 from fastreg.io._reading import CHOICES, Reading
 from fastreg.training.distributed import usable
@@ -74,15 +75,16 @@ def reading_of(args: argparse.Namespace) -> Reading:
     return Reading.of(reading_given(args))
 
 
+def add_source(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    silent = ", ".join(n for n, f in convert.FORMATS.items() if not f.known or "--from" in f.known)
+    text = f"what the files hold, where they do not say it themselves: {silent}"
+    parser.add_argument("--from", dest="source", metavar="FORMAT", help=text)
+
+
 def add_transforms(parser: argparse.ArgumentParser) -> None:
     """What transforms of other tools may need to be understood."""
     group = parser.add_argument_group("transforms of other tools")
-    group.add_argument(
-        "--from",
-        dest="source",
-        metavar="FORMAT",
-        help="what the files hold, where they do not say it themselves",
-    )
+    add_source(group)
     group.add_argument(
         "--like",
         "--reference",
