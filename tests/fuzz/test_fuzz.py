@@ -5,10 +5,11 @@ import pytest
 from common import BACKEND, COMPILED
 
 
+@pytest.mark.parametrize("cases", [range(30), pytest.param(range(30, 300), marks=pytest.mark.slow)])
 @pytest.mark.skipif(BACKEND != "cpu" or not COMPILED, reason="compares kernels with references")
-def test_a_sample():
+def test_a_sample(cases):
     found = []
-    for number in range(300):
+    for number in cases:
         case = fuzz.made(0, number)
         kind, text = fuzz.verdict(case)
         if kind in ("wrong", "crash"):
