@@ -1,9 +1,12 @@
-// fastreg._C: loading it registers the CPU kernels with the dispatcher; build_info() says how it was built.
+// fastreg._C: importing it registers the CPU kernels with the dispatcher; build_info() says how it was built.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
+#include <list>
+#include <stdexcept>
 #include <string>
 
+#include "cpu/binding.h"
 #include "cpu/isa.h"
 
 namespace fastreg {
@@ -44,6 +47,20 @@ Isa choose() {
   return Isa::baseline;
 }
 
+// All kernels or none: those registered go again with their torch::Library.
+void register_kernels() {
+  static std::list<torch::Library> libraries;
+  try {
+    for (const Registration& r : Registration::all()) {
+      libraries.emplace_back(torch::Library::IMPL, r.library, c10::DispatchKey::CPU, r.file, r.line);
+      r.implement(libraries.back());
+    }
+  } catch (const c10::Error& error) {
+    libraries.clear();
+    throw std::runtime_error(std::string("built from another fastreg: ") + error.what_without_backtrace());
+  }
+}
+
 }  // namespace
 
 Isa isa() {
@@ -55,6 +72,7 @@ Isa isa() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fastreg;
+  register_kernels();
   m.def("build_info", [] {
     pybind11::list built_names, machine_names, available_names;
     for (Isa i : {Isa::baseline, Isa::avx2, Isa::avx512}) {

@@ -141,7 +141,7 @@ Tensor affine_displacement_bwd_cpu(const Tensor& grad) {
   return affine_gradient(sums, n, int(nd), a.size).to(grad.scalar_type());
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("affine_displacement", affine_displacement_cpu);
   m.impl("affine_displacement_bwd", affine_displacement_bwd_cpu);
 }

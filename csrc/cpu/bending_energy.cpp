@@ -178,7 +178,7 @@ Tensor bending_energy_bwd_cpu(const Tensor& grad, const Tensor& u, at::ArrayRef<
   return regularizer_bwd(op, FASTREG_PICK(bending_bwd), call.args, grad, in, call.scale);
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("bending_energy", bending_energy_cpu);
   m.impl("bending_energy_bwd", bending_energy_bwd_cpu);
 }

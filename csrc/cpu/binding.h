@@ -1,6 +1,7 @@
 #pragma once
 // What the bindings of every CPU op need beyond common/tensor.h: memory and threads.
 #include <ATen/Parallel.h>
+#include <torch/library.h>
 
 #include <vector>
 
@@ -10,6 +11,26 @@
 #endif
 
 namespace fastreg {
+
+// What FASTREG_LIBRARY_IMPL has put on the list, for module.cpp to register when Python starts the module:
+// while the file is being loaded, nothing could catch that an op has another schema by now, and the process
+// would end.
+struct Registration {
+  const char* library;
+  void (*implement)(torch::Library&);
+  const char* file;
+  uint32_t line;
+  static std::vector<Registration>& all() {
+    static std::vector<Registration> list;
+    return list;
+  }
+};
+
+#define FASTREG_LIBRARY_IMPL(library, m)                                                          \
+  void implement_##library(torch::Library&);                                                      \
+  [[maybe_unused]] const bool listed_##library =                                                  \
+      (Registration::all().push_back({#library, implement_##library, __FILE__, __LINE__}), true); \
+  void implement_##library(torch::Library& m)
 
 // What cuda/binding.h makes current: on a CPU, nothing.
 struct Device {

@@ -117,7 +117,7 @@ Tensor diffusion_bwd_cpu(const Tensor& grad, const Tensor& u, c10::string_view n
   return regularizer_bwd(op, FASTREG_PICK(diffusion_bwd), arguments(op, in, norm, spacing), grad, in, 1.0);
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("diffusion", diffusion_cpu);
   m.impl("diffusion_bwd", diffusion_bwd_cpu);
 }

@@ -205,7 +205,7 @@ Tensor gaussian_displacement_bwd_cpu(const Tensor& grad, const Tensor& params, c
   return result.to(params.scalar_type());
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("gaussian_displacement", gaussian_displacement_cpu);
   m.impl("gaussian_displacement_bwd", gaussian_displacement_bwd_cpu);
 }

@@ -147,7 +147,7 @@ Tensor integrate_gradients_bwd_cpu(const Tensor& grad, bool reverse) {
   return sums("integrate_gradients_bwd", grad, false, reverse);
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("integrate_gradients", integrate_gradients_cpu);
   m.impl("integrate_gradients_bwd", integrate_gradients_bwd_cpu);
 }

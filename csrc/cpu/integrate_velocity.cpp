@@ -453,7 +453,7 @@ Tensor integrate_velocity_bwd_cpu(const Tensor& grad, const Tensor& velocity, co
   return out;
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("integrate_velocity", integrate_velocity_cpu);
   m.impl("integrate_velocity_bwd", integrate_velocity_bwd_cpu);
 }

@@ -384,7 +384,7 @@ struct InvertCall : InvertInputs {
   }
 };
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("invert_displacement", invert_displacement<Device, InvertCall>);
   m.impl("invert_displacement_adjoint", invert_displacement_adjoint<Device, InvertCall>);
 }

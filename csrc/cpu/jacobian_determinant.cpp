@@ -247,7 +247,7 @@ Tensor jacobian_determinant_bwd_cpu(const Tensor& grad, const Tensor& u) {
   return out;
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("jacobian_determinant", jacobian_determinant_cpu);
   m.impl("jacobian_determinant_bwd", jacobian_determinant_bwd_cpu);
 }

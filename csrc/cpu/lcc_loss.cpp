@@ -86,7 +86,7 @@ LccResult run(const char* op, const Tensor& fixed, const Tensor& moved, const Op
   return out;
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("lcc_loss", lcc_loss<run>);
   m.impl("lcc_map", lcc_map<run>);
   m.impl("lcc_map_bwd", lcc_map_bwd<run>);

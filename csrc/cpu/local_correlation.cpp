@@ -460,7 +460,7 @@ std::tuple<Tensor, Tensor> local_correlation_bwd_cpu(const Tensor& grad, const T
   return {grad_fixed.to(fixed.scalar_type()), grad_moved};
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("local_correlation", local_correlation_cpu);
   m.impl("local_correlation_bwd", local_correlation_bwd_cpu);
 }

@@ -211,7 +211,7 @@ std::tuple<at::Tensor, at::Tensor> mi_loss_bwd(const at::Tensor& grad, const at:
   return {grad_fixed, grad_moved};
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("mi_loss", mi_loss);
   m.impl("mi_loss_bwd", mi_loss_bwd);
 }

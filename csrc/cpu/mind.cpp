@@ -305,7 +305,7 @@ class Mind {
   std::vector<double> weights_, partial_;
 };
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("mind", mind<Device, Mind>);
   m.impl("mind_bwd", mind_bwd<Device, Mind>);
   m.impl("mind_mean_variance", mind_mean_variance<Device, Mind>);

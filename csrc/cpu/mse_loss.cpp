@@ -144,7 +144,7 @@ struct MseLossCall : MseInputs {
   }
 };
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("mse_loss", mse_loss<Device, MseLossCall>);
   m.impl("mse_map", mse_map<Device, MseLossCall>);
   m.impl("mse_loss_bwd", mse_loss_bwd<Device, MseLossCall>);

@@ -305,7 +305,7 @@ std::tuple<at::Tensor, at::Tensor> resample(const at::Tensor& given, const Optio
 }
 
 // Not of the ops that have gradients and GPUs: those of `fastreg` promise both (fastreg/io/_resample.py).
-TORCH_LIBRARY_IMPL(fastreg_io, CPU, m) { m.impl("resample", resample); }
+FASTREG_LIBRARY_IMPL(fastreg_io, m) { m.impl("resample", resample); }
 
 }  // namespace
 }  // namespace fastreg

@@ -421,7 +421,7 @@ Tensor bspline_displacement_bwd_cpu(const Tensor& grad, c10::IntArrayRef spacing
   return reduced.to(grad.scalar_type());
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("resize_displacement", resize_displacement_cpu);
   m.impl("resize_displacement_bwd", resize_displacement_bwd_cpu);
   m.impl("smooth", smooth_cpu);

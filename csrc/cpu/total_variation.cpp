@@ -191,7 +191,7 @@ Tensor total_variation_bwd_cpu(const Tensor& grad, const Tensor& u, bool isotrop
   return regularizer_bwd(op, call.bwd, call.args, grad, in, call.scale);
 }
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("total_variation", total_variation_cpu);
   m.impl("total_variation_bwd", total_variation_bwd_cpu);
 }

@@ -333,7 +333,7 @@ struct WarpCall : WarpInputs {
   }
 };
 
-TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FASTREG_LIBRARY_IMPL(fastreg, m) {
   m.impl("warp", warp<Device, WarpCall>);
   m.impl("warp_bwd", warp_bwd<Device, WarpCall>);
   m.impl("compose", compose<Device, WarpCall>);
