@@ -249,6 +249,26 @@ def applied(results):
         "DisplacementFieldTransform, in rounds that alternate; the results differ by the rounding of whole numbers alone."
     )
     return {"": f"{text}\n\n{table(header, lines)}"} if lines else {}
+def faults(results):
+    """What happened to planted faults, the newest run of each case."""
+    rows = common.newest(common.read_rows(results / "faults.csv"), ("class", "case"))
+    lines = []
+    for (kind,), group in grouped(rows, "class").items():
+        counts = [str(sum(int(r[k]) for r in group)) for k in ("cases", "silent", "refused", "harmless")]
+        lines.append([kind, ", ".join(r["case"] for r in group), *counts])
+    if not rows:
+        return {}
+    last = rows[-1]
+    where = f"{last['device_name']}, {last['commit']}, {last['date'][:10]}; SimpleITK {last['simpleitk']}, torch {last['torch']}, Python {last['python']}."
+    header = [
+        "fault",
+        "where",
+        "cases",
+        "wrong or lost without a word",
+        "refused, all as before",
+        "no harm done",
+    ]
+    return {"": f"{table(header, lines)}\n\n{where}"}
 
 
 # Page of docs/results -> its title, what its sections are made of, and the command that adds rows.
@@ -265,6 +285,7 @@ PAGES = {
     "apply": ("Moving a volume by a field", applied, "python bench/apply.py"),
     "tools": ("Other tools' transforms, both ways", tools, ".ci/tools"),
     "fuzz": ("Ops on random inputs", fuzz.sections, ".ci/fuzz --store"),
+    "faults": ("Planted faults of disks, files and processes", faults, ".ci/faults --store"),
     "where": ("Which implementation ran where", where, "python bench/run.py"),
 }
 

@@ -74,6 +74,11 @@ def mark(name: str) -> str:
     return f".{_label(name) or 'out'}.{''.join(_here())}-{secrets.token_hex(4)}"
 
 
+def is_marked(name: str) -> bool:
+    """Whether it is the name of a hidden folder that `mark` made."""
+    return re.search(r"^\..+\.[0-9a-f]{8}-[0-9a-f]{8}$", name) is not None
+
+
 def hold(path: Path, create: bool = False) -> int | None:
     """A file descriptor that holds a file or folder until it is closed; None: nothing can be held here.
 

@@ -103,7 +103,8 @@ def replacing(path: Name) -> Iterator[Path]:
     except OSError as error:
         _blame(error, made, path, path.parent)
         raise
-    _exchange.sync(path.parent)
+    if not _exchange.is_marked(path.parent.name):  # whose maker sees to it in the end
+        _exchange.sync(path.parent)
 
 
 def probe(path: Name) -> None:
