@@ -249,6 +249,8 @@ def applied(results):
         "DisplacementFieldTransform, in rounds that alternate; the results differ by the rounding of whole numbers alone."
     )
     return {"": f"{text}\n\n{table(header, lines)}"} if lines else {}
+
+
 def faults(results):
     """What happened to planted faults, the newest run of each case."""
     rows = common.newest(common.read_rows(results / "faults.csv"), ("class", "case"))
