@@ -397,8 +397,12 @@ def verdict(case, seed=0):
     if not bad:
         return "ok", ""
     text = ", ".join(f"{n} {e:.3g} x the tolerance" for n, e in bad.items())
-    if not finite and "value" not in bad:  # what a NaN reaches is promised of values
-        return "not finite", text
+    if not finite:
+        # What a NaN reaches is promised of values: at positions as the dtype of the inputs has them, where one that rounds to a
+        # voxel's centre does not reach the next.
+        rounded = truths(case, case.tensors, weight)[0] if "value" in bad else truth[0]
+        if error(out, rounded.double(), False, double) <= 1:
+            return "not finite", text
     info = torch.finfo(torch.float64 if double else torch.float32)
     sizes = [
         t.abs().max().item() for t in wide.values() if t is not None and t.is_floating_point() and t.numel()
