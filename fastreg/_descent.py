@@ -299,7 +299,7 @@ def _minimise(step, n_iterations, report, least=20):
         _finite(losses[-1])
         if report is not None:
             report(i, n_iterations, losses[-1])
-        if i >= least and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
+        if i >= max(least, 10) and losses[-11] - min(losses[-5:]) <= _FLAT * abs(losses[-1]):
             break
     first, last = (losses[0], losses[-1]) if losses else (None, None)
     similarity, regularity = (None if t is None else float(t) for t in terms[1:])

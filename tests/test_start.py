@@ -135,6 +135,15 @@ def test_affine_alone_is_the_affine_part():
     torch.testing.assert_close(alone.displacement, part.displacement)
 
 
+@pytest.mark.parametrize("transform", ["rigid", "affine"])
+def test_a_matrix_takes_as_few_iterations_as_one_asks_for(transform):
+    """Too few to tell whether the loss is flat."""
+    fixed, moving = anatomy(FLAT), anatomy(FLAT, shift=np.array([2.0, 1.0]))
+    for n in (0, 1, 9, 12):
+        levels = register(fixed, moving, transform=transform, iterations=n).levels
+        assert {level["iterations"] for level in levels} == {n}
+
+
 def test_what_follows_a_start_comes_before_it():
     """A point goes through what was found, and then through the start."""
     grid = Geometry.of((18, 26, 24), (2.6, 1.8, 2.0))
