@@ -13,7 +13,7 @@ from fastreg._files import InputError, Name, replacing, require_utf8, reserve
 from . import _integrity
 from ._geometry import Geometry
 from ._images import geometry_of, read, usable, write
-from ._nifti import chosen, grid_of, header_of, opened
+from ._nifti import _nifti_files, chosen, grid_of, header_of, opened
 from ._reading import Reading, Warn, ignore
 from ._shear import made_straight
 from ._sitk import silent_stderr, sitk
@@ -91,7 +91,8 @@ def _planar(path: Name, reading: Reading, warn: Warn) -> tuple[torch.Tensor, Geo
     at a time, and reads NaN as 0, so that the file has to be read once more.
     """
     file = Path(path)
-    header = header_of(file) if file.is_file() else None
+    # Of two files the header, which says whose it is, is the other one.
+    header = header_of(file) if file.is_file() and _nifti_files(file) == (file, file) else None
     if header is None or (header.version, header.kind, header.intent) != (1, 16, 1007):
         return None
     if len(header.dim) != 5 or header.dim[3:] != (1, 3) or min(header.dim[:3]) < 2:

@@ -77,6 +77,19 @@ def test_what_else_there_is_simpleitk_reads(tmp_path, kind):
     assert torch.allclose(read, u, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", ["img", "hdr"])
+def test_a_header_of_its_own_says_whose_a_field_is(tmp_path, suffix):
+    nibabel = pytest.importorskip("nibabel")
+    vectors = np.ones((6, 5, 4, 1, 3), np.float32)
+    image = nibabel.Nifti1Pair(vectors, np.eye(4))
+    image.header["intent_code"] = 1007
+    image.header["intent_name"] = b"NREG_TRANS"
+    path = tmp_path / f"u.{suffix}"
+    nibabel.save(image, path)
+    with pytest.raises(io.InputError, match="is NiftyReg's"):
+        io.read_displacement(path)
+
+
 def test_damage_is_named(tmp_path):
     path = tmp_path / "u.nii.gz"
     io.write_displacement(path, field(GRID), GRID)
