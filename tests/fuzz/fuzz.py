@@ -403,6 +403,7 @@ def verdict(case, seed=0):
         rounded = truths(case, case.tensors, weight)[0] if "value" in bad else truth[0]
         if error(out, rounded.double(), False, double) <= 1:
             return "not finite", text
+        bad = {"value": bad["value"]}
     info = torch.finfo(torch.float64 if double else torch.float32)
     sizes = [
         t.abs().max().item() for t in wide.values() if t is not None and t.is_floating_point() and t.numel()
