@@ -1,14 +1,13 @@
 """`fastreg convert`: transforms of other tools, from one's files to another's."""
 
 import argparse
-import os
 
 from fastreg import convert
 from fastreg._console import telling, warn
 from fastreg._files import InputError
 from fastreg.convert._chain import landing, require_landing
 
-from .options import Parser, add_reading, add_transforms, reading_of, set_threads
+from .options import Parser, add_one_file, add_reading, add_transforms, reading_of, require_free, set_threads
 
 READ = [name for name, format in convert.FORMATS.items() if format.read]
 WRITTEN = [name for name, format in convert.FORMATS.items() if format.write]
@@ -31,9 +30,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="the moving image: FSL's warps need it; and whether the field leads there",
     )
     add_reading(command)
-    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    command.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
-    command.add_argument("--force", action="store_true", help="replace OUT")
+    add_one_file(command)
     command.set_defaults(run=_run)
 
 
@@ -43,12 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     if not paths:
         raise InputError("convert takes a transform and the file to make, got one path")
     target = convert.require_written(args.to, out)
-    if os.path.lexists(out):
-        for path in (*(convert.path_of(p)[0] for p in paths), args.like, args.moving):
-            if path is not None and os.path.exists(path) and os.path.samefile(path, out):
-                raise InputError(f"{path}: is an input, and the output would replace it")
-        if not args.force:
-            raise InputError(f"{out}: exists; give another name, or --force to replace it")
+    require_free(out, (*(convert.path_of(p)[0] for p in paths), args.like, args.moving), args.force)
     reading = reading_of(args)
     chain = convert.read_chain(
         paths, format=args.source, like=args.like, moving=args.moving, reading=reading, warn=warn

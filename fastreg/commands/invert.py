@@ -1,7 +1,6 @@
 """`fastreg invert`: the inverse of a displacement field, as a file."""
 
 import argparse
-import os
 
 import torch
 
@@ -9,7 +8,7 @@ from fastreg import convert, io, outcome_inverse
 from fastreg._console import telling, warn
 from fastreg._files import InputError
 
-from .options import Parser, add_reading, add_source, reading_of, set_threads
+from .options import Parser, add_one_file, add_reading, add_source, reading_of, require_free, set_threads
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -34,20 +33,13 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_source(command)
     add_reading(command)
-    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    command.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
-    command.add_argument("--force", action="store_true", help="replace OUT")
+    add_one_file(command)
     command.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     set_threads(args)
-    if os.path.lexists(args.out):
-        for path in (*(convert.path_of(p)[0] for p in args.field), args.like):
-            if path is not None and os.path.exists(path) and os.path.samefile(path, args.out):
-                raise InputError(f"{path}: is an input, and the output would replace it")
-        if not args.force:
-            raise InputError(f"{args.out}: exists; give another name, or --force to replace it")
+    require_free(args.out, (*(convert.path_of(p)[0] for p in args.field), args.like), args.force)
     reading = reading_of(args)
     field = " ".join(args.field)
     onto = None if args.like is None else convert.geometry(args.like, reading, warn)

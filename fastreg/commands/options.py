@@ -1,14 +1,16 @@
 """What the commands share: arguments, devices."""
 
 import argparse
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
 
 from fastreg import convert
-from fastreg._files import InputError
+from fastreg._files import InputError, Name
 from fastreg.io._reading import CHOICES, Reading
 from fastreg.training.distributed import usable
 
@@ -91,6 +93,24 @@ def add_transforms(parser: argparse.ArgumentParser) -> None:
         metavar="FIXED",
         help="an image on the grid of the result; beyond a field nothing is displaced, as in ITK",
     )
+
+
+def add_one_file(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that makes a file, and no folder."""
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
+
+
+def require_free(out: str, inputs: Iterable[Name | None], force: bool) -> None:
+    """InputError where the file `out` exists and may not be replaced: without force, or because it is an input (None: not given)."""
+    if not os.path.lexists(out):
+        return
+    for path in inputs:
+        if path is not None and os.path.exists(path) and os.path.samefile(path, out):
+            raise InputError(f"{path}: is an input, and the output would replace it")
+    if not force:
+        raise InputError(f"{out}: exists; give another name, or --force to replace it")
 
 
 def add_html(parser: argparse._ActionsContainer) -> None:
