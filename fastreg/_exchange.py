@@ -123,16 +123,28 @@ def held(out: Path) -> Iterator[None]:
             os.close(handle)
 
 
+def _made(folder: Path, name: str) -> tuple[Path, int | None]:
+    """A new hidden folder, and what holds it. Before it is held another process's sweep may take it for one that was left."""
+    while True:
+        made = folder / mark(name)
+        made.mkdir()
+        try:
+            handle = hold(made)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        except OSError:
+            return made, None
+        if handle is None or made.exists():
+            return made, handle
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def scratch(folder: Path, name: str) -> Iterator[Path]:
     """Yields a new folder in another one, held, for what is to be called `name`; gone at the end, as are those that were left."""
     sweep(folder, name)
-    made = folder / mark(name)
-    made.mkdir()
-    handle = None
+    made, handle = _made(folder, name)
     try:
-        with contextlib.suppress(OSError):
-            handle = hold(made)
         yield made
     finally:
         with _signals.none():

@@ -468,3 +468,27 @@ def test_ctrl_c_does_not_stop_the_last_step(tmp_path, monkeypatch, step):
     fill(out, write=("x", "y"), replace=True)
     assert calls
     assert {p.name: p.read_text(encoding="utf-8") for p in out.iterdir()} == {"x": "1", "y": "1"}
+
+
+@pytest.mark.parametrize("when", ["before it is held", "while it is held"])
+def test_a_folder_that_another_process_sweeps_is_made_anew(tmp_path, monkeypatch, when):
+    """One that writes the same file takes away what nobody holds: for a moment a new folder is such a one."""
+    hold, swept = _exchange.hold, []
+
+    def late(path, create=False):
+        if swept:
+            return hold(path, create)
+        swept.append(path)
+        theirs = hold(path, create)
+        path.rmdir()
+        if when == "before it is held":
+            os.close(theirs)
+            return hold(path, create)
+        raise BlockingIOError
+
+    monkeypatch.setattr(_exchange, "sweep", lambda *_: None)
+    monkeypatch.setattr(_exchange, "hold", late)
+    with _exchange.scratch(tmp_path, "x") as made:
+        assert made.is_dir()
+        assert made != swept[0]
+    assert os.listdir(tmp_path) == []
