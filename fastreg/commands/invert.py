@@ -39,6 +39,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _run(args: argparse.Namespace) -> int:
     set_threads(args)
+    convert.require_written("itk", args.out)
     require_free(args.out, (*(convert.path_of(p)[0] for p in args.field), args.like), args.force)
     reading = reading_of(args)
     field = " ".join(args.field)

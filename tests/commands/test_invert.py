@@ -234,6 +234,7 @@ def test_what_is_refused(folder, capsys):
         (["field.nii.gz", "-o", "there.nii.gz"], "there.nii.gz: exists; give another name, or --force to replace it"),
         (["field.nii.gz", "-o", "field.nii.gz", "--force"], "field.nii.gz: is an input, and the output would replace it"),
         (["field.nii.gz", "--like", "far.nii.gz", "-o", "back.nii.gz"], "field.nii.gz: no voxel of the inverse's grid comes from inside of it"),
+        (["gone.nii.gz", "-o", "back.png"], "back.png: itk must be written as"),  # before anything is read
         (["fixed.nii.gz", "-o", "back.nii.gz"], "fixed.nii.gz: must be a displacement field"),
     ]  # fmt: skip
     for arguments, message in cases:
