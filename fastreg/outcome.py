@@ -207,4 +207,6 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({len(after) - 1} label{'s' * (len(after) != 2)})"
         )
     print(f"folding     {100 * summary['folding']:.3g} % of voxels, sd of log J {summary['sdlogj']:.3f}")
+    if "inverse" in summary:
+        print(f"inverse     {outcome_inverse.off_by(summary['inverse'])}")
     print(f"time        {summary['seconds']:.1f} s")

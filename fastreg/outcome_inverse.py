@@ -1,5 +1,6 @@
 """The other direction of a registered pair: the fixed image on the grid of the moving one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,17 @@ def check(residual: io.Residual, field: str) -> None:
         )
 
 
+def off_by(residual: Mapping[str, float]) -> str:
+    """A Residual by name, in words."""
+    return "off by {mean_voxels:.2g} voxels in the mean, at most {max_voxels:.2g} ({mean_mm:.2g} and {max_mm:.2g} mm)".format(
+        **residual
+    )
+
+
 def lines(residual: io.Residual) -> list[str]:
     """What there is to print of it."""
     told = [
-        f"inverse     off by {residual.mean_voxels:.2g} voxels in the mean, at most {residual.max_voxels:.2g} "
-        f"({residual.mean_mm:.2g} and {residual.max_mm:.2g} mm)",
+        f"inverse     {off_by(vars(residual))}",
         f"            {100 * residual.folded:.3g} % of the field's voxels fold",
     ]
     if residual.outside:

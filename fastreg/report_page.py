@@ -14,6 +14,7 @@ import torch
 
 from fastreg._files import Name, write_bytes
 from fastreg.io import Geometry
+from fastreg.outcome_inverse import off_by
 from fastreg.report import LETTERS, anatomical, cuts_of, planes_of, turned, window_of
 
 PAGE = "report.html"
@@ -113,6 +114,12 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Dice", f"{means} (mean of {n} label{'s' * (n != 1)})"))
     rows.append(("folding", f"{100 * summary['folding']:.3g} % of voxels"))
     rows.append(("sd of log J", f"{summary['sdlogj']:.3f}"))
+    if "start" in summary and summary["start"]["taken"] != "none":
+        start = summary["start"]
+        turned = f"turned by {start['degrees']:.1f} degrees, " if start.get("degrees") else ""
+        rows.append(("start", f"{start['taken']}, {turned}{start['mm']:.1f} mm"))
+    if "inverse" in summary:
+        rows.append(("inverse", off_by(summary["inverse"])))
     if "overlap" in summary:
         rows.append(("overlap", f"{100 * summary['overlap']:.3g} % of the fixed image"))
     rows.append(("method", str(summary.get("method", "fastreg.register"))))

@@ -32,7 +32,7 @@ def pair(folder, grid=GRID):
 
 
 def page_of(folder, grid=GRID):
-    options = ["--html", "--quiet", "--iterations", "2", "--threads", "1"]
+    options = ["--html", "--inverse", "--quiet", "--iterations", "2", "--threads", "1"]
     assert cli.main(["register", *pair(folder, grid), "-o", str(folder / "out"), *options]) == 0
     return (folder / "out" / "report.html").read_text(encoding="utf-8")
 
@@ -49,6 +49,7 @@ def test_needs_nothing_else_and_escapes_names(tmp_path):
     page = page_of(tmp_path)
     assert "<b>&" not in page.replace("<b></b>", "")
     assert html.escape(EVIL) in page
+    assert "<th>inverse</th><td>off by " in page
     assert re.findall(r'(?:src|href)="(?!data:)([^"]*)"', page) == []
     assert "http" not in re.sub("http-equiv", "", page.split('id="data"')[0])
     assert html.unescape(re.search("<pre>(.*?)</pre>", page, re.S)[1]) == (
