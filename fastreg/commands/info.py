@@ -7,6 +7,7 @@ import platform
 import torch
 
 from fastreg import _ext
+from fastreg._console import telling
 from fastreg._version import __version__
 
 from .options import Parser
@@ -22,6 +23,12 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    with telling():
+        _tell()
+    return 0
+
+
+def _tell() -> None:
     build = _ext.build_info()
     print(f"fastreg     {__version__}")
     print(f"torch       {torch.__version__}")
@@ -41,4 +48,3 @@ def _run(args: argparse.Namespace) -> int:
     print("\n" + "op".ljust(width) + "".join(d.ljust(columns[d]) for d in devices).rstrip())
     for op, row in table.items():
         print(op.ljust(width) + "".join(row.get(d, "").ljust(columns[d]) for d in devices).rstrip())
-    return 0
