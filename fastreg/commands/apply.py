@@ -39,7 +39,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "apply",
         help="a trained net, or a displacement field",
-        usage="fastreg apply --weights RUN.pt FIXED MOVING -o OUT [...]\n       fastreg apply --field FIELD [FIELD ...] MOVING -o OUT [--labels IMAGE] [--points CSV] [...]",
+        usage="fastreg apply --weights RUN.pt FIXED MOVING -o OUT [...]\n       fastreg apply --field FIELD [FIELD ...] MOVING -o OUT [--labels IMAGE] [--points FILE] [...]",
         description="With --weights: registers MOVING to FIXED with a net that fastreg train has trained; OUT becomes what "
         "fastreg register makes. With --field: moves MOVING (and its labels) by a displacement field, as "
         "fastreg register and other tools write it, or by several transforms in the order of antsApplyTransforms (the warp before "

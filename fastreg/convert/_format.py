@@ -59,7 +59,7 @@ class Format:
 
     tools: whose it is. files: the suffixes. known: what in the file says so, "" where nothing does and `--from` must. holds: unit, sign and
     order. read and write: None where we do not; instead: what to do then. suffixes: of what can be written. undefined: whether NaN
-    has a meaning in it.
+    has a meaning in it. written: what holds says, of the files that we write, where others may hold more.
     """
 
     name: str
@@ -73,3 +73,4 @@ class Format:
     instead: str = ""
     suffixes: tuple[str, ...] = ()
     undefined: bool = False
+    written: str = ""

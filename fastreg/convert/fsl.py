@@ -79,5 +79,6 @@ FORMAT = Format(
     read,
     write,
     needs="--moving",
+    written="displacements in mm from the image's corner, x from its right",
     suffixes=(".nii.gz", ".nii"),
 )

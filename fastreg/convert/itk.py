@@ -94,5 +94,6 @@ TRANSFORM = Format(
     read_transform,
     write,
     needs="--like where a matrix comes first",
+    written="a displacement field in mm, LPS",
     suffixes=(".h5",),
 )

@@ -43,4 +43,5 @@ FORMAT = Format(
     read,
     write,
     suffixes=(".nii.gz", ".nii"),
+    written="displacements in mm, RAS",
 )

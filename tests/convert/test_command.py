@@ -25,6 +25,9 @@ def test_says_what_it_recognised_and_converts(tmp_path, nifty, capsys):
     u, own = io.read_displacement(tmp_path / "out.nii.gz")
     assert own.matches(FIXED)
     assert error(u) < 0.2
+    # Of what a format may hold, what this file does.
+    assert run(nifty, tmp_path / "again.nii.gz", "--to", "niftyreg") == 0
+    assert "again.nii.gz (displacements in mm, RAS; " in capsys.readouterr().out
     assert run(nifty, tmp_path / "quiet.nii.gz", "--quiet") == 0
     assert capsys.readouterr().out == ""
 
