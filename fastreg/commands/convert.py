@@ -7,7 +7,16 @@ from fastreg._console import telling, warn
 from fastreg._files import InputError
 from fastreg.convert._chain import landing, require_landing
 
-from .options import Parser, add_one_file, add_reading, add_transforms, reading_of, require_free, set_threads
+from .options import (
+    PLACES,
+    Parser,
+    add_one_file,
+    add_reading,
+    add_transforms,
+    reading_of,
+    require_free,
+    set_threads,
+)
 
 READ = [name for name, format in convert.FORMATS.items() if format.read]
 WRITTEN = [name for name, format in convert.FORMATS.items() if format.write]
@@ -22,14 +31,19 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         "field of them on the grid of the first one or of --like, and writes it for another tool.",
     )
     command.add_argument("paths", nargs="+", metavar="IN", help="transforms, and last the file to make")
-    command.add_argument("--to", metavar="FORMAT", default="itk", help=f"{', '.join(WRITTEN)} (default: itk)")
+    command.add_argument(
+        "--to",
+        metavar="FORMAT",
+        default="itk",
+        help=f"{', '.join(WRITTEN)}, or ants, fnirt, surfa, ... (default: itk)",
+    )
     add_transforms(command)
     command.add_argument(
         "--moving",
         metavar="MOVING",
         help="the moving image: FSL's warps need it; and whether the field leads there",
     )
-    add_reading(command)
+    add_reading(command, PLACES)
     add_one_file(command)
     command.set_defaults(run=_run)
 
@@ -61,5 +75,5 @@ def _run(args: argparse.Namespace) -> int:
     convert.write_transform(out, u, grid, target.name, moving)
     if not args.quiet:
         with telling():
-            print(f"written to  {out} ({target.holds}; {grid})")
+            print(f"written to  {out} ({target.written or target.holds}; {grid})")
     return 0

@@ -8,7 +8,16 @@ from fastreg import convert, io, outcome_inverse
 from fastreg._console import telling, warn
 from fastreg._files import InputError
 
-from .options import Parser, add_one_file, add_reading, add_source, reading_of, require_free, set_threads
+from .options import (
+    PLACES,
+    Parser,
+    add_one_file,
+    add_reading,
+    add_source,
+    reading_of,
+    require_free,
+    set_threads,
+)
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -32,7 +41,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="the moving image, whose grid OUT gets, or any other (default: FIELD's own grid)",
     )
     add_source(command)
-    add_reading(command)
+    add_reading(command, PLACES)
     add_one_file(command)
     command.set_defaults(run=_run)
 
@@ -52,6 +61,8 @@ def _run(args: argparse.Namespace) -> int:
     if not args.quiet:
         with telling():
             print(f"recognised  {chain.what}")
+    if chain.steps[0].field is None and fixed is None:
+        raise InputError(_without_grid(args, chain))
     u, grid = chain.displacement(warn)
     if bad := int(torch.isnan(u).any(1).sum()):
         raise InputError(f"{field}: must be defined everywhere to be inverted, and is not in {bad} voxels")
@@ -66,3 +77,16 @@ def _run(args: argparse.Namespace) -> int:
             print(*outcome_inverse.lines(residual), sep="\n")
             print(f"written to  {args.out} ({onto})")
     return 0
+
+
+def _without_grid(args: argparse.Namespace, chain: convert.Chain) -> str:
+    """What to do with a chain that begins with a matrix: --like is the grid of the inverse, not its own."""
+    source = "" if args.source is None else f" --from {args.source}"
+    if chain.matrix is None:
+        field = " ".join(args.field)
+        one = f"fastreg convert {field} FIELD.nii.gz --like FIXED{source}"
+        return f"{field}: begins with a matrix, which has no grid; make one field of it first: {one}"
+    named = [convert.path_of(path) for path in reversed(args.field)]
+    inverted = " ".join(str(path) if inverse else f"{path},1" for path, inverse in named)
+    one = f"fastreg convert {inverted} {args.out} --like {args.like or 'MOVING'}{source}"
+    return f"{' '.join(args.field)}: a matrix, which has no grid and an exact inverse: {one}"

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -58,23 +58,27 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return usable(args.device)
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of Reading; None is one that is not given."""
+def add_reading(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(CHOICES)) -> None:
+    """A flag for each field of Reading, or for those that the command has files for; None is one that is not given."""
     group = parser.add_argument_group("how files are read")
-    for name, (values, text) in CHOICES.items():
+    for name in only:
+        values, text = CHOICES[name]
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, choices=values, help=f"{text} (default: {values[0]})")
 
 
 def reading_given(args: argparse.Namespace) -> dict[str, Any] | None:
     """The fields of Reading that the arguments set; None: none."""
-    given = {f.name: getattr(args, f.name) for f in fields(Reading)}
+    given = {f.name: getattr(args, f.name, None) for f in fields(Reading)}
     return {name: value for name, value in given.items() if value is not None} or None
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
     """How files are read, as the arguments say."""
     return Reading.of(reading_given(args))
+
+
+PLACES = ("affine_source", "tilt")  # of Reading, what decides where an image lies
 
 
 def add_source(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:

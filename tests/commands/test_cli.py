@@ -387,9 +387,10 @@ def test_broken_pipe_at_the_end_is_no_failure(case, tmp_path):
     command = [sys.executable, "-m", "fastreg", "register", *images, "-o", str(tmp_path / "out"), *FAST]
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    for one in (command, [sys.executable, "-m", "fastreg", "info"]):
+        done = subprocess.run(one, stdout=write, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b"")
     os.close(write)
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_bad_output_places(case, tmp_path, capsys):
@@ -491,6 +492,16 @@ def test_help_shows_choices_and_defaults_as_one_types_them(capsys, monkeypatch):
             name = flag[0].removeprefix("--no-").removeprefix("--")
             assert getattr(args, name) == inspect.signature(register).parameters[name].default
     assert "100,100,60,30" in optimiser
+
+
+@pytest.mark.parametrize("command", ["convert", "invert"])
+def test_flags_that_say_nothing_of_a_transform_are_not_there(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "--affine-source" in text
+    assert "--landmarks-space" not in text
+    assert "--nan" not in text
 
 
 def test_without_a_terminal_a_line_a_level(case, capsys):

@@ -236,15 +236,27 @@ def test_what_is_refused(folder, capsys):
         (["field.nii.gz", "--like", "far.nii.gz", "-o", "back.nii.gz"], "field.nii.gz: no voxel of the inverse's grid comes from inside of it"),
         (["gone.nii.gz", "-o", "back.png"], "back.png: itk must be written as"),  # before anything is read
         (["fixed.nii.gz", "-o", "back.nii.gz"], "fixed.nii.gz: must be a displacement field"),
+        (["turn.tfm", "field.nii.gz", "-o", "back.nii.gz"], "fastreg convert turn.tfm field.nii.gz FIELD.nii.gz --like FIXED"),
     ]  # fmt: skip
+    matrix = np.hstack([turn(0.1, 0.2), [[1.0], [2.0], [3.0]]])
+    io.write_affine("turn.tfm", matrix, FIXED.centre)
     for arguments, message in cases:
         assert cli.main(["invert", *arguments]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert len(err.splitlines()) == 1
+    # Of a matrix --like is not its own grid; what is said instead makes the inverse.
+    assert cli.main(["invert", "turn.tfm", "--like", "moving.nii.gz", "-o", "back.nii.gz"]) == 2
+    advice = capsys.readouterr().err.split(": fastreg ")[1].split()
     assert (folder / "there.nii.gz").read_bytes() == b"kept"
     assert not (folder / "back.nii.gz").exists()
     assert cli.main(["invert", "field.nii.gz", "-o", "there.nii.gz", "--force", "--quiet"]) == 0
+    assert cli.main(advice) == 0
+    u, own = io.read_displacement("back.nii.gz")
+    assert own.matches(MOVING)
+    index = np.array([[3.0, 4.0, 5.0], [20.0, 10.0, 2.0]])
+    there = own.to_physical(metrics.move_points(torch.from_numpy(index), u).numpy())
+    assert np.abs(there @ matrix[:, :3].T + matrix[:, 3] - own.to_physical(index)).max() < 1e-3
 
 
 def test_register_inverse(folder):
@@ -297,7 +309,7 @@ def test_register_inverse(folder):
     assert not [name for name in OUTPUTS if (folder / "out" / name).exists()]
 
 
-def test_register_inverse_beside_nan(folder):
+def test_register_inverse_beside_nan(folder, capsys):
     """What lies outside is the least value of the fixed image, which a NaN is not."""
     pytest.importorskip("matplotlib")
     fixed = scene(forward(places(FIXED)))
@@ -305,6 +317,7 @@ def test_register_inverse_beside_nan(folder):
     io.write_image("fixed.nii.gz", fixed, FIXED)
     arguments = ["--iterations", "1", "--levels", "1", "--similarity", "mse", "--nan", "mask", "--inverse"]
     assert cli.main(["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", *arguments]) == 0
+    assert "\ninverse     off by " in capsys.readouterr().out
     report = json.loads((folder / "out" / "report.json").read_text())["inverse"]
     assert report["outside_value"] == pytest.approx(np.nanmin(fixed))
     assert report["mean_voxels"] < 0.01
