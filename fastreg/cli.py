@@ -1,4 +1,4 @@
-"""The command line: `fastreg register`, `demo`, `train`, `apply`, `invert`, `info`; each is a file in fastreg/commands/.
+"""The command line: `fastreg register`, `train`, `apply`, `convert`, `invert`, `demo`, `info`; each is a file in fastreg/commands/.
 
 Exit status: 0; 1 where the demo misses its goals; 2 for bad input, with one line on stderr; 130 for Ctrl-C.
 Outputs are complete or absent.
