@@ -74,9 +74,9 @@ struct Cell {
   int32_t whole[ND];     // index of the lower corner before the boundary rule
   int64_t plane[2];      // first voxel of the lower and upper plane
   uint32_t in_plane[4];  // of corners 0 ... 3
-  // Bit c: corner c is a voxel; 8 + k: there is a slope along axis k (none where |u| was cut and beyond
-  // the border); 11: the
-  // displacement is NaN, and no other bit is set; 12 and 13: see meet_neighbours. One register.
+  // Bit c: corner c is a voxel; 8 + k: there is a slope along axis k (none where |u| was cut and beyond the
+  // border); 11: the displacement is NaN, and no other bit is set; 12 and 13: see meet_neighbours. One
+  // register.
   uint32_t bits;
 
   // displacement(k) gives component k of a voxel that is there, of type A or double.
