@@ -123,7 +123,7 @@ def _planar(path: Name, reading: Reading, warn: Warn) -> tuple[torch.Tensor, Geo
     grid = grid_of(form, header.dim[:3])
     usable(grid, path)
     vectors = np.broadcast_to(np.float32(0), (*grid.shape, 3))  # of whose values nothing depends
-    _, grid = made_straight(vectors, grid, file, reading, warn, header.rough)
+    _, grid = made_straight(vectors, grid, file, reading, warn, rough=header.rough)
     if header.order == ">":
         u.numpy().byteswap(inplace=True)
     if header.scale != (1, 0):

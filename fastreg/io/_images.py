@@ -18,7 +18,7 @@ from ._nibabel import read_foreign
 from ._nifti import LPS, Header, chosen, grid_of, header_of, not_finite, packed, where_not_finite
 from ._reading import Reading, Warn, ignore
 from ._recognise import recognise, refusal
-from ._shear import made_straight
+from ._shear import STRAIGHT, made_straight, shear
 from ._sitk import heard, silent_stderr, sitk
 
 FOREIGN = ("NIfTI-1", "NIfTI-2", "FreeSurfer MGH")  # what nibabel may read where SimpleITK does not
@@ -62,6 +62,8 @@ def read(
     else:
         if header is not None:
             image = _placed(image, header, file, reading, warn, nearest)
+        else:
+            image = _itk_upright(image, file, reading, warn, nearest)
     return image, bad
 
 
@@ -87,7 +89,10 @@ def _foreign(
     array, affine = read_foreign(file, kind.name, file)
     form = LPS @ affine if header is None else chosen(file, header, reading, warn)
     form = LPS @ affine if form is None else form
-    grid = grid_of(form if array.ndim == 3 else form[:2, [0, 1, 3]], array.shape[::-1])
+    plane = _flat(form, array.shape[::-1]) if array.ndim == 2 else None
+    if array.ndim == 2 and plane is None:
+        array = array[None]
+    grid = plane or grid_of(form, array.shape[::-1])
     usable(grid, file)
     array, grid = made_straight(array, grid, file, reading, warn, nearest=nearest)
     return _put(sitk().GetImageFromArray(array), grid)
@@ -99,16 +104,35 @@ def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn
     nd, size = image.GetDimension(), image.GetSize()
     if form is None or nd < 2:
         return image
-    if nd == 2:  # the plane of x and y, where it is one
-        form = form[:2, [0, 1, 3]]
-        if abs(np.linalg.det(form[:, :2])) < 0.5 * np.prod(np.linalg.norm(form[:, :2], axis=0)):
+    if nd == 2:
+        plane = _flat(form, size)
+        if plane is None and image.GetNumberOfComponentsPerPixel() > 1:
             return image
-        grid = grid_of(form, size)
+        if plane is None:
+            image, nd, size = itk.JoinSeries(image), 3, (*size, 1)
+        grid = plane or grid_of(form, size)
     else:
         grid = grid_of(form, size[:3])
     usable(grid, file)
+    what = "its sform is sheared"
+    return _upright(image, grid, file, reading, warn, what, nearest, header.rough)
+
+
+def _flat(form: np.ndarray, size: tuple[int, ...]) -> Geometry | None:
+    """The 2D grid of a picture that lies across the axis of the body; None: it lies obliquely, and is one slice in space."""
+    rise = float(np.abs(form[2, :2]) @ np.subtract(size[:2], 1))
+    if rise > 1e-3 * np.linalg.norm(form[:, :2], axis=0).min():
+        return None
+    return grid_of(form[:2, [0, 1, 3]], size)
+
+
+def _upright(
+    image: Any, grid: Geometry, file: Path, reading: Reading, warn: Warn, what: str, nearest: bool, rough: float = 0.0
+) -> Any:  # fmt: skip
+    """The image on grid, that of its first axes, put on one of right angles where it has none."""
+    itk, nd, size = sitk(), image.GetDimension(), image.GetSize()
     array = itk.GetArrayViewFromImage(image)
-    straight, grid = made_straight(array, grid, file, reading, warn, header.rough, nearest)
+    straight, grid = made_straight(array, grid, file, reading, warn, what, rough, nearest)
     if straight is not array:
         return _put(itk.GetImageFromArray(straight), grid)
     if nd > 3:  # more axes, such as time
@@ -120,6 +144,16 @@ def _placed(image: Any, header: Header, file: Path, reading: Reading, warn: Warn
         )
     own = Geometry(size, image.GetSpacing(), image.GetOrigin(), image.GetDirection())
     return image if own.matches(grid) else _put(image, grid)
+
+
+def _itk_upright(image: Any, file: Path, reading: Reading, warn: Warn, nearest: bool) -> Any:
+    """MetaImage and NRRD hold any axes, and SimpleITK takes them as they are; what it writes of them as NIfTI has others."""
+    nd = image.GetDimension()
+    if nd not in (2, 3):
+        return image
+    grid = Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    usable(grid, file)
+    return _upright(image, grid, file, reading, warn, "its axes are sheared", nearest)
 
 
 def usable(geometry: Geometry, path: Name) -> None:
@@ -195,6 +229,11 @@ def _with_nan(array: np.ndarray, path: Name | None) -> np.ndarray:
 
 def write(path: Name, image: Any, geometry: Geometry) -> None:
     require_utf8(path)
+    if shear(geometry) > STRAIGHT and ".nii" in Path(path).suffixes:
+        # SimpleITK writes other axes without a word.
+        raise InputError(
+            f"{path}: its axes are sheared by {shear(geometry):.3g} degrees, which ITK's NIfTI cannot hold"
+        )
     itk = sitk()
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)

@@ -55,13 +55,13 @@ def made_straight(
     path: Name,
     reading: Reading,
     warn: Warn,
+    what: str = "its sform is sheared",
     rough: float = 0.0,
     nearest: bool = False,
 ) -> tuple[np.ndarray, Geometry]:
-    """An array (z, y, x) and its grid, with axes at right angles. rough: radians of no account; nearest: it holds labels.
-    InputError where reading wants none of it.
+    """An array (z, y, x) and its grid, with axes at right angles. what: is to be said; rough: radians of no account; nearest: it
+    holds labels. InputError where reading wants none of it.
     """
-    what = "its sform is sheared"
     straight, angle = upright(grid), shear(grid)
     off = grid.apart(straight)
     if off <= 1e-3 * min(grid.spacing) or angle <= np.degrees(rough):
@@ -71,12 +71,10 @@ def made_straight(
             f"{path}: {what} by {angle:.2g} degrees, which is left out: its corners are read up to {off:.2g} mm off"
         )
         return array, straight
+    said = f"{path}: {what} by {angle:.3g} degrees"
+    if grid.nd != 3 or array.ndim != 3:
+        several = "is 2D" if grid.nd != 3 else "has several values a voxel"
+        raise InputError(f"{said}, and {several}: it cannot be put on a straight grid")
     if reading.tilt == "refuse":
-        raise InputError(
-            f"{path}: {what} by {angle:.3g} degrees, which no image of ITK can be; --tilt resample puts it on a straight grid"
-        )
-    if array.ndim != 3:
-        raise InputError(
-            f"{path}: {what}, and has several values a voxel, which cannot be resampled on a straight grid"
-        )
+        raise InputError(f"{said}, and outputs cannot be: --tilt resample puts it on a straight grid")
     return straightened(array, grid, nearest)

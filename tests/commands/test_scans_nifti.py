@@ -192,6 +192,46 @@ def test_sheared(tmp_path):
         read(save(tmp_path / "e.nii", qform=None, sform=singular))
 
 
+@pytest.mark.parametrize("suffix", ["mhd", "nhdr"])
+def test_sheared_axes_of_other_formats(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    image = sitk.GetImageFromArray(DATA.T.astype(np.float32))
+    image.SetSpacing(SIZES)
+    sitk.WriteImage(image, str(path))
+    text = path.read_text()
+    for old, new in (("= 1 0 0 0 1 0 0 0 1", "= 1 0 0 0 1 0 0.2 0 1"), ("(0,0,3)", "(0.6,0,3)")):
+        text = text.replace(old, new)
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"its axes are sheared by 11.\d degrees.*--tilt resample"):
+        read(path)
+    _, grid, _ = read(path, tilt="resample")
+    axes = np.reshape(grid.direction, (3, 3))
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    sheared = Geometry(SIZE, SIZES, (0, 0, 0), (1, 0, 0.2, 0, 1, 0, 0, 0, 1))
+    with pytest.raises(InputError, match="sheared"):
+        io.write_image(tmp_path / "b.nii.gz", DATA.T, sheared)
+
+
+def test_oblique_picture_is_a_slice_in_space(tmp_path):
+    """Its pixels keep their size: of the affine, x and y alone would make them smaller."""
+    nibabel = pytest.importorskip("nibabel")
+    for code in ("qform", "sform"):
+        image = nibabel.Nifti1Image(DATA[..., 0], AFFINE)
+        image.set_sform(*((AFFINE, 1) if code == "sform" else (None, 0)))
+        image.set_qform(*((AFFINE, 1) if code == "qform" else (None, 0)))
+        nibabel.save(image, tmp_path / "a.nii.gz")
+        array, grid, said = read(tmp_path / "a.nii.gz")
+        assert said == []
+        np.testing.assert_array_equal(array, DATA[..., :1].T)
+        assert lies_at(grid, AFFINE)
+    flat = AFFINE.copy()
+    flat[:3, :3] = turned((0, 0, 0.3)) * SIZES
+    nibabel.save(nibabel.Nifti1Image(DATA[..., 0], flat), tmp_path / "b.nii.gz")
+    _, grid, _ = read(tmp_path / "b.nii.gz")
+    assert grid.nd == 2
+    np.testing.assert_allclose(grid.spacing, SIZES[:2], rtol=1e-5)
+
+
 def same(path, **reading):
     array, grid, said = read(path, **reading)
     np.testing.assert_array_equal(array, DATA.T)
