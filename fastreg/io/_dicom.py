@@ -276,6 +276,26 @@ def _image(array: np.ndarray, geometry: Geometry) -> Any:
     return image
 
 
+def _alternating(slices: list[Slice]) -> str:
+    """What tells every other slice from the rest, if anything: it may be two volumes that lie between each other's slices."""
+    n = len(slices)
+    for tag in INTERLEAVED:
+        told = [s[tag] for s in slices]
+        kinds = sorted(set(told))
+        if 1 < len(kinds) <= n / 2 and all(a != b for a, b in itertools.pairwise(told)):
+            return f"{APART[tag]} {' and '.join(kinds[:3])}"
+    numbers = np.array([number(s["0020|0013"]) for s in slices])
+    if n < 6 or not np.isfinite(numbers).all():
+        return ""
+    runs = [numbers[k::2] for k in (0, 1)]
+    if not all(abs(np.sign(np.diff(run)).sum()) == len(run) - 1 for run in runs):
+        return ""
+    runs.sort(key=min)
+    if max(runs[0]) >= min(runs[1]):
+        return ""
+    return "InstanceNumber " + " and ".join(f"{min(run):g} to {max(run):g}" for run in runs)
+
+
 def _placed(path: Name, volume: Volume, reading: Reading, warn: Warn) -> Any:
     """The volume as a SimpleITK image, where it lies; InputError where that cannot be said with one even grid."""
     slices, n = volume.slices, len(volume.slices)
@@ -303,13 +323,8 @@ def _placed(path: Name, volume: Volume, reading: Reading, warn: Warn) -> Any:
             warn(
                 f"{path}: slices lie up to {lie.off:.2g} mm off even steps of {lie.step @ normal:.5g} mm, and are read as even"
             )
-        for tag in INTERLEAVED:
-            told = [s[tag] for s in slices]
-            kinds = sorted(set(told))
-            if 1 < len(kinds) <= n / 2 and all(a != b for a, b in itertools.pairwise(told)):
-                warn(
-                    f"{path}: slices alternate between {APART[tag]} {' and '.join(kinds[:3])}, and are read as one volume"
-                )
+        if told := _alternating(slices):
+            warn(f"{path}: slices alternate between {told}, and are read as one volume")
         step = lie.step
         sideways, angle = lie.sideways(normal), lie.tilt(normal)
         drift = float(np.linalg.norm(sideways)) * (n - 1)

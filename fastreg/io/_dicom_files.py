@@ -50,6 +50,12 @@ class Slice:
         """Whether both can be slices of one volume."""
         if (self.uid, self.size) != (other.uid, other.size):
             return False
+        frames = (
+            self["0020|0052"],
+            other["0020|0052"],
+        )  # positions of two frames of reference have nothing to do with each other
+        if all(frames) and frames[0] != frames[1]:
+            return False
         for name, off in (("spacing", 1e-4), ("axes", 1e-3)):
             a, b = getattr(self, name), getattr(other, name)
             if (a is None) != (b is None) or (a is not None and not np.allclose(a, b, rtol=off, atol=off)):

@@ -422,3 +422,14 @@ def test_volumes_between_each_other_are_told(tmp_path):
     ]
     scans.series(tmp_path / "b", each=lambda k: {"AcquisitionNumber": 1 + k // 5})
     assert read(tmp_path / "b")[2] == []
+    # One after the other, and nothing but the numbers says it.
+    scans.series(tmp_path / "c", each=lambda k: {"InstanceNumber": 1 + k // 2 + 5 * (k % 2)})
+    assert read(tmp_path / "c")[2] == [
+        f"{tmp_path / 'c'}: slices alternate between InstanceNumber 1 to 5 and 6 to 10, and are read as one volume"
+    ]
+
+
+def test_two_frames_of_reference_are_two_volumes(tmp_path):
+    scans.series(tmp_path / "a", each=lambda k: {"FrameOfReferenceUID": f"1.2.{1 + k // 5}"})
+    with pytest.raises(InputError, match=r"#1: CT, 5 slices.*#2: CT, 5 slices"):
+        read(tmp_path / "a")
