@@ -91,7 +91,16 @@ def _matched(paths: Sequence[Name], both: Sequence[io.Landmarks], warn: Warn) ->
         raise InputError(
             f"{paths[0]} holds {counts[0]} landmarks, {paths[1]} holds {counts[1]}{f'; without a partner: {alone}' * bool(alone)}"
         )
-    if a is None or b is None or a == b:
+    if a is None or b is None:
+        shared = set(filter(None, names[0] or ())) & set(filter(None, names[1] or ()))
+        moved = [x for x in sorted(shared) if (names[0] or ()).index(x) != (names[1] or ()).index(x)]
+        if moved and names[0] != names[1]:
+            warn(
+                f"{paths[0]} and {paths[1]} do not name each landmark by a name of its own, and {moved[0]!r} stands in different rows: "
+                "matched by their order"
+            )
+        return rows
+    if a == b:
         return rows
     if set(a) == set(b):
         warn(

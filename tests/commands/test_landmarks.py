@@ -227,6 +227,10 @@ def test_rows_match_by_name(tmp_path):
     assert (points[1] == POINTS[order]).all()
     assert told[0].endswith("name 1 of 3 landmarks differently ('c' and 'd', row 3): matched by their order")
     assert len(pair(tmp_path, named("abc"), named("def"))[1]) == 1
+    # A name that stands twice matches nothing, and yet says that rows are not alike.
+    told = pair(tmp_path, named("abc"), named("aab", POINTS[order]))[1]
+    assert len(told) == 1
+    assert told[0].endswith("a name of its own, and 'b' stands in different rows: matched by their order")
     with pytest.raises(InputError, match=r"moving.csv holds 2; without a partner: b"):
         pair(tmp_path, named("abc"), named("ac", POINTS[:2]))
 
