@@ -21,9 +21,9 @@ struct LccTaps {
 struct LccArgs : LccCall {
   double* sums;  // (n c, planes): sums of mask * -LCC
   int64_t size[3], window[3], radius[3];
-  double volume;    // weight of a whole window
+  double volume;              // weight of a whole window
   int64_t n_slabs, n_chunks;  // box: slabs of chunks of planes that a channel is cut into
-  LccTaps taps[3];  // weighted only; radius is then how far taps reach inside the image
+  LccTaps taps[3];            // weighted only; radius is then how far taps reach inside the image
   // Weighted, with gradients: sums over y and x of the adjoint maps of a channel's planes, (n_adjoints, ring,
   // H, W).
   double* adjoints;

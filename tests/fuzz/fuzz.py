@@ -387,7 +387,7 @@ def verdict(case, seed=0):
         weight = torch.randn(shape, generator=g, dtype=torch.float64).float().to(torch.bfloat16).double()
         out, grads = results(case.call, case.tensors, case.wanted, weight)
         truth = truths(case, wide, weight)
-    except Exception as problem:  # noqa: BLE001: whatever it is, it is a finding
+    except Exception as problem:  # whatever it is, it is a finding
         return "crash", f"{type(problem).__name__}: {str(problem).splitlines()[0][:160]}"
     names, ours = ["value", *(f"gradient to {k}" for k in case.wanted)], [out, *grads]
     worst = {
