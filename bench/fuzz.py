@@ -7,7 +7,7 @@ from bench.markdown import table
 
 # Why a result of finite input may lie beyond the tolerance (tests/fuzz/fuzz.py sees to it that it is so).
 RULES = {
-    "conditioning": "The kernel gives what the formula gives of inputs 4e-6 (all fp64: 1e-14) away: kinks of the interpolant at faces "
+    "conditioning": "The kernel gives what the formula gives of inputs 4e-6 (all fp64: 1e-14; MIND: also of their largest value) away: kinks of the interpolant at faces "
     "of cells and of |x| at 0, ties, clamps, windows about to be flat, differences of nearly equal numbers.",
     "cancellation": "MI and MIND where the true result is 0: what is left is at most 64 roundings of terms of the size bins / contrast.",
     "range": "Squares of the values leave the arithmetic type (fp32 unless all inputs are fp64).",

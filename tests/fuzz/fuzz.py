@@ -454,5 +454,7 @@ def beside(name, t, apart, case, g):
         return apart * (2 * torch.rand(t.shape, generator=g, dtype=torch.float64) - 1)
 
     moved = t * (1 + noise())
+    if case.op in ("mind", "mind_loss"):  # of differences between voxels: a 0 moves too
+        moved = moved + noise() * t.abs().nan_to_num(0, 0, 0).max()
     position = name == "displacement" or (case.op, name) in (("compose", "v"), ("integrate_velocity", "v"))
     return moved + noise() if position else moved
