@@ -215,7 +215,8 @@ def _weigh(case: Case, pair: Pair, reading: Reading, warn: Warn) -> None:
         path, array, file = getattr(pair, side), getattr(case, side), getattr(pair, name)
         mask = read_mask(file, getattr(case, f"{side}_grid"), path, reading, warn) if file else None
         mask = counting(path, array, mask, reading)
-        warn_of_padding(path, array, mask, f"--{name.replace('_', '-')}", warn)
+        if not labels_in(array):  # one of few labels is far from the others, and no padding
+            warn_of_padding(path, array, mask, f"--{name.replace('_', '-')}", warn)
         setattr(case, name, mask)
 
 

@@ -301,6 +301,7 @@ def test_register_moves_as_apply_does(capsys):
     said = capsys.readouterr().err
     assert "m.nrrd: holds 3 values, all of them whole numbers: taken for labels" in said
     assert "f.nrrd: holds 3 whole numbers, as label maps do: they are compared as intensities" in said
+    assert "far above all others" not in said
     assert len(np.unique(register("--interpolation", "linear", "--output-type", "float32"))) > 3
     save(scan.astype(np.int16), "f.nrrd", grid)
     save(np.roll(scan, 1, 0).astype(np.int16), "m.nrrd", grid)
