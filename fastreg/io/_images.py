@@ -202,7 +202,13 @@ def read_image(
             f"{path}: must be a 2D or 3D image, got {nd} dimensions ({size}): take one volume out of it"
         )
     if n_components != 1:
-        raise InputError(f"{path}: must have one value a voxel, got {n_components}")
+        whole = "integer" in image.GetPixelIDTypeAsString()
+        does = (
+            "colours? register one channel or grey values, and move the colours by fastreg apply --field"
+            if whole
+            else "a displacement field? fastreg apply --field moves images by it"
+        )
+        raise InputError(f"{path}: must have one value a voxel, got {n_components}: {does}")
     geometry = geometry_of(image, path)
     array = itk.GetArrayFromImage(image)
     if np.iscomplexobj(array):

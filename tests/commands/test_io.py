@@ -197,7 +197,7 @@ def _bad_image(kind, folder):
         ("truncated.nrrd", "damaged"),
         ("damaged", "damaged"),
         ("4d", "must be a 2D or 3D image, got 4 dimensions"),
-        ("vector", "must have one value a voxel, got 3"),
+        ("vector", "must have one value a voxel, got 3: a displacement field. fastreg apply --field"),
         ("complex", "real values"),
         ("nan.nii.gz", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
         ("nan64.nii", "must be finite, got NaN or infinity in 2 of 2618 voxels"),
