@@ -121,7 +121,8 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "inverse" in summary:
         rows.append(("inverse", off_by(summary["inverse"])))
     if "overlap" in summary:
-        rows.append(("overlap", f"{100 * summary['overlap']:.3g} % of the fixed image"))
+        shares = " → ".join(f"{100 * summary[key]:.3g}" for key in ("overlap", "overlap_after"))
+        rows.append(("overlap", f"{shares} % of the fixed image"))
     rows.append(("method", str(summary.get("method", "fastreg.register"))))
     rows.append(("time", f"{summary['seconds']:.1f} s of {summary['seconds_total']:.1f} s"))
     versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
