@@ -171,6 +171,8 @@ def _meta(path: Path) -> Data | None:
             if key.strip() == "ElementDataFile":
                 break
         named = fields.get("ElementDataFile", "")
+        if not named:  # cut within its header
+            return None
         if named.upper() == "LOCAL":
             files = [(path, stream.tell())]
         elif named.split(" ")[0].upper() == "LIST":

@@ -144,3 +144,12 @@ def test_a_header_may_not_name_a_pipe(tmp_path, name):
     os.mkfifo(data)
     with pytest.raises(io.InputError, match="is a pipe, and must be a file"):
         io.read_image(path)
+
+
+@pytest.mark.parametrize("n", [0, 60])
+def test_a_metaimage_cut_within_its_header_is_named(tmp_path, n):
+    path = tmp_path / "a.mha"
+    io.write_image(path, np.zeros((3, 4, 5), np.float32), io.Geometry.of((3, 4, 5), (1.0, 1.0, 1.0)))
+    path.write_bytes(path.read_bytes()[:n])
+    with pytest.raises(io.InputError, match=r"a.mha: is (empty|a MetaImage that SimpleITK cannot read)"):
+        io.read_image(path)
