@@ -9,6 +9,7 @@ from fastreg.io._reading import Reading, Warn
 
 # Padding: more than a hundredth of the voxels hold one extreme value, further from all others than a share of their range.
 _PADDED, _FAR = 0.01, 0.3
+_MANY = 27  # voxels: of the few that a small mask leaves, any one is a large share
 
 
 def known(array: np.ndarray) -> np.ndarray | None:
@@ -45,8 +46,9 @@ def warn_of_padding(path: Name, array: np.ndarray, mask: np.ndarray | None, flag
     values = array[np.isfinite(array)] if array.dtype.kind == "f" else array
     values = values if mask is None else array[mask > 0]
     for value, side in ((values.min(), -1), (values.max(), 1)):
-        share = np.count_nonzero(values == value) / values.size
-        if not _PADDED < share < 1:
+        n = np.count_nonzero(values == value)
+        share = n / values.size
+        if n < _MANY or not _PADDED < share < 1:
             continue
         rest = values[values != value]
         rest = rest[:: max(1, rest.size // 1_000_000)]

@@ -158,3 +158,12 @@ def test_whole_numbers_have_no_nan_and_cubic_spreads_it(pair, capsys):
     ]
     assert cli.main(command) == 2
     assert "moving.nii.gz: holds NaN, which cubic interpolation spreads" in capsys.readouterr().err
+
+
+def test_few_voxels_are_no_padding():
+    from fastreg.data.weights import warn_of_padding
+
+    told, array, mask = [], np.linspace(0, 1, 4096).reshape(16, 16, 16), np.zeros((16, 16, 16))
+    mask[0, 0, :3], mask[8, 8, 8] = 1, 1
+    warn_of_padding("a.nii.gz", array, mask, "--mask", told.append)
+    assert told == []
