@@ -4,9 +4,11 @@ Peers stop by tolerances of their own, set here so that they come as near as the
 at the most. The gate is that residual, of the volume that is timed; the verdict that is stored says what each one left.
 """
 
+import functools
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -44,13 +46,14 @@ def bytes_moved(case, mode):
     return math.prod(case.shape) * case.dtype.itemsize * (2 if mode == "fwd" else 6)
 
 
-def stock(case, inputs=None, residual=PROMISED, steps=STEPS):
+def stock(case, inputs=None, residual=PROMISED, steps=STEPS, step=bench_compose.stock):
     """v <- -u(x + v) with grid_sample, until the residual is what was promised. Its backward would keep every step."""
+    together = functools.cache(lambda **kind: step(case, [torch.empty(0, **kind)] * 2))
 
     def invert(u):
-        together, v = bench_compose.stock(case, (u, u)), -u
+        v = -u
         for _ in range(steps):
-            r = together(u, v)
+            r = together(device=u.device, dtype=u.dtype)(u, v)
             if r.detach().norm(dim=1).max() < residual:
                 return v
             v = v - r
@@ -113,6 +116,7 @@ def gate(case, name, device):
 PROVIDERS = {
     "fastreg": Provider(lambda case, inputs: fastreg.invert_displacement, "fastreg"),
     "torch": Provider(stock, slow=True, modes=("fwd",)),
+    "compile": Provider(partial(stock, step=bench_compose.compiled), slow=True, modes=("fwd",)),
     "SimpleITK": Provider(lambda *_: of_itk(itk_invert), "SimpleITK", slow=True, modes=("fwd",)),
     "SimpleITK iterative": Provider(lambda *_: of_itk(itk_iterative), "SimpleITK", slow=True, modes=("fwd",)),
 }

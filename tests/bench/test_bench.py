@@ -682,7 +682,7 @@ def test_rows_of_models(monkeypatch, tmp_path):
     assert 0 < float(stock["ops_share"]) < 1
     assert float(ours["bound"]) == pytest.approx(1 / (1 - float(stock["ops_share"])), rel=1e-3)
     reached = float(stock["work_ratio"]) / float(ours["bound"])
-    assert float(ours["reached"]) == pytest.approx(reached, rel=1e-3)
+    assert float(ours["reached"]) == pytest.approx(reached, rel=5e-3)  # of stored, rounded figures
     text = models.tables(tmp_path)["voxelmorph"]
     assert "| VoxelMorph-2, LCC | 256x256x256 | fastreg, of plain net |" in text
     assert text.count("| 0.6 | yes |") == len(shapes)
