@@ -94,7 +94,8 @@ addEventListener("error", e => errors.push(e.message));
 addEventListener("securitypolicyviolation", e => errors.push(e.violatedDirective));
 for (const kind of ["error", "warn"]) console[kind] = (...m) => errors.push(m.join(" "));
 addEventListener("load", () => {
-  const shown = () => [under.src.length + under.src.slice(-40), over.hidden, over.className, where.textContent];
+  const unseen = e => getComputedStyle(e).display === "none";
+  const shown = () => [under.src.length + under.src.slice(-40), unseen(over), over.className, where.textContent];
   const seen = [shown()];
   const press = name => [...document.querySelectorAll("input")].find(i => i.value === name)?.click();
   if (!slice.hidden) { slice.value = slice.value > 3 ? 2 : 5; slice.dispatchEvent(new Event("input")); }
@@ -102,7 +103,8 @@ addEventListener("load", () => {
   for (const name of ["difference", "moved", "coronal"]) { press(name); seen.push(shown()); }
   document.documentElement.style.width = "400px";
   const wide = [...document.querySelectorAll("body *")].map(e => e.getBoundingClientRect().right);
-  document.title = JSON.stringify([errors, seen, Math.max(...wide), [...document.images].filter(i => !i.naturalWidth && !i.hidden).length]);
+  document.title = JSON.stringify([errors, seen, Math.max(...wide), [...document.images].filter(i => !i.naturalWidth && !i.hidden).length,
+    unseen(document.getElementById("planes"))]);
 });
 </script>"""
 
@@ -114,9 +116,12 @@ def test_in_a_browser(tmp_path, nd):
     tried = tmp_path / "tried.html"
     tried.write_text(page.replace("<meta charset", f"{TRY}<meta charset", 1), encoding="utf-8")
     dom = chromium("--dump-dom", tried.as_uri(), width=500)
-    errors, seen, right, broken = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    errors, seen, right, broken, one_plane = json.loads(
+        html.unescape(re.search("<title>(.*?)</title>", dom)[1])
+    )
     assert errors == []
     assert broken == 0
+    assert one_plane == (nd == 2)
     assert right <= 400
     first, slid, difference, moved, coronal = seen
     assert first[1:3] == [False, "checkerboard"]
