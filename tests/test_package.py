@@ -110,17 +110,22 @@ def test_an_extension_of_another_torch_is_not_loaded(tmp_path):
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs the compiled extension")
-def test_an_extension_of_another_fastreg_is_not_loaded(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "schema"),
+    [("ops/compose.py", "compose(Tensor u, "), ("io/_resample.py", "resample(Tensor image, ")],
+    ids=["of an op", "of io"],
+)
+def test_an_extension_of_another_fastreg_is_not_loaded(tmp_path, file, schema):
     """After `git pull` an op may have another schema: one warning, and all ops by the reference, none by half of the kernels."""
     path = copy_without_extension(tmp_path)
     extension = Path(importlib.util.find_spec("fastreg._C").origin)
     (path / "fastreg" / extension.name).write_bytes(extension.read_bytes())
-    op = path / "fastreg" / "ops" / "compose.py"
+    op = path / "fastreg" / file
     text = op.read_text(encoding="utf-8")
-    schema = "compose(Tensor u, "
     assert text.count(schema) == 1
     op.write_text(text.replace(schema, f"{schema}int more, "), encoding="utf-8")
-    none = "assert not any(fastreg._ext.has_kernel(op, 'CPU') for op in fastreg.ops.__all__)"
+    none = "assert not any(fastreg._ext.has_kernel(op, 'CPU') for op in fastreg.ops.__all__)\n"
+    none += "assert not torch._C._dispatch_has_kernel_for_dispatch_key('fastreg_io::resample', 'CPU')"
     run = python(f"{STEP}\n{none}\n", path)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("UserWarning: fastreg: compiled extension failed to load under torch") == 1
