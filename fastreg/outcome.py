@@ -84,6 +84,8 @@ class Outcome:
         if doubt is not None:
             warn(doubt)
         self.moved_labels = scores.pop("moved_labels", None)
+        for line in worse(scores):
+            warn(line)
         self.summary |= scores
 
     def write(
@@ -154,6 +156,20 @@ class Outcome:
         with telling():
             print_summary(self.summary)
             print(f"written to  {out}")
+
+
+def worse(scores: Mapping[str, Any]) -> list[str]:
+    """A line for each score by which the scans fit less well than before."""
+    lines = []
+    if "tre" in scores:
+        before, after = (scores["tre"][when]["mean"] for when in ("before", "after"))
+        if after > 1.02 * before:
+            lines.append(f"landmarks are further apart than before: {before:.2f} -> {after:.2f} mm")
+    if "dice" in scores:
+        before, after = (scores["dice"][when]["mean"] for when in ("before", "after"))
+        if after < before - 0.005:
+            lines.append(f"labels overlap less than before: Dice {before:.3f} -> {after:.3f}")
+    return lines
 
 
 def draw(

@@ -240,5 +240,5 @@ def require_landing(share: float, field: str, moving: str, warn: Warn) -> None:
         raise InputError(f"{field}: leads nowhere into {moving}")
     if share < 0.5:
         warn(
-            f"{field}: {100 * (1 - share):.0f} % of the result lie outside {moving}: are these its transforms, and in ANTs' order (the warp before the affine)?"
+            f"{field}: only {100 * share:.2g} % of the result lie inside {moving}: are these its transforms, and in ANTs' order (the warp before the affine)?"
         )

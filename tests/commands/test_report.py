@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastreg import io, report
+from fastreg import io, outcome, report
 
 pytest.importorskip("matplotlib")
 
@@ -116,3 +116,19 @@ def test_folding_is_named_and_marked():
     assert drawn.axes[-1].get_xlabel() == "folding (≤ 0): 20 % of voxels"
     marks = np.ma.getdata(drawn.axes[PANELS - 1].images[1].get_array())
     assert (marks == 1).mean() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ({"tre": {"before": {"mean": 3.0}, "after": {"mean": 3.2}}}, ["further apart than before: 3.00 -> 3.20 mm"]),
+        ({"dice": {"before": {"mean": 0.789}, "after": {"mean": 0.776}}}, ["Dice 0.789 -> 0.776"]),
+        ({"tre": {"before": {"mean": 3.0}, "after": {"mean": 3.01}}}, []),
+        ({"tre": {"before": {"mean": 3.0}, "after": {"mean": 0.5}}, "dice": {"before": {"mean": 0.5}, "after": {"mean": 0.9}}}, []),
+        ({}, []),
+    ],
+)  # fmt: skip
+def test_scans_that_fit_less_well_than_before_are_told(scores, words):
+    lines = outcome.worse(scores)
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))

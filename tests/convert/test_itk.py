@@ -428,7 +428,7 @@ def test_invert_takes_a_list(tmp_path, capsys):
 def test_what_leads_out_of_the_image_is_told(tmp_path, capsys):
     _, moving = images(tmp_path)
     warp, _ = ants(tmp_path)
-    for shift, status, text in ((20.0, 0, "% of the result lie outside"), (200.0, 2, "leads nowhere into")):
+    for shift, status, text in ((20.0, 0, "% of the result lie inside"), (200.0, 2, "leads nowhere into")):
         sitk.WriteTransform(sitk.TranslationTransform(3, (shift, 0.0, 0.0)), str(tmp_path / "t.tfm"))
         files = [str(warp), str(tmp_path / "t.tfm")]
         assert (
