@@ -9,7 +9,8 @@ from bench.markdown import table
 RULES = {
     "conditioning": "The kernel gives what the formula gives of inputs 4e-6 (all fp64: 1e-14; MIND: also of their largest value) away: kinks of the interpolant at faces "
     "of cells and of |x| at 0, ties, clamps, windows about to be flat, differences of nearly equal numbers.",
-    "cancellation": "MI and MIND where the true result is 0: what is left is at most 64 roundings of terms of the size bins / contrast.",
+    "cancellation": "MI and MIND where the true result is 0: what is left is at most 64 roundings of terms of the size bins / contrast, "
+    "or a millionth of it where the same is computed in fp64.",
     "range": "Squares of the values leave the arithmetic type (fp32 unless all inputs are fp64).",
     "not finite": "Inputs that are not finite: values are NaN and infinite where they have to be; of gradients it is not promised.",
 }
