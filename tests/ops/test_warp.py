@@ -179,8 +179,8 @@ def test_nothing_changes_beyond_the_border(shape, offset):
         truth = far.detach().double().requires_grad_()
         out = reference("linear", "border")(image.detach().double(), truth)
         (expected,) = torch.autograd.grad(out, truth, weight.double())
-        # The reference adds up products, whose offset it has to cancel.
-        exact = BACKEND != "cpu" or COMPILED or not offset
+        # The reference adds up products, and Triton subtracts interpolated values: their offset has to cancel.
+        exact = BACKEND == "emulation" or (BACKEND == "cpu" and COMPILED) or not offset
         assert_close(grad, expected, 1e-5 if exact else 1e-2, floor=0.1)
         matrix = torch.eye(nd, nd + 1)[None].requires_grad_()
         moved = fastreg.warp(image, far.detach(), affine=matrix, padding="border")
