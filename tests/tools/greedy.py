@@ -1,4 +1,4 @@
-"""greedy 1.4: a dense field, rounded to a tenth of a voxel as it does by default; and after an affine of its own."""
+"""greedy 1.4: a dense field, rounded to a tenth of a voxel as it does by default."""
 
 from picsl_greedy import Greedy3D
 from recipe import main
@@ -10,16 +10,8 @@ def greedy(*command):
 
 def make(scene, out):
     pair = "-i", scene / "fixed.nii.gz", scene / "moving.nii.gz"
-    reslice = (
-        "-rf",
-        scene / "fixed.nii.gz",
-        "-rm",
-        scene / "moving.nii.gz",
-        out / "moved.nii.gz",
-        "-ri LINEAR",
-    )
     greedy("-d 3 -m SSD -n 30x20", *pair, "-o", out / "warp.nii.gz", "-threads 1 -V 0")
-    greedy("-d 3 -threads 1 -V 0", *reslice, "-r", out / "warp.nii.gz")
+    use(scene, out, [out / "warp.nii.gz"])
 
 
 def use(scene, out, files):
