@@ -4,16 +4,25 @@ Conventions: images (N, C, D, H, W) or (N, C, H, W); displacements (N, nd, *spat
 (z, y, x); ``out(p) = image(p + u(p))`` with voxel centres on integers.
 """
 
-from fastreg import _ext, metrics, models, nn
-from fastreg import io as _io  # noqa: F401
-from fastreg._ext import backends
-from fastreg._version import __version__
-from fastreg.ops import *  # noqa: F403
-from fastreg.ops import __all__ as _ops
-from fastreg.registration import Registration, register
+import gc as _gc
 
-# Last, when all schemas are declared, that of fastreg.io too: an extension that has others is found out here.
-_ext.load()
+# torch's import makes a million objects, and all of them stay: to look for garbage among them takes 0.2 s.
+_collects = _gc.isenabled()
+_gc.disable()
+try:
+    from fastreg import _ext, metrics, models, nn
+    from fastreg import io as _io  # noqa: F401
+    from fastreg._ext import backends
+    from fastreg._version import __version__
+    from fastreg.ops import *  # noqa: F403
+    from fastreg.ops import __all__ as _ops
+    from fastreg.registration import Registration, register
+
+    # Last, when all schemas are declared, that of fastreg.io too: an extension that has others is found out here.
+    _ext.load()
+finally:
+    if _collects:
+        _gc.enable()
 
 
 __all__ = ["Registration", "__version__", "backends", "metrics", "models", "nn", "register", *_ops]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _check, nn
 from . import ops as _fused
+from ._adam import Adam
 from .ops.bspline_displacement import control_shape
 
 SimilarityName = Literal["lcc", "mind", "mse"]
@@ -268,7 +269,7 @@ class Level:
 
 
 def optimizer(parameter, learning_rate):
-    return torch.optim.Adam([parameter], lr=learning_rate, eps=_EPS, fused=True)
+    return Adam(parameter, learning_rate, _EPS)
 
 
 def relaxed(u, shift=None, rounds=60):
@@ -361,8 +362,8 @@ class AffineFit:
     def descend(self, moving, weights, similarity, spacing, n_iterations, learning_rate, report):
         finest = _finest(spacing, moving.shape[2:])
         parameter = torch.zeros_like(self.motion, requires_grad=True)
-        adam = torch.optim.Adam([parameter], lr=learning_rate)
-        slower = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.01, max(n_iterations - 1, 1))
+        adam = Adam(parameter, learning_rate)
+        slower = 0.99 * learning_rate / max(n_iterations - 1, 1)  # an iteration, down to a hundredth
 
         def step():
             adam.zero_grad()
@@ -372,7 +373,7 @@ class AffineFit:
             value = similarity(moved, weights=moved_weights(weights, None, matrix.detach()))
             value.backward()
             adam.step()
-            slower.step()
+            adam.learning_rate -= slower
             return value.detach(), value.detach(), value.new_zeros(())
 
         # Adam overshoots at first, which looks flat.

@@ -95,12 +95,13 @@ class Outcome:
         files: Mapping[str, Name] | None = None,
         *,
         inverse: bool = False,
+        picture: bool = True,
         page: bool = False,
         interpolation: str | None = None,
         output_type: str = "same",
     ) -> None:
         """Writes OUTPUTS into the folder; began: time.perf_counter() when all began; files: of "fixed" and "moving", for the report;
-        inverse: the other direction too; page: report.html too; interpolation, output_type: of the moved image, as `fastreg apply`
+        inverse: the other direction too; page: report.html too, which needs the picture; interpolation, output_type: of the moved image, as `fastreg apply`
         takes them.
         """
         case, u, grid, summary = self.case, self.u, self.case.fixed_grid, self.summary
@@ -138,7 +139,8 @@ class Outcome:
                 "where it started: it has run away; try another --start, or --mask and --moving-mask"
             )
         reached = self.before, (volume(moved.array[0]), torch.from_numpy(moved.inside)[None, None])
-        draw(case, u, summary, folder / "picture.png", reached=reached)
+        if picture:
+            draw(case, u, summary, folder / "picture.png", reached=reached)
         summary |= {
             "outside_value": outside,
             "seconds_total": round(time.perf_counter() - began, 3),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastreg
 from fastreg import _descent, metrics
+from fastreg._adam import Adam
 from fastreg._descent import TRANSFORMS, grid_shape, relaxed, transform
 from fastreg.registration import _pyramid, register
 
@@ -482,3 +483,18 @@ NAN[0, 0, 1, 2, 3] = float("nan")
 def test_errors(kind, match, arguments, options):
     with pytest.raises(kind, match=f"fastreg::register: {match}"):
         register(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimiser_is_that_of_torch(dtype):
+    ours = torch.linspace(-2, 3, 50, dtype=dtype).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    adam, reference = Adam(ours, 0.3, 1e-2), torch.optim.Adam([theirs], lr=0.3, eps=1e-2)
+    for step in range(20):
+        for parameter, optimizer in ((ours, adam), (theirs, reference)):
+            optimizer.zero_grad()
+            (parameter - 1).pow(4).sum().backward()
+            optimizer.step()
+        if step == 10:
+            adam.learning_rate = reference.param_groups[0]["lr"] = 0.05
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

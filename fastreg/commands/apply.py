@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastreg import convert, io, report, report_page
+from fastreg import convert, io, report_page
 from fastreg._console import telling, warn
 from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg._moved import move
@@ -19,7 +19,17 @@ from fastreg.training.build import predict
 
 from . import _moving
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, add_html, add_reading, add_transforms, device_of, reading_of
+from .options import (
+    Parser,
+    add_common,
+    add_html,
+    add_picture,
+    add_reading,
+    add_transforms,
+    device_of,
+    drawing,
+    reading_of,
+)
 
 FIELD_OUTPUTS = ("moved.nii.gz", "moved_labels.nii.gz", "points.csv")
 FIELD_ONLY = ("labels", "points", "source", "like")
@@ -32,6 +42,7 @@ PAIR_ONLY = (
     "mask",
     "moving_mask",
     "html",
+    "no_picture",
 )
 
 
@@ -69,6 +80,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     group = command.add_argument_group("with --weights, what else is known of the pair")
     add_arguments(group)
     add_html(group)
+    add_picture(group)
     add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
@@ -93,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _apply_net(args: argparse.Namespace) -> int:
     began = time.perf_counter()
-    report.require_matplotlib()
+    picture = drawing(args)
     args.fixed, args.moving = args.images
     outputs = (*OUTPUTS, report_page.PAGE)
     refuse_own_inputs(args.out, (*paths_of(args), args.weights), outputs)
@@ -114,7 +126,8 @@ def _apply_net(args: argparse.Namespace) -> int:
             "seconds": time.perf_counter() - start,
         }
         outcome = Outcome(case, u, device, summary)
-        outcome.write(folder, began, files_of(args), page=bool(args.html), **_moving.chosen(args))
+        written = {"picture": picture, "page": bool(args.html), **_moving.chosen(args)}
+        outcome.write(folder, began, files_of(args), **written)
     if not args.quiet:
         outcome.tell(args.out)
     return 0

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastreg import convert
+from fastreg import convert, report
 from fastreg._files import InputError, Name
 from fastreg.io._reading import CHOICES, Reading
 from fastreg.training.distributed import usable
@@ -121,6 +121,22 @@ def add_html(parser: argparse._ActionsContainer) -> None:
     """--html; None where not given."""
     text = "report.html too: numbers, slices to leaf through and the picture, on a page that needs no network"
     parser.add_argument("--html", action="store_true", default=None, help=text)
+
+
+def add_picture(parser: argparse._ActionsContainer) -> None:
+    """--no-picture; None where not given."""
+    text = "without picture.png, which takes half a second and matplotlib"
+    parser.add_argument("--no-picture", action="store_true", default=None, help=text)
+
+
+def drawing(args: argparse.Namespace) -> bool:
+    """Whether there is to be a picture; refuses before anything is computed where it cannot be drawn."""
+    if args.no_picture:
+        if args.html:
+            raise InputError("--html shows the picture: it does not go with --no-picture")
+        return False
+    report.require_matplotlib()
+    return True
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

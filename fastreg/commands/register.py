@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import _start, convert, io, models, outcome_inverse, report, report_page
+from fastreg import _start, convert, io, models, outcome_inverse, report_page
 from fastreg._console import bar, progress, seen, telling, warn
 from fastreg._descent import LINEAR, SIMILARITIES, TRANSFORMS, filled
 from fastreg._files import InputError, output_folder, refuse_own_inputs
@@ -25,7 +25,17 @@ from fastreg.training.build import predict
 
 from . import _moving, nets
 from .case import add_arguments, files_of, paths_of, read_case
-from .options import Parser, add_common, add_html, add_reading, device_of, numbers, reading_of
+from .options import (
+    Parser,
+    add_common,
+    add_html,
+    add_picture,
+    add_reading,
+    device_of,
+    drawing,
+    numbers,
+    reading_of,
+)
 
 STEPS = 300  # of a net on one pair
 
@@ -69,6 +79,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         "where MOVING's landmarks lie in FIXED",
     )
     add_html(command)
+    add_picture(command)
     add_arguments(command.add_argument_group("what else is known of the pair"))
     group = add_parameters(command, learning_rate="; with --method: of Adam (default: the paper's)")
     starts = "|".join((*_start.CHOICES, "FILE"))
@@ -283,7 +294,7 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
 
 def _run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
-    report.require_matplotlib()
+    picture = drawing(args)
     # Those of a run before that this one does not write go.
     outputs = (*OUTPUTS, *outcome_inverse.OUTPUTS, report_page.PAGE)
     refuse_own_inputs(args.out, (*paths_of(args), getattr(args, "start", None)), outputs)
@@ -293,9 +304,13 @@ def _run(args: argparse.Namespace) -> int:
                 raise InputError(f"--{name} goes with --method")
     with output_folder(args.out, outputs, replace=args.force) as folder:
         outcome = (solve if args.method is None else _optimise)(read_case(args), args)
-        outcome.write(
-            folder, began, files_of(args), inverse=args.inverse, page=bool(args.html), **_moving.chosen(args)
-        )
+        written = {
+            "inverse": args.inverse,
+            "picture": picture,
+            "page": bool(args.html),
+            **_moving.chosen(args),
+        }
+        outcome.write(folder, began, files_of(args), **written)
     if not args.quiet:
         outcome.tell(args.out)
     return 0

@@ -457,6 +457,39 @@ def test_missing_extras_name_the_command(case, capsys, monkeypatch, package):
     )
 
 
+def test_no_picture_needs_nothing_to_draw_with(case, tmp_path, capsys, monkeypatch):
+    folder = case("same")
+    assert run(folder, "--no-picture", "--html") == 2
+    assert "--html shows the picture" in one_line(capsys)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(folder, "--no-picture", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert {"moved.nii.gz", "displacement.nii.gz", "report.json"} == {*os.listdir(tmp_path / "out")}
+
+
+@pytest.mark.slow
+def test_a_registration_imports_what_it_needs(case, tmp_path):
+    """torch's compiler alone takes longer than a small registration."""
+    folder = case("same")
+    script = (
+        "import gc, sys; from fastreg import cli; assert gc.isenabled()\n"
+        "status = cli.main(sys.argv[1:])\n"
+        "print(status, sorted({'torch._dynamo', 'triton', 'matplotlib', 'sympy', 'nibabel', 'pydicom'} & {*sys.modules}))"
+    )
+    options = ["-o", tmp_path / "out", "--no-picture", "--quiet", "--iterations", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "register",
+        folder / "fixed.nii.gz",
+        folder / "moving.nii.gz",
+        *options,
+    ]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 []"
+
+
 def test_a_bar_that_was_asked_for_needs_tqdm(case, capsys, monkeypatch):
     folder = case("same")
     monkeypatch.setitem(sys.modules, "tqdm", None)
