@@ -108,7 +108,7 @@ def _finest(spacing, shape):
     return min((s for s, n in zip(spacing, shape, strict=True) if n > 1), default=spacing[0])
 
 
-# Transforms: parameter -> the field that is regularised -> displacement of the level
+# Transforms: parameter -> the field that is regularised -> motion, on the field's grid -> displacement of the level
 
 
 @dataclass
@@ -125,16 +125,19 @@ class Dense:
     def field(self, parameter, ops=_fused):
         return self.base + ops.smooth(parameter * self.scale, self.sigma)
 
+    def motion(self, field, ops=_fused):
+        return field
+
     def displacement(self, field, ops=_fused):
-        return ops.resize_displacement(field, self.shape)
+        return ops.resize_displacement(self.motion(field, ops), self.shape)
 
     def relaxed(self, field, shift):
         return relaxed(field, shift)
 
 
 class Velocity(Dense):
-    def displacement(self, field, ops=_fused):
-        return ops.resize_displacement(ops.integrate_velocity(field, STEPS), self.shape)
+    def motion(self, field, ops=_fused):
+        return ops.integrate_velocity(field, STEPS)
 
     def relaxed(self, field, shift):
         return field
@@ -154,6 +157,9 @@ class BSpline:
 
     def field(self, parameter, ops=_fused):
         return self.base + ops.bspline_displacement(parameter * self.scale, self.knots, self.shape)
+
+    def motion(self, field, ops=_fused):
+        return field
 
     def displacement(self, field, ops=_fused):
         return field
@@ -237,6 +243,7 @@ class Level:
     affine: Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
     regularization: float
     weights: Tensor | None = None  # of the moving image
+    terms: tuple = ()  # of _terms
 
     def displacement(self, field, ops=_fused):
         """Without the affine part."""
@@ -244,6 +251,14 @@ class Level:
         if self.affine is not None and isinstance(self.transform, Velocity):
             u = torch.einsum("nij,nj...->ni...", self.affine[..., :-1], u)
         return u
+
+    def others(self, field, ops=_fused):
+        """The sum of the terms."""
+        u = self.transform.motion(field, ops)
+        if self.affine is not None and isinstance(self.transform, Velocity):
+            size = self.transform.spacing
+            u = torch.einsum("nij,nj...->ni...", affine_in_voxels(self.matrix, size)[..., :-1].to(u), u)
+        return sum(term(u, self.transform.spacing, self.matrix) for term in self.terms)
 
     def objective(self, parameter, ops=_fused):
         """Returns (loss, similarity, regularity), scalars; the first is differentiable in parameter."""
@@ -256,6 +271,8 @@ class Level:
         similarity = self.similarity(moved, ops, moved_weights(self.weights, u, self.affine))
         regularity = ops.diffusion(field, spacing=self.transform.spacing)
         loss = _WEIGHT[self.similarity.kind] * similarity + self.regularization * regularity
+        if self.terms:
+            loss = loss + self.others(field, ops)
         return loss, similarity, regularity
 
     def iterate(self, parameter, optimizer, ops=_fused):
@@ -359,7 +376,7 @@ class AffineFit:
             linear = torch.eye(len(motion), dtype=motion.dtype) + linear
         return torch.cat([linear, (self.centre - linear @ self.centre + motion[:, -1])[:, None]], 1)
 
-    def descend(self, moving, weights, similarity, spacing, n_iterations, learning_rate, report):
+    def descend(self, moving, weights, similarity, spacing, n_iterations, learning_rate, report, terms=()):
         finest = _finest(spacing, moving.shape[2:])
         parameter = torch.zeros_like(self.motion, requires_grad=True)
         adam = Adam(parameter, learning_rate)
@@ -368,9 +385,12 @@ class AffineFit:
         def step():
             adam.zero_grad()
             motion = self.motion + finest * self.free * parameter
-            matrix = affine_in_voxels(self.matrix(motion), spacing).to(moving)
+            physical = self.matrix(motion)
+            matrix = affine_in_voxels(physical, spacing).to(moving)
             moved = _fused.warp(moving, None, affine=matrix, padding="border")
             value = similarity(moved, weights=moved_weights(weights, None, matrix.detach()))
+            for term in terms:
+                value = value + term(None, spacing, physical) / _WEIGHT[similarity.kind]
             value.backward()
             adam.step()
             adam.learning_rate -= slower

@@ -2,7 +2,7 @@
 
     minimise over u:  similarity(fixed, warp(moving, u)) + regularization * diffusion(u)
 
-with the diffusion in mm over mm; or over matrices alone. What a level minimises, and over which parameters, is in
+with the diffusion in mm over mm, and the terms of _terms.py where they are asked for; or over matrices alone. What a level minimises, and over which parameters, is in
 _descent.py; where it all begins, in _start.py.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, _descent, _inverse, _start
+from . import _check, _descent, _inverse, _start, _terms
 from . import ops as _fused
 from ._repr import shapes
 
@@ -114,6 +114,7 @@ def _level(
     window: int,
     regularization: float,
     matrix: Tensor | None = None,
+    terms: tuple[_terms.Landmarks, ...] = (),
 ) -> _descent.Level:
     """The level of `shape` voxels.
 
@@ -134,6 +135,7 @@ def _level(
         affine=affine,
         regularization=regularization,
         weights=weights,
+        terms=terms,
     )
 
 
@@ -146,6 +148,7 @@ def _fit_affine(
     report: Callable[..., object] | None,
     plan: Sequence[int],
     kind: str = "affine",
+    terms: tuple[_terms.Landmarks, ...] = (),
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Coarse to fine; returns the matrix, (nd, nd + 1) in mm, and a record per level."""
     full = tuple(images[0].shape[2:])
@@ -163,6 +166,7 @@ def _fit_affine(
             n_iterations,
             _AFFINE_STEP,
             report and functools.partial(report, number),
+            terms,
         )
         record = {"transform": kind, "shape": shape, "spacing_mm": size, **record}
         records.append({**record, "seconds": time.perf_counter() - begun})
@@ -205,6 +209,8 @@ def register(
     levels: int | None = None,
     iterations: int | Sequence[int] = (100, 100, 60, 30),
     learning_rate: float = 0.3,
+    landmarks: tuple[Tensor, Tensor] | None = None,  # (K, nd) each
+    landmark_weight: float = 1.0,
     progress: Callable[[int, int, int, int, float], object] | None = None,
 ) -> Registration:
     """Finds u such that ``moving(p + u(p))`` looks like ``fixed(p)``. Runs on the device of the images, in fp32.
@@ -236,6 +242,10 @@ def register(
             level of its own, as "rigid" and "affine" do at most); where there are more levels than numbers the first serves the coarser ones, where fewer the
             first ones go unused. A flat loss ends a level.
         learning_rate (float): of Adam, in voxels of the displacement grid.
+        landmarks (two Tensors, optional): (K, nd) voxels of fixed, and of moving, where each of them belongs: soft constraints.
+            One pair that is far from what the others say is let go of.
+        landmark_weight (float): 1: landmarks a tenth of the image's longest side apart, in the mean of squares, cost as much as
+            images that have nothing in common; less and more in proportion.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.
 
@@ -298,6 +308,7 @@ def register(
         whole, begin = moving, _start.of(start, (fixed, moving, mask, moving_mask), spacing)
         if begin is not None:
             moving, mask, moving_mask = begin.resampled(moving, mask, moving_mask)
+        terms = _terms.landmarks_of(landmarks, landmark_weight, fixed, spacing, begin and begin.back)
         rescaled = (_descent.rescaled(fixed, mask), _descent.rescaled(moving, moving_mask))
         images = (*rescaled, mask, moving_mask)
         records: list[dict[str, Any]] = []
@@ -310,12 +321,22 @@ def register(
             report = progress and (lambda level, *rest: progress(level, total, *rest))
             most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
             options = similarity, window, report, most[: len(rough)], transform if linear else "affine"
-            matrix, records = _fit_affine(images, rough, spacing, *options)
+            matrix, records = _fit_affine(images, rough, spacing, *options, terms)
         for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)) if not linear else ():
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             level = _level(
-                images, shape, spacing, field, transform, width, similarity, window, regularization, matrix
+                images,
+                shape,
+                spacing,
+                field,
+                transform,
+                width,
+                similarity,
+                window,
+                regularization,
+                matrix,
+                terms,
             )
             report = progress and functools.partial(progress, len(rough) + number, total)
             field, record = _descent.descend(level, n_iterations, learning_rate, report)
