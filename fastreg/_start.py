@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _check, _descent, _inverse, io, ops
+from . import _affine, _check, _descent, _inverse, io, ops
 from .io import Geometry
 
 CHOICES = ("auto", "none", "centres", "masses", "search")
@@ -357,9 +357,9 @@ def _refined(views: _Views, matrix: np.ndarray) -> np.ndarray:
         return matrix
     grid = views.fixed.grid
     similarity = _descent.Similarity("lcc", views.fixed.image, inside.float(), _WINDOW)
-    fit = _descent.AffineFit(grid.shape, grid.spacing_zyx, rigid=True)
+    fit = _affine.AffineFit(grid.shape, grid.spacing_zyx, rigid=True)
     with torch.enable_grad():
-        fit.descend(moved, None, similarity, grid.spacing_zyx, _ITERATIONS, 0.2, None)
+        fit.descend([_affine.Side(moved, None, similarity)], grid.spacing_zyx, _ITERATIONS, 0.2, None)
     found = _descent.affine_in_voxels(fit.matrix(fit.motion), grid.spacing_zyx)[0].numpy()
     here = grid.map_to_physical(found)
     return np.concatenate([matrix[:, :-1] @ here[:, :-1], matrix[:, :-1] @ here[:, -1:] + matrix[:, -1:]], 1)

@@ -28,13 +28,28 @@ class Landmarks:
         self, fixed: Tensor, moving: Tensor, full: Sequence[int], spacing: Sequence[float], weight: float
     ):
         """fixed, moving: (K, nd) voxels of the full grid; full, spacing: its shape, mm."""
-        size = fixed.new_tensor(spacing)
+        self.full, self.spacing, self.size = full, spacing, fixed.new_tensor(spacing)
         last = fixed.new_tensor([max(n - 1, 1) for n in full])
-        self.fixed, self.moving = fixed * size, moving * size  # mm
+        self.fixed, self.moving = fixed * self.size, moving * self.size  # mm
         # as grid_sample takes them, (x, y, z) in [-1, 1], whatever the grid that is sampled
         self.places = (2 * fixed / last - 1).flip(-1).view(1, -1, *[1] * (len(full) - 1), len(full))
         self.longest = max(s * max(n - 1, 1) for s, n in zip(spacing, full, strict=True))
         self.weight = weight
+
+    @property
+    def back(self) -> "Landmarks":
+        """Of the images exchanged."""
+        return Landmarks(
+            self.moving / self.size, self.fixed / self.size, self.full, self.spacing, self.weight
+        )
+
+    def laid(self, half: Tensor, back: Tensor) -> "Landmarks":
+        """Of both images laid half of the way: what is in fixed goes to half, what is in moving back, (nd, nd + 1) in mm."""
+        fixed, moving = (
+            (p @ m[:, :-1].T.to(p) + m[:, -1].to(p)) / self.size
+            for p, m in ((self.fixed, half), (self.moving, back))
+        )
+        return Landmarks(fixed, moving, self.full, self.spacing, self.weight)
 
     def apart(self, u: Tensor | None, spacing: Sequence[float], matrix: Tensor | None) -> Tensor:
         """(K, nd), mm: where the fixed points go, from the moving ones."""

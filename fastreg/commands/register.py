@@ -51,6 +51,7 @@ HELP = {
     "levels": "number of resolutions, coarse to fine",
     "iterations": "at most, of every level or comma-separated from coarse to fine",
     "learning_rate": "step of the optimiser",
+    "symmetric": "with the scans exchanged what is found is the inverse: both directions are compared; implies --inverse, takes twice the time",
     "landmark_weight": "use --fixed-landmarks and --moving-landmarks, with this weight; 1.0 brings them nearly together. Otherwise they are scored only",
 }
 CHOICES = {"similarity": SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
@@ -242,6 +243,11 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     moving_weights = case.moving_weights
     if moving_weights is not None:
         moving_weights, _ = io.resample(moving_weights, grid, case.fixed_grid, field, outside=0.0)
+    if parameters["symmetric"] and overlap < 1:
+        # where the moving image reaches goes along with it, or this would count for one direction only
+        weights = case.weights
+        moving_weights = laid[1].float() if moving_weights is None else moving_weights * laid[1]
+    if moving_weights is not None:
         if not (moving_weights if weights is None else moving_weights * weights).any():
             raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
     used = _used(case, args, start, device)
@@ -335,7 +341,7 @@ def _run(args: argparse.Namespace) -> int:
     with output_folder(args.out, outputs, replace=args.force) as folder:
         outcome = (solve if args.method is None else _optimise)(read_case(args), args)
         written = {
-            "inverse": args.inverse,
+            "inverse": args.inverse or getattr(args, "symmetric", False),
             "picture": picture,
             "page": bool(args.html),
             **_moving.chosen(args),
