@@ -1,4 +1,4 @@
-"""A whole iteration of `fastreg.register` at its finest level: smoothing, resizing, warp, LCC, diffusion,
+"""A whole iteration of `fastreg.register` at its finest level: smoothing, warp by a coarser grid, LCC, diffusion,
 backward, Adam.
 
 Every provider runs the objective of fastreg/_descent.py itself; only the ops in it differ. The gate runs
@@ -41,8 +41,8 @@ def bytes_moved(case, mode):
     nd = len(case.shape) - 2
     volume = math.prod(case.shape) * case.dtype.itemsize
     control = nd * math.prod(_control(case)) / math.prod(case.shape[2:])
-    forward = 2 * control + (control + nd) + (1 + nd + 1) + 2 + control
-    backward = 3 + (1 + 1 + nd + nd) + (nd + control) + 2 * control + 2 * control
+    forward = 2 * control + (1 + control + 1) + 2 + control
+    backward = 3 + (1 + 1 + 2 * control) + 2 * control + 2 * control
     return volume * (forward + backward + 7 * control)
 
 
@@ -92,6 +92,9 @@ class Stock:
     def warp(self, image, u, *, padding):
         positions = torch.addcmul(self.grid, u.movedim(1, -1).flip(-1), self.factor)
         return F.grid_sample(image, positions, padding_mode=padding, align_corners=True)
+
+    def warp_coarse(self, image, u, *, padding):
+        return self.warp(image, self.resize_displacement(u, self.size), padding=padding)
 
     def lcc_loss(self, fixed, moved, window, *, mask, padding, smooth_dr, denominator):
         """Separable box sums of the five moments and the number of samples inside each window."""

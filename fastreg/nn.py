@@ -90,6 +90,9 @@ def _joined(about: list[str], arguments: list[str], names: Any, rest: list[str])
 class Warp(_Op, op=ops.warp): ...
 
 
+class WarpCoarse(_Op, op=ops.warp_coarse): ...
+
+
 class Compose(_Op, op=ops.compose): ...
 
 

@@ -17,6 +17,13 @@ CASES = [
         {"mode": "nearest", "padding": "border"},
         id="warp-options",
     ),
+    pytest.param(
+        nn.WarpCoarse(padding="border"),
+        fastreg.warp_coarse,
+        (MOVED, U[..., ::2]),
+        {"padding": "border"},
+        id="warp-coarse",
+    ),
     pytest.param(nn.Compose(padding="zeros"), fastreg.compose, (U, -U), {"padding": "zeros"}, id="compose"),
     pytest.param(
         nn.IntegrateVelocity(3, checkpoint=True),

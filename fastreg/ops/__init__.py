@@ -18,6 +18,7 @@ from fastreg.ops.resize_displacement import resize_displacement
 from fastreg.ops.smooth import smooth
 from fastreg.ops.total_variation import total_variation
 from fastreg.ops.warp import warp
+from fastreg.ops.warp_coarse import warp_coarse
 
 __all__ = [
     "affine_displacement",
@@ -40,4 +41,5 @@ __all__ = [
     "smooth",
     "total_variation",
     "warp",
+    "warp_coarse",
 ]

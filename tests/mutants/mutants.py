@@ -454,12 +454,6 @@ MUTANTS = [
         "smooth", "reference", "every padding is \"border\"",
     ),
     Mutant(
-        "smooth_groups_cross_the_border", "border", CPU,
-        "return i >= m.plain_begin && i + kGroup <= m.plain_end &&",
-        "return i >= m.plain_begin && i + kGroup <= m.plain_end + 1 &&",
-        "smooth", "reference", "the last row of a group is cut at the border, and takes the taps of the others",
-    ),
-    Mutant(
         "smooth_reflection_has_a_margin", "border", CPU,
         "const int64_t margin = radius + (transposed && radius > 0 && padding == Padding::reflection);",
         "const int64_t margin = radius;",
@@ -573,7 +567,7 @@ MUTANTS = [
     ),
     Mutant(
         "register_velocity_forgets_the_affine", "composition", ALL,
-        'u = torch.einsum("nij,nj...->ni...", self.affine[..., :-1], u)',
+        'u = torch.einsum("nij,nj...->ni...", affine[..., :-1], u)',
         "u = u + 0",
         "registration", "before_the_affine", "A (p + u(p)), not A p + u(p)",
     ),
@@ -597,7 +591,7 @@ MUTANTS = [
     ),
     Mutant(
         "register_leaves_the_moving_mask_behind", "mask", ALL,
-        'return _fused.warp(weights, u, affine=affine, padding="border")',
+        "return warped(weights, u, affine)",
         "return weights",
         "registration_masks", "goes_along", "the weights of the moving image move with it",
     ),

@@ -1,0 +1,457 @@
+// warp_coarse: reading an image at p + u(p), where u is given on a coarser grid and interpolated row by row.
+#include <cstdint>
+
+#include "cpu/warp_rows.h"
+
+namespace fastreg {
+
+// Where the voxels of an axis of the image lie on the grid of the displacement, and the transpose: the voxels
+// that read voxel i of the grid, `most` columns of `reader` and `share`, padded with shares of 0.
+struct CoarseAxis {
+  int64_t n;               // of the grid
+  const int32_t* lower;    // voxel of the grid at or before each voxel of the image
+  const double* fraction;  // 0: the next one is not read
+  const int32_t* reader;   // (most, n)
+  const double* share;
+  int64_t most;
+};
+
+struct WarpCoarseArgs : WarpArgs {
+  const void* coarse;    // (n, nd, *grid), arithmetic type; `displacement` is null
+  CoarseAxis axis[3];    // 2D: z has one voxel
+  double factor[3];      // of each component, from voxels of the grid to those of the image; 2D: the last two
+  const int32_t* group;  // (grid + 1) along the slowest axis: planes [group[i], group[i + 1]) have lower i
+  int64_t n_slabs;       // that each sample is cut into, backward
+  void* edges;           // (n, n_slabs, a plane of the grid): what a slab adds to the first plane of the next
+};
+
+// Work units are rows (n, z, y) of the image.
+FASTREG_KERNEL(void, warp_coarse_fwd, Stored, int nd, const WarpCoarseArgs&, int64_t, int64_t)
+// (n, slab of the grid's planes); then (n), which adds the edges.
+FASTREG_KERNEL(void, warp_coarse_bwd, Stored, int nd, const WarpCoarseArgs&, int64_t, int64_t)
+FASTREG_KERNEL(void, warp_coarse_join, Stored, int nd, const WarpCoarseArgs&, int64_t, int64_t)
+
+}  // namespace fastreg
+
+#ifdef FASTREG_ISA
+
+#include <vector>
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+// The rows of the displacement that an image row needs, and their adjoint. Everything lies in L1.
+template <class A, int ND>
+class CoarseRows {
+ public:
+  explicit CoarseRows(const WarpCoarseArgs& args)
+      : a(args),
+        width(args.out[2]),
+        n(args.axis[2].n),
+        stride(padded(width)),
+        near_weight(width),
+        far_weight(width),
+        share(args.axis[2].share, args.axis[2].share + args.axis[2].most * n),
+        line(n + 1),
+        row(ND * stride) {
+    for (int64_t x = 0; x < width; ++x) {
+      near_weight[x] = A(1.0 - a.axis[2].fraction[x]);
+      far_weight[x] = A(a.axis[2].fraction[x]);
+    }
+  }
+
+  const A* component(int k) const { return row.data() + k * stride; }
+  A* gradient(int k) { return row.data() + k * stride; }
+
+  // Interpolates all components along row (z, y) of sample r.n.
+  void interpolate(const Row& r) {
+    const CoarseAxis &z = a.axis[0], &y = a.axis[1];
+    const int64_t plane = y.n * n;
+    const A* u =
+        static_cast<const A*>(a.coarse) + r.n * ND * z.n * plane + z.lower[r.z] * plane + y.lower[r.y] * n;
+    const double fz = z.fraction[r.z], fy = y.fraction[r.y];
+    for (int k = 0; k < ND; ++k, u += z.n * plane) {
+      const double factor = a.factor[k + 3 - ND];
+      combine<true>(u, A((1.0 - fz) * (1.0 - fy) * factor));
+      // What has no weight is not read: it may not be finite, or lie beyond the grid.
+      if (fy > 0) combine<false>(u + n, A((1.0 - fz) * fy * factor));
+      if (fz > 0) combine<false>(u + plane, A(fz * (1.0 - fy) * factor));
+      if (fz > 0 && fy > 0) combine<false>(u + plane + n, A(fz * fy * factor));
+      A* __restrict out = row.data() + k * stride;
+      const A *__restrict l = line.data(), *__restrict near = near_weight.data(), *__restrict far = far_weight.data();
+      const int32_t* __restrict lower = a.axis[2].lower;
+      const int64_t count = width;
+#pragma GCC ivdep
+      for (int64_t x = 0; x < count; ++x) {
+        const A w = far[x], next = l[lower[x] + 1];
+        out[x] = near[x] * l[lower[x]] + (w != A(0) ? w * next : A(0));
+      }
+    }
+  }
+
+  // Adds what a row of gradient() gives to each voxel of a row of the grid, times each weight, to out[i].
+  template <int kRows>
+  void spread(int k, A* const (&out)[kRows], const A (&weight)[kRows]) {
+    const A* __restrict g = gradient(k);
+    A* __restrict sum = line.data();
+    const int64_t count = n;
+    std::fill_n(sum, count, A(0));
+    for (int64_t t = 0; t < a.axis[2].most; ++t) {
+      const A* __restrict w = share.data() + t * count;
+      const int32_t* __restrict reader = a.axis[2].reader + t * count;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) {
+        const A value = g[reader[i]];
+        sum[i] += w[i] != A(0) ? w[i] * value : A(0);
+      }
+    }
+    for (int i = 0; i < kRows; ++i)
+      if (weight[i] != A(0)) {
+        A* __restrict o = out[i];
+        const A w = weight[i];
+        for (int64_t j = 0; j < count; ++j) o[j] += w * sum[j];
+      }
+  }
+
+ private:
+  template <bool kFirst>
+  void combine(const A* __restrict u, A weight) {
+    A* __restrict l = line.data();
+    const int64_t count = n;
+    for (int64_t i = 0; i < count; ++i) l[i] = kFirst ? weight * u[i] : l[i] + weight * u[i];
+  }
+
+  const WarpCoarseArgs& a;
+  const int64_t width, n, stride;
+  std::vector<A> near_weight, far_weight, share, line, row;
+};
+
+template <class A, int ND>
+void locate_row(const WarpCoarseArgs& a, const CoarseRows<A, ND>& rows, const Row& row, int64_t x0, int count,
+                Positions<A, ND>& p) {
+  locate_at(a, row, x0, count, 0, a.in[3 - ND], p, [&](int k, auto use) {
+    const A* u = rows.component(k) + x0;
+    if (a.affine) {
+      alignas(64) double d[kBlock];
+      add_affine<A, ND>(a, row, k, x0, count, d);
+      for (int i = 0; i < count; ++i) d[i] += double(u[i]);
+      use(d);
+    } else {
+      use(u);
+    }
+  });
+}
+
+// Bytes: reads 1 + C volumes' worth of nothing but image and the coarse displacement, writes C: the
+// displacement of a row never leaves L1. Floor by arithmetic: that of warp, and 2 loads and a multiply-add a
+// voxel and component for the interpolation along x; those along y and z cost an eighth of it or less.
+template <class T, int ND>
+void fwd(const WarpCoarseArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  Positions<A, ND> p;
+  Corners<T, ND> corners;
+  CoarseRows<A, ND> rows(a);
+  const int64_t volume = a.in[0] * a.in[1] * a.in[2];
+  for (int64_t index = begin; index < end; ++index) {
+    const Row row = row_at(a, index);
+    rows.interpolate(row);
+    for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
+      const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
+      locate_row(a, rows, row, x0, count, p);
+      for (int64_t c = 0; c < a.c; ++c) {
+        const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * volume;
+        T* out = static_cast<T*>(a.result) + (row.n * a.c + c) * volume +
+                 (row.z * a.out[1] + row.y) * a.out[2] + x0;
+        alignas(64) A value[kBlock];
+        int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+        if (all)
+          for (int i = 0; i < count; ++i) {
+            const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+            auto& v = corners.pair;
+            const A near = lerp(lerp(load(v[0][i][0]), load(v[0][i][1]), fx),
+                                lerp(load(v[1][i][0]), load(v[1][i][1]), fx), fy);
+            value[i] = near;
+            if constexpr (ND == 3) {
+              const A far = lerp(lerp(load(v[2][i][0]), load(v[2][i][1]), fx),
+                                 lerp(load(v[3][i][0]), load(v[3][i][1]), fx), fy);
+              value[i] = lerp(near, far, p.fraction[0][i]);
+            }
+            // Again where a corner, perhaps one of weight 0, was not finite.
+            all &= p.inside[i] & -int32_t(value[i] - value[i] == A(0));
+          }
+        if (!all)
+          for (int i = 0; i < count; ++i)
+            if (!p.inside[i] || !(value[i] - value[i] == A(0)))
+              value[i] = interpolate_anywhere<ND>(a, image, p, i);
+        for (int i = 0; i < count; ++i) store(out[i], value[i]);
+      }
+    }
+  }
+}
+
+// g[k][i] = sum over channels of grad * (interpolant differentiated along k), as warp's.
+template <class T, int ND, class A>
+void slopes(const WarpCoarseArgs& a, const Row& row, int64_t x0, int count, const Positions<A, ND>& p,
+            Corners<T, ND>& corners, A* const (&g)[ND]) {
+  const int64_t volume = a.in[0] * a.in[1] * a.in[2];
+  for (int k = 0; k < ND; ++k) std::fill_n(g[k], count, A(0));
+  for (int64_t c = 0; c < a.c; ++c) {
+    const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * volume;
+    const T* grad = static_cast<const T*>(a.grad) + (row.n * a.c + c) * volume +
+                    (row.z * a.out[1] + row.y) * a.out[2] + x0;
+    int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+    A* __restrict gz = g[0], * __restrict gy = g[ND - 2], * __restrict gx = g[ND - 1];
+    if (all)
+#pragma GCC ivdep
+      for (int i = 0; i < count; ++i) {
+        // An outside voxel adds 0 here, whatever was fetched for it.
+        const bool in = p.inside[i];
+        const A up = load(grad[i]), fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+        auto& v = corners.pair;
+        A d0 = load(v[0][i][1]) - load(v[0][i][0]), d1 = load(v[1][i][1]) - load(v[1][i][0]);
+        A e0 = load(v[0][i][0]) + fx * d0, e1 = load(v[1][i][0]) + fx * d1;
+        A dx = lerp(d0, d1, fy), dy = e1 - e0;
+        if constexpr (ND == 3) {
+          const A fz = p.fraction[0][i], near = lerp(e0, e1, fy);
+          d0 = load(v[2][i][1]) - load(v[2][i][0]), d1 = load(v[3][i][1]) - load(v[3][i][0]);
+          e0 = load(v[2][i][0]) + fx * d0, e1 = load(v[3][i][0]) + fx * d1;
+          const A dz = up * (lerp(e0, e1, fy) - near);
+          const A far_y = e1 - e0, far_x = lerp(d0, d1, fy);
+          dx = lerp(dx, far_x, fz), dy = lerp(dy, far_y, fz);
+          gz[i] += in ? dz : A(0);
+        }
+        const A uy = up * dy, ux = up * dx;
+        gy[i] += in ? uy : A(0);
+        gx[i] += in ? ux : A(0);
+        all &= p.inside[i];
+      }
+    for (int i = 0; i < count && !all; ++i) {
+      const A up = load(grad[i]);
+      if (!p.inside[i] && !is_nan(p, i))
+        each_edge<ND>(a, p, i, {row.z, row.y, x0 + i}, [&](int k, A weight, int64_t lower, int64_t upper) {
+          const A low = lower < 0 ? A(0) : load(image[lower]);
+          const A high = upper < 0 ? A(0) : load(image[upper]);
+          g[k][i] += up * weight * (high - low);
+        });
+    }
+  }
+}
+
+// The gradient to the coarse displacement: that to the displacement of an image row stays in L1, is brought
+// to a row of the grid, and row by row to a plane of it, which plane by plane goes to the two planes of the
+// grid that enclose it. A plane of the grid is the sum of what comes from before and what comes from behind
+// it, each added up in one order, so bits depend on neither slabs nor threads. Bytes: reads 2 C volumes; the
+// rest is 1 / 8 of a volume or less for a grid twice as coarse. Arithmetic: that of warp's gradient, the
+// interpolation of forward and as much for its adjoint.
+template <class T, int ND>
+void bwd(const WarpCoarseArgs& a, int64_t begin, int64_t end) {
+  using A = arithmetic_t<T>;
+  Positions<A, ND> p;
+  Corners<T, ND> corners;
+  CoarseRows<A, ND> rows(a);
+  // 2D: a plane of the grid is a row of it.
+  const CoarseAxis &slow = a.axis[3 - ND], &middle = a.axis[1], &fast = a.axis[2];
+  const int64_t n_rows = ND == 3 ? a.out[1] : 1, plane = (ND == 3 ? middle.n : 1) * fast.n, size = ND * plane;
+  std::vector<A> sums(size), before(size), behind(size), next(size);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / a.n_slabs, slab = unit % a.n_slabs;
+    const int64_t lo = slow.n * slab / a.n_slabs, hi = slow.n * (slab + 1) / a.n_slabs;
+    A* result = static_cast<A*>(a.result) + n * ND * slow.n * plane;
+    std::fill(before.begin(), before.end(), A(0));
+    for (int64_t i = lo; i < hi; ++i) {
+      std::fill(behind.begin(), behind.end(), A(0));
+      std::fill(next.begin(), next.end(), A(0));
+      for (int64_t s = a.group[i]; s < a.group[i + 1]; ++s) {
+        std::fill(sums.begin(), sums.end(), A(0));
+        for (int64_t m = 0; m < n_rows; ++m) {
+          const Row row = ND == 3 ? Row{n, s, m} : Row{n, 0, s};
+          rows.interpolate(row);
+          for (int64_t x0 = 0; x0 < a.out[2]; x0 += kBlock) {
+            const int count = int(std::min<int64_t>(kBlock, a.out[2] - x0));
+            locate_row(a, rows, row, x0, count, p);
+            // In place: a block of the displacement is not needed any more.
+            A* g[ND];
+            for (int k = 0; k < ND; ++k) g[k] = rows.gradient(k) + x0;
+            slopes<T, ND>(a, row, x0, count, p, corners, g);
+          }
+          const double f = ND == 3 ? middle.fraction[m] : 0.0;
+          const int64_t at = ND == 3 ? middle.lower[m] : 0;
+          for (int k = 0; k < ND; ++k) {
+            A* out = sums.data() + k * plane + at * fast.n;
+            rows.template spread<2>(k, {out, f > 0 ? out + fast.n : out}, {A(1.0 - f), A(f)});
+          }
+        }
+        for (int k = 0; k < ND; ++k) {
+          const double f = slow.fraction[s], factor = a.factor[k + 3 - ND];
+          const A near = A((1.0 - f) * factor), far = A(f * factor);
+          const A* __restrict from = sums.data() + k * plane;
+          A* __restrict low = behind.data() + k * plane, * __restrict high = next.data() + k * plane;
+          for (int64_t j = 0; j < plane; ++j) low[j] += near * from[j];
+          if (f > 0)
+            for (int64_t j = 0; j < plane; ++j) high[j] += far * from[j];
+        }
+      }
+      for (int k = 0; k < ND; ++k) {
+        const A* __restrict low = behind.data() + k * plane, * __restrict high = before.data() + k * plane;
+        A* __restrict out = result + (k * slow.n + i) * plane;
+        for (int64_t j = 0; j < plane; ++j) out[j] = low[j] + high[j];
+      }
+      before.swap(next);
+    }
+    std::copy(before.begin(), before.end(), static_cast<A*>(a.edges) + unit * size);
+  }
+}
+
+template <class A, int ND>
+void join(const WarpCoarseArgs& a, int64_t begin, int64_t end) {
+  const int64_t planes = a.axis[3 - ND].n, plane = (ND == 3 ? a.axis[1].n : 1) * a.axis[2].n;
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t slab = 1; slab < a.n_slabs; ++slab)
+      for (int k = 0; k < ND; ++k) {
+        const A* edge = static_cast<const A*>(a.edges) + ((n * a.n_slabs + slab - 1) * ND + k) * plane;
+        A* out = static_cast<A*>(a.result) + ((n * ND + k) * planes + planes * slab / a.n_slabs) * plane;
+        for (int64_t j = 0; j < plane; ++j) out[j] += edge[j];
+      }
+}
+
+}  // namespace
+
+void warp_coarse_fwd(Stored type, int nd, const WarpCoarseArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() { nd == 3 ? fwd<T, 3>(a, b, e) : fwd<T, 2>(a, b, e); });
+}
+void warp_coarse_bwd(Stored type, int nd, const WarpCoarseArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() { nd == 3 ? bwd<T, 3>(a, b, e) : bwd<T, 2>(a, b, e); });
+}
+void warp_coarse_join(Stored type, int nd, const WarpCoarseArgs& a, int64_t b, int64_t e) {
+  with_type(type, [&]<class T>() {
+    using A = arithmetic_t<T>;
+    nd == 3 ? join<A, 3>(a, b, e) : join<A, 2>(a, b, e);
+  });
+}
+
+}  // namespace fastreg::FASTREG_ISA
+
+#else
+
+#include <algorithm>
+#include <vector>
+
+#include "common/displacement.h"
+#include "common/warp_op.h"
+#include "cpu/binding.h"
+
+namespace fastreg {
+namespace {
+
+// Arrays behind a CoarseAxis.
+struct AxisMap {
+  int64_t n;
+  std::vector<int32_t> lower, reader;
+  std::vector<double> fraction, share;
+  int64_t most = 0;
+
+  AxisMap(int64_t n_grid, int64_t n_image) : n(n_grid), lower(n_image), fraction(n_image) {
+    std::vector<int64_t> count(n), taken(n);
+    for (int64_t o = 0; o < n_image; ++o) {
+      int64_t at;
+      fraction[o] = linear_source(o, n, n_image, true, at);
+      lower[o] = int32_t(at);
+      ++count[at];
+      if (fraction[o] > 0) ++count[at + 1];
+    }
+    most = *std::max_element(count.begin(), count.end());
+    reader.assign(most * n, 0), share.assign(most * n, 0.0);
+    const auto add = [&](int64_t i, int64_t o, double weight) {
+      const int64_t column = taken[i]++ * n + i;
+      reader[column] = int32_t(o), share[column] = weight;
+    };
+    for (int64_t o = 0; o < n_image; ++o) {
+      add(lower[o], o, 1.0 - fraction[o]);
+      if (fraction[o] > 0) add(lower[o] + 1, o, fraction[o]);
+    }
+  }
+
+  CoarseAxis view() const { return {n, lower.data(), fraction.data(), reader.data(), share.data(), most}; }
+};
+
+struct WarpCoarseCall : WarpInputs {
+  WarpCoarseArgs args{};
+  std::vector<AxisMap> maps;
+  std::vector<int32_t> group;
+  int64_t rows;
+
+  WarpCoarseCall(const char* name, const at::Tensor& image_, const at::Tensor& displacement_,
+                 const OptionalTensor& affine_, c10::string_view padding_)
+      : WarpInputs(name, image_, displacement_, affine_, "linear", padding_) {
+    const int64_t grid[3] = {out[0], out[1], out[2]};
+    std::copy_n(in, 3, out), out_sizes = image.sizes().vec();
+    FASTREG_CHECK(grid[0] > 0 && grid[1] > 0 && grid[2] > 0, op, "displacement must not have an empty axis");
+    rows = n * out[0] * out[1];
+    args.image = image.const_data_ptr(), args.coarse = displacement.const_data_ptr();
+    args.affine = static_cast<const double*>(data_or_null(affine));
+    args.n = n, args.c = c, args.padding = padding;
+    std::copy_n(in, 3, args.in), std::copy_n(out, 3, args.out);
+    if (empty()) return;
+    for (int k = 0; k < 3; ++k) {
+      maps.emplace_back(grid[k], out[k]);
+      args.factor[k] = exact_scale(grid[k], out[k], true);
+    }
+    for (int k = 0; k < 3; ++k) args.axis[k] = maps[k].view();
+    const std::vector<int32_t>& lower = maps[3 - nd].lower;
+    for (int64_t i = 0; i <= grid[3 - nd]; ++i)
+      group.push_back(int32_t(std::lower_bound(lower.begin(), lower.end(), int32_t(i)) - lower.begin()));
+    args.group = group.data();
+  }
+
+  at::Tensor forward() {
+    at::Tensor result = empty_large(out_sizes, image.options());
+    if (empty()) return result;
+    args.result = result.mutable_data_ptr();
+    auto kernel = FASTREG_PICK(warp_coarse_fwd);
+    at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
+    return result;
+  }
+
+  at::Tensor backward(const at::Tensor& grad) {
+    const at::Tensor upstream = grad.to(image.scalar_type()).contiguous();
+    FASTREG_CHECK(upstream.sizes() == out_sizes, op, "grad must have the shape of the output");
+    if (empty()) return at::zeros_like(displacement);
+    at::Tensor result = at::empty_like(displacement);
+    args.grad = upstream.const_data_ptr(), args.result = result.mutable_data_ptr();
+    const int64_t planes = args.axis[3 - nd].n;
+    args.n_slabs = std::clamp<int64_t>((at::get_num_threads() + n - 1) / n, 1, planes);
+    at::Tensor edges =
+        at::empty({n * args.n_slabs, displacement[0].numel() / planes}, displacement.options());
+    args.edges = edges.mutable_data_ptr();
+    auto kernel = FASTREG_PICK(warp_coarse_bwd);
+    at::parallel_for(0, n * args.n_slabs, 1, [&](int64_t b, int64_t e) { kernel(type, nd, args, b, e); });
+    FASTREG_PICK(warp_coarse_join)(type, nd, args, 0, n);
+    return result;
+  }
+};
+
+at::Tensor warp_coarse(const at::Tensor& image, const at::Tensor& displacement, const OptionalTensor& affine,
+                       c10::string_view padding) {
+  return WarpCoarseCall("warp_coarse", image, displacement, affine, padding)
+      .forward()
+      .to(image.scalar_type());
+}
+
+at::Tensor warp_coarse_bwd(const at::Tensor& grad, const at::Tensor& image, const at::Tensor& displacement,
+                           const OptionalTensor& affine, c10::string_view padding) {
+  return WarpCoarseCall("warp_coarse_bwd", image, displacement, affine, padding)
+      .backward(grad)
+      .to(displacement.scalar_type());
+}
+
+FASTREG_LIBRARY_IMPL(fastreg, m) {
+  m.impl("warp_coarse", warp_coarse);
+  m.impl("warp_coarse_bwd", warp_coarse_bwd);
+}
+
+}  // namespace
+}  // namespace fastreg
+
+#endif
