@@ -12,6 +12,10 @@ bspline   u = base + cubic B-splines with control points p: the sum over levels 
 affine    (before the others, or alone) x -> M x + b in mm, M and b about the centre of the image; the sampling position is
           A p + u(p), with a velocity A (p + u(p)), which is as invertible as u
 rigid     the same with M the exponential of a skew matrix, a rotation in mm
+
+Symmetric, the field v is a velocity whatever the transform, exp(v) and exp(-v) are compared, each with the image it leads to, and
+the mean of both is minimised: with the images exchanged -v follows the same path. A matrix is the exponential of its generator, -G
+that of its inverse; its half, exp(G / 2), is laid on both images before the rest is found.
 """
 
 import math
@@ -108,7 +112,7 @@ def _finest(spacing, shape):
     return min((s for s, n in zip(spacing, shape, strict=True) if n > 1), default=spacing[0])
 
 
-# Transforms: parameter -> the field that is regularised -> displacement of the level
+# Transforms: parameter -> the field that is regularised -> motion, on the field's grid
 
 
 @dataclass
@@ -125,8 +129,7 @@ class Dense:
     def field(self, parameter, ops=_fused):
         return self.base + ops.smooth(parameter * self.scale, self.sigma)
 
-    def displacement(self, field, ops=_fused):
-        """On the grid of the field."""
+    def motion(self, field, ops=_fused):
         return field
 
     def relaxed(self, field, shift):
@@ -134,7 +137,7 @@ class Dense:
 
 
 class Velocity(Dense):
-    def displacement(self, field, ops=_fused):
+    def motion(self, field, ops=_fused):
         return ops.integrate_velocity(field, STEPS)
 
     def relaxed(self, field, shift):
@@ -156,19 +159,27 @@ class BSpline:
     def field(self, parameter, ops=_fused):
         return self.base + ops.bspline_displacement(parameter * self.scale, self.knots, self.shape)
 
-    def displacement(self, field, ops=_fused):
+    def motion(self, field, ops=_fused):
         return field
 
     def relaxed(self, field, shift):
         return relaxed(field, shift)
 
 
-def transform(kind, field, shape, full, spacing, width):
+class BSplineVelocity(BSpline):
+    def motion(self, field, ops=_fused):
+        return ops.integrate_velocity(field, STEPS)
+
+    def relaxed(self, field, shift):
+        return field
+
+
+def transform(kind, field, shape, full, spacing, width, symmetric=False):
     """The transform of the level of `shape` voxels.
 
     Args: field: to start from, (1, nd, *any), as `Dense.field` gives it. full, spacing: of the fixed image, mm.
     width (float or None): mm; of the Gaussian on updates (None: a voxel of the control grid), for "bspline" between
-    control points (None: 4 voxels).
+    control points (None: 4 voxels). symmetric: the field is a velocity.
     """
     bspline = kind == "bspline"
     grid = tuple(shape) if bspline else grid_shape(shape, spacing_of(shape, full, spacing))
@@ -180,10 +191,10 @@ def transform(kind, field, shape, full, spacing, width):
     if bspline:
         width = _KNOT * finest if width is None else width
         knots = tuple(min(max(round(width / s), 1), max(n - 1, 1)) for s, n in zip(size, grid, strict=True))
-        return BSpline(base, scale, size, knots, tuple(shape))
+        return (BSplineVelocity if symmetric else BSpline)(base, scale, size, knots, tuple(shape))
     width = finest if width is None else width
     sigma = tuple(width / s for s in size)
-    return (Velocity if kind == "velocity" else Dense)(base, scale, size, sigma, tuple(shape))
+    return (Velocity if symmetric or kind == "velocity" else Dense)(base, scale, size, sigma, tuple(shape))
 
 
 # Levels
@@ -197,6 +208,7 @@ class Similarity:
         self.kind, self.fixed, self.mask, self.window = kind, fixed, mask, window
         # each variance gets a noise floor; they are sums, hence times the window's volume
         self.floor = _NOISE**2 * math.prod(min(window, n) for n in fixed.shape[2:])
+        self.share = _WEIGHT[kind]  # of the loss
         self.prepared = nn.MINDLoss(radius=1, dilation=2).prepare(fixed) if kind == "mind" else None
 
     def __call__(self, moved, ops=_fused, weights=None):
@@ -245,23 +257,40 @@ class Level:
     affine: Tensor | None  # the same, (1, nd, nd + 1), voxels of the level
     regularization: float
     weights: Tensor | None = None  # of the moving image
+    terms: tuple = ()  # of _terms
+    back: "Level | None" = None  # symmetric: the other direction
 
-    def displacement(self, field, ops=_fused):
-        """On the grid of the field, without the affine part."""
-        u = self.transform.displacement(field, ops)
-        if self.matrix is not None and isinstance(self.transform, Velocity):
+    def motion(self, field, ops=_fused):
+        """The displacement without the affine part, on the field's grid."""
+        u = self.transform.motion(field, ops)
+        if self.affine is not None and isinstance(self.transform, Velocity):
             affine = affine_in_voxels(self.matrix, self.transform.spacing).to(u)
             u = torch.einsum("nij,nj...->ni...", affine[..., :-1], u)
         return u
 
+    def displacement(self, field):
+        """The same on the level's grid."""
+        return _fused.resize_displacement(self.motion(field), self.transform.shape)
+
+    def compared(self, field, ops=_fused):
+        """(similarity, the sum of the terms)."""
+        u = self.motion(field, ops)
+        moved = warped(self.moving, u, self.affine, ops)
+        similarity = self.similarity(moved, ops, moved_weights(self.weights, u, self.affine))
+        others = [term(u, self.transform.spacing, self.matrix) for term in self.terms]
+        return similarity, sum(others, 0.0)
+
     def objective(self, parameter, ops=_fused):
         """Returns (loss, similarity, regularity), scalars; the first is differentiable in parameter."""
         field = self.transform.field(parameter, ops)
-        u = self.displacement(field, ops)
-        moved = warped(self.moving, u, self.affine, ops)
-        similarity = self.similarity(moved, ops, moved_weights(self.weights, u, self.affine))
+        similarity, others = self.compared(field, ops)
+        if self.back is not None:
+            similarity, others = (
+                (a + b) / 2
+                for a, b in zip((similarity, others), self.back.compared(-field, ops), strict=True)
+            )
         regularity = ops.diffusion(field, spacing=self.transform.spacing)
-        loss = _WEIGHT[self.similarity.kind] * similarity + self.regularization * regularity
+        loss = self.similarity.share * similarity + self.regularization * regularity + others
         return loss, similarity, regularity
 
     def iterate(self, parameter, optimizer, ops=_fused):
@@ -343,50 +372,3 @@ def affine_in_voxels(matrix, spacing):
     """(nd, nd + 1) in mm -> (1, nd, nd + 1) in voxels of `spacing`; the origin is voxel 0 in both."""
     s = matrix.new_tensor(spacing)
     return torch.cat([matrix[:, :-1] * s / s[:, None], matrix[:, -1:] / s[:, None]], 1)[None]
-
-
-class AffineFit:
-    """Minimises a similarity over x -> M x + b, mm; rigid: M a rotation. A unit of the parameter moves the rim by one voxel."""
-
-    def __init__(self, full, spacing, rigid=False):
-        self.spacing, self.rigid = spacing, rigid
-        extent = torch.tensor([s * (n - 1) for s, n in zip(spacing, full, strict=True)], dtype=torch.float64)
-        self.centre, self.radius = extent / 2, max(float(extent.max()) / 2, 1e-30)
-        free = (extent > 0).double()  # nothing moves along an axis of one voxel
-        self.free = torch.cat([free[:, None] * free, free[:, None]], 1)
-        self.motion = torch.zeros(len(full), len(full) + 1, dtype=torch.float64)  # mm at the rim; mm
-
-    def matrix(self, motion):
-        """(nd, nd + 1), mm."""
-        linear = motion[:, :-1] / self.radius
-        if self.rigid:
-            linear = torch.linalg.matrix_exp((linear - linear.T) / 2)
-        else:
-            linear = torch.eye(len(motion), dtype=motion.dtype) + linear
-        return torch.cat([linear, (self.centre - linear @ self.centre + motion[:, -1])[:, None]], 1)
-
-    def descend(self, moving, weights, similarity, spacing, n_iterations, learning_rate, report):
-        finest = _finest(spacing, moving.shape[2:])
-        parameter = torch.zeros_like(self.motion, requires_grad=True)
-        adam = Adam(parameter, learning_rate)
-        slower = 0.99 * learning_rate / max(n_iterations - 1, 1)  # an iteration, down to a hundredth
-
-        def step():
-            adam.zero_grad()
-            motion = self.motion + finest * self.free * parameter
-            matrix = affine_in_voxels(self.matrix(motion), spacing).to(moving)
-            moved = _fused.warp(moving, None, affine=matrix, padding="border")
-            value = similarity(moved, weights=moved_weights(weights, None, matrix.detach()))
-            value.backward()
-            adam.step()
-            adam.learning_rate -= slower
-            return value.detach(), value.detach(), value.new_zeros(())
-
-        # Adam overshoots at first, which looks flat.
-        record = _minimise(step, n_iterations, report, least=n_iterations // 2)
-        with torch.no_grad():
-            self.motion += finest * self.free * parameter
-        _finite(float(self.motion.square().sum()))
-        if torch.linalg.det(self.matrix(self.motion)[:, :-1]) <= 0:
-            _check.fail("register", "the affine part", "keep its orientation", "a determinant of 0 or less")
-        return record

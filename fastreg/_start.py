@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _check, _descent, io, ops
+from . import _affine, _check, _descent, _inverse, io, ops
 from .io import Geometry
 
 CHOICES = ("auto", "none", "centres", "masses", "search")
@@ -98,6 +98,14 @@ class Start:
         if not torch.equal(linear, torch.eye(len(linear)).to(u)):
             u = torch.einsum("ij,nj...->ni...", linear, u)
         return u + ops.affine_displacement(s, shape).to(u)
+
+    def back(self, points: Tensor) -> Tensor:
+        """What lies at `points` (K, nd), voxels of the fixed grid, before the start: where that is after it."""
+        if self.displacement is None:
+            s = self.voxels[0].to(points)
+            return torch.linalg.solve(s[:, :-1], (points - s[:, -1]).T).T
+        at = points.T.reshape(1, points.shape[1], -1, *[1] * (points.shape[1] - 1))
+        return points + _inverse.Inverse(self.displacement.to(points))(at).reshape(points.shape[1], -1).T
 
     def resampled(
         self, moving: Tensor, mask: Tensor | None, moving_mask: Tensor | None
@@ -349,9 +357,9 @@ def _refined(views: _Views, matrix: np.ndarray) -> np.ndarray:
         return matrix
     grid = views.fixed.grid
     similarity = _descent.Similarity("lcc", views.fixed.image, inside.float(), _WINDOW)
-    fit = _descent.AffineFit(grid.shape, grid.spacing_zyx, rigid=True)
+    fit = _affine.AffineFit(grid.shape, grid.spacing_zyx, rigid=True)
     with torch.enable_grad():
-        fit.descend(moved, None, similarity, grid.spacing_zyx, _ITERATIONS, 0.2, None)
+        fit.descend([_affine.Side(moved, None, similarity)], grid.spacing_zyx, _ITERATIONS, 0.2, None)
     found = _descent.affine_in_voxels(fit.matrix(fit.motion), grid.spacing_zyx)[0].numpy()
     here = grid.map_to_physical(found)
     return np.concatenate([matrix[:, :-1] @ here[:, :-1], matrix[:, :-1] @ here[:, -1:] + matrix[:, -1:]], 1)

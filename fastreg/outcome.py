@@ -56,6 +56,7 @@ class Outcome:
     """A registered Case: u (1, nd, *fixed grid), voxels, and what is said of it.
 
     before: (moving image on the fixed grid, where it reaches), where the caller has it. affine: of u, (nd, nd + 1), mm, where there is one.
+    used: of the scores, those whose landmarks or labels u was found with.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Outcome:
         summary: Mapping[str, Any],
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
         affine: np.ndarray | None = None,
+        used: Sequence[str] = (),
     ) -> None:
         self.case, self.u, self.device, self.affine = case, u, device, affine
         self.before = before or io.resample(
@@ -80,6 +82,8 @@ class Outcome:
             "sdlogj": metrics.sdlogj(u),
         }
         scores = evaluation.scores(case, u)
+        for key in used:
+            scores[key]["used"] = True
         doubt = evaluation.doubt(case, u)
         if doubt is not None:
             warn(doubt)
@@ -194,10 +198,10 @@ def draw(
     parts.append(case.title)
     if "tre" in scores:
         means = [scores["tre"][when]["mean"] for when in ("before", "after")]
-        parts.append("landmarks {:.2f} → {:.2f} mm".format(*means))
+        parts.append("landmarks {:.2f} → {:.2f} mm".format(*means) + report_page.used(scores["tre"]))
     if "dice" in scores:
         means = [scores["dice"][when]["mean"] for when in ("before", "after")]
-        parts.append("Dice {:.3f} → {:.3f}".format(*means))
+        parts.append("Dice {:.3f} → {:.3f}".format(*means) + report_page.used(scores["dice"]))
     seen = [image.masked_fill(~inside, math.nan)[0, 0].numpy() for image, inside in reached]
     determinant = jacobian_determinant(u)[0, 0].numpy()
     arrays = [case.fixed, *seen, u[0].numpy(), determinant]
@@ -218,11 +222,14 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     if "tre" in summary:
         before, after, n = (summary["tre"][key] for key in ("before", "after", "landmarks"))
         more = f"sd {before['sd']:.2f} -> {after['sd']:.2f}, n = {n}"
-        print(f"landmarks   {before['mean']:.2f} -> {after['mean']:.2f} mm ({more})")
+        print(
+            f"landmarks   {before['mean']:.2f} -> {after['mean']:.2f} mm ({more}){report_page.used(summary['tre'])}"
+        )
     if "dice" in summary:
         before, after = summary["dice"]["before"], summary["dice"]["after"]
+        n = f"{len(after) - 1} label{'s' * (len(after) != 2)}"
         print(
-            f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({len(after) - 1} label{'s' * (len(after) != 2)})"
+            f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({n}){report_page.used(summary['dice'])}"
         )
     print(f"folding     {100 * summary['folding']:.3g} % of voxels, sd of log J {summary['sdlogj']:.3f}")
     if "inverse" in summary:

@@ -2,7 +2,7 @@
 
     minimise over u:  similarity(fixed, warp(moving, u)) + regularization * diffusion(u)
 
-with the diffusion in mm over mm; or over matrices alone. What a level minimises, and over which parameters, is in
+with the diffusion in mm over mm, and the terms of _terms.py where they are asked for; or over matrices alone. What a level minimises, and over which parameters, is in
 _descent.py; where it all begins, in _start.py.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, _descent, _inverse, _start
+from . import _affine, _check, _descent, _inverse, _start, _terms
 from . import ops as _fused
 from ._repr import shapes
 
@@ -44,8 +44,8 @@ class Registration:
         affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion, a start that is
             one included. None: there is none, or the start is a field, in which it is not told apart.
         velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
-            with transform="velocity". Integrated in 5 steps and resized it is the motion before the affine part, but for
-            places that folded.
+            with transform="velocity" or symmetric. Integrated in 5 steps and resized it is the motion before the affine part
+            (symmetric: between its two halves), but for places that folded.
         start (str): "none", "centres", "masses", "search" or "given": where it began.
     """
 
@@ -114,8 +114,10 @@ def _level(
     window: int,
     regularization: float,
     matrix: Tensor | None = None,
+    terms: tuple[_terms.Landmarks, ...] = (),
+    symmetric: bool = False,
 ) -> _descent.Level:
-    """The level of `shape` voxels.
+    """The level of `shape` voxels; symmetric: with the other direction.
 
     Args: images: rescaled fixed and moving, their weights or None, at full size. spacing: mm, of those. field: of the level
     before. width: see _descent.transform. matrix: affine part, mm, or None.
@@ -126,15 +128,14 @@ def _level(
     if matrix is not None:
         size = _descent.spacing_of(shape, full, spacing)
         affine = _descent.affine_in_voxels(matrix, size).to(moving)
-    return _descent.Level(
-        moving=moving,
-        similarity=_descent.Similarity(similarity, fixed, mask, window),
-        transform=_descent.transform(transform, field, shape, full, spacing, width),
-        matrix=matrix,
-        affine=affine,
-        regularization=regularization,
-        weights=weights,
-    )
+    moves = _descent.transform(transform, field, shape, full, spacing, width, symmetric)
+
+    def one(fixed, mask, moving, weights, terms, back=None):  # type: ignore[no-untyped-def]
+        compare = _descent.Similarity(similarity, fixed, mask, window)
+        return _descent.Level(moving, compare, moves, matrix, affine, regularization, weights, terms, back)
+
+    back = one(moving, weights, fixed, mask, tuple(t.back for t in terms)) if symmetric else None
+    return one(fixed, mask, moving, weights, terms, back)
 
 
 def _fit_affine(
@@ -146,30 +147,31 @@ def _fit_affine(
     report: Callable[..., object] | None,
     plan: Sequence[int],
     kind: str = "affine",
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Coarse to fine; returns the matrix, (nd, nd + 1) in mm, and a record per level."""
+    terms: tuple[_terms.Landmarks, ...] = (),
+    symmetric: bool = False,
+) -> tuple[_affine.AffineFit, list[dict[str, Any]]]:
+    """Coarse to fine; returns what was found and a record per level."""
     full = tuple(images[0].shape[2:])
-    fit, records = _descent.AffineFit(full, spacing, kind == "rigid"), []
+    fit, records = _affine.AffineFit(full, spacing, kind == "rigid", symmetric), []
     for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)):
         begun = time.perf_counter()
         fixed, moving, mask, weights = _resized(images, shape)
         size = _descent.spacing_of(shape, full, spacing)
         compare = _descent.Similarity(similarity, fixed, mask, window)
-        record = fit.descend(
-            moving,
-            weights,
-            compare,
-            size,
-            n_iterations,
-            _AFFINE_STEP,
-            report and functools.partial(report, number),
-        )
+        sides = [_affine.Side(moving, weights, compare, terms)]
+        if symmetric:
+            compare = _descent.Similarity(similarity, moving, weights, window)
+            sides.append(_affine.Side(fixed, mask, compare, tuple(t.back for t in terms)))
+        told = report and functools.partial(report, number)
+        record = fit.descend(sides, size, n_iterations, _AFFINE_STEP, told)
         record = {"transform": kind, "shape": shape, "spacing_mm": size, **record}
         records.append({**record, "seconds": time.perf_counter() - begun})
-    return fit.matrix(fit.motion), records
+    return fit, records
 
 
-def _scan(name: str, image: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _scan(
+    name: str, image: Tensor, mask_name: str, mask: Tensor | None, moves: bool
+) -> tuple[Tensor, Tensor | None]:
     """An image that is finite where its mask counts, and the mask in fp32, at most 1."""
     op = "register"
     if mask is None:
@@ -184,7 +186,7 @@ def _scan(name: str, image: Tensor, mask_name: str, mask: Tensor | None) -> tupl
     # only ratios of weights count, and sums of large or tiny ones would leave fp32
     mask = (mask / most if most > 0 else mask).float()
     # what is not looked at must not reach its neighbours when the image is smoothed or interpolated
-    known = mask > 0 if name == "moving" else image.isfinite().all(1, keepdim=True)
+    known = mask > 0 if moves else image.isfinite().all(1, keepdim=True)
     return (_descent.filled(image, known) if known.any() else image.nan_to_num(0, 0, 0)), mask
 
 
@@ -205,6 +207,9 @@ def register(
     levels: int | None = None,
     iterations: int | Sequence[int] = (100, 100, 60, 30),
     learning_rate: float = 0.3,
+    symmetric: bool = False,
+    landmarks: tuple[Tensor, Tensor] | None = None,  # (K, nd) each
+    landmark_weight: float = 1.0,
     progress: Callable[[int, int, int, int, float], object] | None = None,
 ) -> Registration:
     """Finds u such that ``moving(p + u(p))`` looks like ``fixed(p)``. Runs on the device of the images, in fp32.
@@ -236,6 +241,12 @@ def register(
             level of its own, as "rigid" and "affine" do at most); where there are more levels than numbers the first serves the coarser ones, where fewer the
             first ones go unused. A flat loss ends a level.
         learning_rate (float): of Adam, in voxels of the displacement grid.
+        symmetric (bool): what is found with fixed and moving exchanged is the inverse. Both directions are compared and their mean is
+            minimised, over a velocity whatever the transform; a matrix is halved. Takes twice the time. A start is not part of it.
+        landmarks (two Tensors, optional): (K, nd) voxels of fixed, and of moving, where each of them belongs: soft constraints.
+            One pair that is far from what the others say is let go of.
+        landmark_weight (float): 1: landmarks a tenth of the image's longest side apart, in the mean of squares, cost as much as
+            images that have nothing in common; less and more in proportion.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.
 
@@ -258,8 +269,9 @@ def register(
     """
     began = time.perf_counter()
     op = "register"
-    fixed, mask = _scan("fixed", fixed, "mask", mask)
-    moving, moving_mask = _scan("moving", moving, "moving_mask", moving_mask)
+    _check.flag(op, "symmetric", symmetric)
+    fixed, mask = _scan("fixed", fixed, "mask", mask, symmetric)
+    moving, moving_mask = _scan("moving", moving, "moving_mask", moving_mask, True)
     _check.same_shape(op, "moving", moving, "fixed", fixed)
     _check.same_device(op, "moving", moving, "fixed", fixed)
     full = tuple(fixed.shape[2:])
@@ -298,6 +310,7 @@ def register(
         whole, begin = moving, _start.of(start, (fixed, moving, mask, moving_mask), spacing)
         if begin is not None:
             moving, mask, moving_mask = begin.resampled(moving, mask, moving_mask)
+        terms = _terms.landmarks_of(landmarks, landmark_weight, fixed, spacing, begin and begin.back)
         rescaled = (_descent.rescaled(fixed, mask), _descent.rescaled(moving, moving_mask))
         images = (*rescaled, mask, moving_mask)
         records: list[dict[str, Any]] = []
@@ -310,13 +323,19 @@ def register(
             report = progress and (lambda level, *rest: progress(level, total, *rest))
             most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
             options = similarity, window, report, most[: len(rough)], transform if linear else "affine"
-            matrix, records = _fit_affine(images, rough, spacing, *options)
+            fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric)
+            matrix = fit.matrix(fit.motion)
+        half = None
+        if symmetric and affine:
+            both = fit.matrix(fit.motion / 2), fit.matrix(-fit.motion / 2)
+            half, back = (_descent.affine_in_voxels(m, spacing) for m in both)
+            images, terms = _affine.halves(images, half, back), tuple(t.laid(*both) for t in terms)
         for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)) if not linear else ():
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
-            level = _level(
-                images, shape, spacing, field, transform, width, similarity, window, regularization, matrix
-            )
+            before = None if half is not None else matrix
+            rest = similarity, window, regularization, before, terms, symmetric
+            level = _level(images, shape, spacing, field, transform, width, *rest)
             report = progress and functools.partial(progress, len(rough) + number, total)
             field, record = _descent.descend(level, n_iterations, learning_rate, report)
             record = {
@@ -329,8 +348,10 @@ def register(
         with torch.no_grad():
             voxels = None if matrix is None else _descent.affine_in_voxels(matrix, spacing)
             own = None if voxels is None else voxels.to(field)
-            displacement = None if linear else _fused.resize_displacement(level.displacement(field), full)
-            if own is not None:
+            displacement = None if linear else level.displacement(field)
+            if half is not None:
+                displacement = _affine.around(_descent.relaxed(displacement), half)
+            elif own is not None:
                 shift = _fused.affine_displacement(own, full)
                 displacement = shift if linear else _descent.relaxed(displacement, shift) + shift
             else:
@@ -347,6 +368,6 @@ def register(
         records,
         time.perf_counter() - began,
         affine=own,
-        velocity=field if transform == "velocity" else None,
+        velocity=field if transform == "velocity" or (symmetric and not linear) else None,
         start="none" if begin is None else begin.taken,
     )

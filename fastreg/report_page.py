@@ -95,6 +95,11 @@ def _rows(rows: Sequence[tuple[str, str]]) -> str:
     return "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
 
 
+def used(score: Mapping[str, Any]) -> str:
+    """What to add to a score of landmarks or labels that the displacement was found with."""
+    return ", used: no measure of accuracy" if score.get("used") else ""
+
+
 def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a reader wants to know first."""
     rows = []
@@ -106,12 +111,12 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "tre" in summary:
         tre = summary["tre"]
         means = " → ".join(f"{tre[k]['mean']:.2f} ± {tre[k]['sd']:.2f}" for k in ("before", "after"))
-        rows.append(("landmarks", f"{means} mm (mean ± sd, n = {tre['landmarks']})"))
+        rows.append(("landmarks", f"{means} mm (mean ± sd, n = {tre['landmarks']}){used(tre)}"))
     if "dice" in summary:
         before, after = (summary["dice"][k] for k in ("before", "after"))
         n = len(after) - 1
         means = f"{before['mean']:.3f} → {after['mean']:.3f}"
-        rows.append(("Dice", f"{means} (mean of {n} label{'s' * (n != 1)})"))
+        rows.append(("Dice", f"{means} (mean of {n} label{'s' * (n != 1)}){used(summary['dice'])}"))
     rows.append(("folding", f"{100 * summary['folding']:.3g} % of voxels"))
     rows.append(("sd of log J", f"{summary['sdlogj']:.3f}"))
     if "start" in summary and summary["start"]["taken"] != "none":

@@ -247,7 +247,7 @@ def test_a_step_is_as_long_along_every_axis_in_mm(kind):
 
 def test_smoothing_is_the_finest_levels_and_twice_as_wide_at_each_coarser_one(monkeypatch):
     widths = []
-    monkeypatch.setattr(_descent, "transform", lambda *a: widths.append(a[-1]) or transform(*a))
+    monkeypatch.setattr(_descent, "transform", lambda *a: widths.append(a[5]) or transform(*a))
     register(texture((50, 52)), texture((50, 52), seed=1), smoothing=1.5, iterations=0)
     assert widths == [6.0, 3.0, 1.5]
 

@@ -26,10 +26,13 @@ struct SeparableArgs {
   AxisMatrix axis[3];
   const double* factor;  // factor[volume % n_factors] multiplies a volume
   int64_t n_factors;
-  bool widened;  // the output is of the arithmetic type
+  bool widened;      // the output is of the arithmetic type
+  int64_t group[2];  // planes and rows of the output that are made together
 };
 
-// Work units are rows (volume, z, y) of the output.
+constexpr int64_t kGroup = 4;
+
+// Work units are (volume, group of planes, group of rows) of the output.
 FASTREG_KERNEL(void, separable, Stored, const SeparableArgs&, int64_t, int64_t)
 
 }  // namespace fastreg
@@ -39,6 +42,7 @@ FASTREG_KERNEL(void, separable, Stored, const SeparableArgs&, int64_t, int64_t)
 #include <algorithm>
 #include <vector>
 
+#include "cpu/row_sums.h"
 #include "cpu/vector.h"
 
 namespace fastreg::FASTREG_ISA {
@@ -63,6 +67,19 @@ void weighted_sum(const T* const* rows, const A* weight, int64_t count, int64_t 
     for (int64_t k = 0; k < count; ++k) sum += weight[k] * load_as<W>(rows[k] + i);
     store_as<W>(out + i, sum);
   });
+}
+
+// Whether the rows [i, i + kGroup) of a matrix are shifts of one another, of enough weights for sum_rows.
+bool together(const AxisMatrix& m, int64_t i) {
+  return i >= m.plain_begin && i + kGroup <= m.plain_end && m.offset[i + 1] - m.offset[i] >= kGroup;
+}
+
+// One row, to the bits that sum_rows gives it among others.
+template <class T, class O, class A>
+void one_row(const AxisMatrix& m, int64_t i, const T* const* rows, const A* weight, int64_t count, int64_t n,
+             O* out) {
+  i >= m.plain_begin&& i < m.plain_end ? sum_rows<1>(rows, weight, count, n, &out)
+                                       : weighted_sum(rows, weight, count, n, out);
 }
 
 template <class A>
@@ -116,7 +133,8 @@ class AlongX {
     for (int64_t x = end; x < m.n_out; ++x) store(out[x], dot(line, x));
     if (!plain) return;
     for (int64_t k = 0; k < weights_.count(begin); ++k) taps_[k] = line + m.first[begin] + k;
-    weighted_sum(taps_.data(), weights_.at(begin), weights_.count(begin), end - begin, out + begin);
+    T* rest = out + begin;
+    sum_rows<1>(taps_.data(), weights_.at(begin), weights_.count(begin), end - begin, &rest);
   }
 
  private:
@@ -135,53 +153,119 @@ class AlongX {
 
 // One pass over memory: rows are combined along z into a ring of the rows that the filter along y needs,
 // those along y into the output, with the filter along x on whichever side of y has fewer rows. The ring and
-// the line stay in cache; nothing in between is written out. Bytes: reads 1 volume (each plane again for its
-// neighbours in z, from cache), writes 1. Arithmetic: the weights of the three axes, one multiply-add each a
-// voxel.
+// the line stay in cache; nothing in between is written out. Filters whose rows are shifts of one another
+// take kGroup planes and kGroup rows at a time: a row is loaded once for the sums of all of them. Bytes:
+// reads 1 volume (each plane again for its neighbours in z, from cache), writes 1. Arithmetic: the weights of
+// the three axes, one multiply-add each a voxel. smooth of 3 x 160^3, sigma 1.5, and its way back: 2 x 39
+// on 12.3 million voxels, at 16 lanes, two a cycle and 4 GHz 7.5 ms of a core; 200 MB, 8 ms at 25 GB/s.
 template <class T, class O>
-void rows(const SeparableArgs& a, int64_t begin, int64_t end) {
+class Rows {
   using A = arithmetic_t<T>;
-  const AxisMatrix &mz = a.axis[0], &my = a.axis[1], &mx = a.axis[2];
-  const Weights<A> wz(mz), wy(my);
-  AlongX<A> along_x(mx);
-  const bool x_before_y = my.n_out > my.n_in;
-  const int64_t line_in = mx.n_in, plane_in = my.n_in * line_in, n_ring = std::max<int64_t>(my.widest, 1),
-                line_ring = x_before_y ? mx.n_out : line_in;
-  std::vector<A> ring(n_ring * line_ring), line(line_in), scaled(n_ring);
-  std::vector<const T*> planes(std::max<int64_t>(mz.widest, 1));
-  std::vector<const A*> lines(n_ring);
-  int64_t current = -1, filled = 0;
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t y = index % my.n_out, plane = index / my.n_out, z = plane % mz.n_out,
-                  volume = plane / mz.n_out;
-    const T* input = static_cast<const T*>(a.input) + (volume * mz.n_in + wz.first(z)) * plane_in;
-    if (plane != current) current = plane, filled = 0;
-    filled = std::max(filled, wy.first(y));
-    for (; filled < wy.first(y) + wy.count(y); ++filled) {
-      for (int64_t k = 0; k < wz.count(z); ++k) planes[k] = input + k * plane_in + filled * line_in;
-      A* in_ring = ring.data() + filled % n_ring * line_ring;
-      weighted_sum(planes.data(), wz.at(z), wz.count(z), line_in, x_before_y ? line.data() : in_ring);
-      if (x_before_y) along_x.apply(line.data(), in_ring);
-    }
-    const A factor = A(a.factor[volume % a.n_factors]);
-    for (int64_t k = 0; k < wy.count(y); ++k) {
-      lines[k] = ring.data() + (wy.first(y) + k) % n_ring * line_ring;
-      scaled[k] = wy.at(y)[k] * factor;
-    }
-    O* out = static_cast<O*>(a.output) + index * mx.n_out;
-    if (x_before_y) {
-      weighted_sum(lines.data(), scaled.data(), wy.count(y), line_ring, out);
-    } else {
-      weighted_sum(lines.data(), scaled.data(), wy.count(y), line_in, line.data());
-      along_x.apply(line.data(), out);
+
+ public:
+  explicit Rows(const SeparableArgs& args)
+      : a(args),
+        mz(a.axis[0]),
+        my(a.axis[1]),
+        mx(a.axis[2]),
+        wz(mz),
+        wy(my),
+        along_x(mx),
+        x_before_y(my.n_out > my.n_in),
+        line_in(mx.n_in),
+        line_ring(x_before_y ? mx.n_out : line_in),
+        n_ring(my.widest + a.group[1] - 1),
+        ring(a.group[0] * n_ring * line_ring),
+        line(std::max(a.group[0], a.group[1]) * line_in),
+        planes(std::max<int64_t>(mz.widest, 1) + kGroup),
+        lines(n_ring + kGroup) {}
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t groups_y = ceil_div(my.n_out, a.group[1]), groups_z = ceil_div(mz.n_out, a.group[0]);
+    int64_t current = -1, filled = 0;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t y = index % groups_y * a.group[1], slab = index / groups_y;
+      const int64_t z = slab % groups_z * a.group[0], volume = slab / groups_z;
+      const int64_t n_y = std::min(a.group[1], my.n_out - y), n_z = std::min(a.group[0], mz.n_out - z);
+      const T* input = static_cast<const T*>(a.input) + volume * mz.n_in * my.n_in * line_in;
+      O* output = static_cast<O*>(a.output) + volume * mz.n_out * my.n_out * mx.n_out;
+      if (slab != current) current = slab, filled = 0;
+      filled = std::max(filled, wy.first(y));
+      for (const int64_t last = y + n_y - 1; filled < wy.first(last) + wy.count(last); ++filled)
+        sum_z(input, z, n_z, filled);
+      for (int64_t k = 0; k < n_z; ++k)
+        sum_y(ring.data() + k * n_ring * line_ring, y, n_y, A(a.factor[volume % a.n_factors]),
+              output + ((z + k) * my.n_out + y) * mx.n_out);
     }
   }
-}
+
+ private:
+  static int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+  // Row y of the planes [z, z + n_z), into their rings.
+  void sum_z(const T* input, int64_t z, int64_t n_z, int64_t y) {
+    const int64_t plane_in = my.n_in * line_in;
+    A* out[kGroup];
+    for (int64_t k = 0; k < n_z; ++k)
+      out[k] = x_before_y ? line.data() + k * line_in : ring.data() + (k * n_ring + y % n_ring) * line_ring;
+    if (n_z == kGroup && together(mz, z)) {
+      for (int64_t k = 0; k < wz.count(z) + kGroup - 1; ++k)
+        planes[k] = input + (wz.first(z) + k) * plane_in + y * line_in;
+      sum_rows<kGroup>(planes.data(), wz.at(z), wz.count(z), line_in, out);
+    } else {
+      for (int64_t i = 0; i < n_z; ++i) {
+        for (int64_t k = 0; k < wz.count(z + i); ++k)
+          planes[k] = input + (wz.first(z + i) + k) * plane_in + y * line_in;
+        one_row(mz, z + i, planes.data(), wz.at(z + i), wz.count(z + i), line_in, out[i]);
+      }
+    }
+    if (x_before_y)
+      for (int64_t k = 0; k < n_z; ++k)
+        along_x.apply(out[k], ring.data() + (k * n_ring + y % n_ring) * line_ring);
+  }
+
+  // Rows [y, y + n_y) of a plane of the output.
+  void sum_y(const A* from, int64_t y, int64_t n_y, A factor, O* out) {
+    const auto row_of = [&](int64_t i) { return from + i % n_ring * line_ring; };
+    scaled.assign(wy.at(y), wy.at(y + n_y - 1) + wy.count(y + n_y - 1));
+    for (A& weight : scaled) weight *= factor;
+    if (n_y == kGroup && !x_before_y && together(my, y)) {
+      A* sums[kGroup];
+      for (int64_t k = 0; k < kGroup; ++k) sums[k] = line.data() + k * line_in;
+      for (int64_t k = 0; k < wy.count(y) + kGroup - 1; ++k) lines[k] = row_of(wy.first(y) + k);
+      sum_rows<kGroup>(lines.data(), scaled.data(), wy.count(y), line_in, sums);
+      for (int64_t k = 0; k < kGroup; ++k) along_x.apply(sums[k], out + k * mx.n_out);
+      return;
+    }
+    for (int64_t i = 0; i < n_y; ++i, out += mx.n_out) {
+      const int64_t count = wy.count(y + i);
+      const A* weight = scaled.data() + (wy.at(y + i) - wy.at(y));
+      for (int64_t k = 0; k < count; ++k) lines[k] = row_of(wy.first(y + i) + k);
+      if (x_before_y) {
+        one_row(my, y + i, lines.data(), weight, count, line_ring, out);
+      } else {
+        one_row(my, y + i, lines.data(), weight, count, line_in, line.data());
+        along_x.apply(line.data(), out);
+      }
+    }
+  }
+
+  const SeparableArgs& a;
+  const AxisMatrix &mz, &my, &mx;
+  const Weights<A> wz, wy;
+  AlongX<A> along_x;
+  const bool x_before_y;
+  const int64_t line_in, line_ring, n_ring;
+  std::vector<A> ring, line, scaled;
+  std::vector<const T*> planes;
+  std::vector<const A*> lines;
+};
 
 }  // namespace
 
 void separable(Stored type, const SeparableArgs& a, int64_t b, int64_t e) {
-  with_type(type, [&]<class T>() { a.widened ? rows<T, arithmetic_t<T> >(a, b, e) : rows<T, T>(a, b, e); });
+  with_type(type,
+            [&]<class T>() { a.widened ? Rows<T, arithmetic_t<T> >(a).run(b, e) : Rows<T, T>(a).run(b, e); });
 }
 
 }  // namespace fastreg::FASTREG_ISA
@@ -301,7 +385,7 @@ Matrix bspline_matrix(int64_t n, int64_t spacing, int64_t order, bool transposed
 Tensor apply(const Tensor& input, c10::IntArrayRef size, const std::vector<Matrix>& matrices,
              const std::vector<double>& factor, bool widened = false) {
   Tensor in = input.contiguous(),
-         out = at::empty(size, in.options().dtype(widened ? arithmetic_of(in) : in.scalar_type()));
+         out = empty_large(size, in.options().dtype(widened ? arithmetic_of(in) : in.scalar_type()));
   if (out.numel() == 0) return out;
   const Matrix single{1, 1, 0, 0, {0}, {0, 1}, {1.0}};
   SeparableArgs a{in.const_data_ptr(),
@@ -310,12 +394,18 @@ Tensor apply(const Tensor& input, c10::IntArrayRef size, const std::vector<Matri
                   {},
                   factor.data(),
                   int64_t(factor.size()),
-                  widened};
+                  widened,
+                  {}};
   const int64_t missing = 3 - int64_t(matrices.size());
   for (int64_t k = 0; k < 3; ++k) a.axis[k] = k < missing ? single.view() : matrices[k - missing].view();
+  int64_t units = a.volumes;
+  for (int k = 0; k < 2; ++k) {
+    const AxisMatrix& m = a.axis[k];
+    a.group[k] = m.widest >= kGroup && m.plain_end - m.plain_begin >= kGroup ? kGroup : 1;
+    units *= (m.n_out + a.group[k] - 1) / a.group[k];
+  }
   auto kernel = FASTREG_PICK(separable);
-  at::parallel_for(0, a.volumes * a.axis[0].n_out * a.axis[1].n_out, 1,
-                   [&](int64_t b, int64_t e) { kernel(stored(in), a, b, e); });
+  at::parallel_for(0, units, 1, [&](int64_t b, int64_t e) { kernel(stored(in), a, b, e); });
   return out;
 }
 

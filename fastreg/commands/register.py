@@ -51,8 +51,13 @@ HELP = {
     "levels": "number of resolutions, coarse to fine",
     "iterations": "at most, of every level or comma-separated from coarse to fine",
     "learning_rate": "step of the optimiser",
+    "symmetric": "with the scans exchanged what is found is the inverse: both directions are compared; implies --inverse, takes twice the time",
+    "landmark_weight": "use --fixed-landmarks and --moving-landmarks, with this weight; 1.0 brings them nearly together. Otherwise they are scored only",
 }
 CHOICES = {"similarity": SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
+FLAGS = {
+    "landmark_weight": "--use-landmarks"
+}  # that are not named as their parameter, and are off where not given
 METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
 
 
@@ -101,7 +106,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def tunable() -> list[inspect.Parameter]:
     """The parameters of `register` that a number on the command line can set."""
-    given = ("fixed", "moving", "spacing", "mask", "moving_mask", "start", "progress")
+    given = ("fixed", "moving", "spacing", "mask", "moving_mask", "start", "landmarks", "progress")
     return [p for p in inspect.signature(register).parameters.values() if p.name not in given]
 
 
@@ -109,10 +114,11 @@ def add_parameters(parser: argparse.ArgumentParser, **also: str) -> argparse._Ac
     """A flag for each parameter of `register`; one that is not given is not in the arguments. `also`: more of its help."""
     group = parser.add_argument_group("the pairwise optimiser", "parameters of fastreg.register")
     for p in tunable():
-        flag = "--" + p.name.replace("_", "-")
+        flag, default = _flag(p.name), "" if p.name in FLAGS else f" (default: {_pasted(p)})"
         options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
-            "help": f"{HELP.get(p.name, 'see fastreg.register')} (default: {_pasted(p)}){also.get(p.name, '')}",
+            "dest": p.name,
+            "help": f"{HELP.get(p.name, 'see fastreg.register')}{default}{also.get(p.name, '')}",
         }
         if isinstance(p.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
@@ -121,6 +127,10 @@ def add_parameters(parser: argparse.ArgumentParser, **also: str) -> argparse._Ac
         else:
             group.add_argument(flag, type=numbers, metavar=METAVARS.get(p.name, "X"), **options)
     return group
+
+
+def _flag(name: str) -> str:
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def _pasted(parameter: inspect.Parameter) -> str:
@@ -200,10 +210,28 @@ def _start_of(case: Case, args: argparse.Namespace) -> _start.Start | None:
     return _start.find(asked, grid, case.moving_grid, *images)
 
 
+def _used(
+    case: Case, args: argparse.Namespace, start: _start.Start | None, device: torch.device
+) -> dict[str, Any]:
+    """What else of a case `register` is to use, on the fixed grid as the moving image is laid on it: by name of its argument."""
+    used: dict[str, Any] = {}
+    if hasattr(args, "landmark_weight"):
+        if case.fixed_landmarks is None or case.moving_landmarks is None:
+            raise InputError("--use-landmarks goes with --fixed-landmarks and --moving-landmarks")
+        fixed, moving = (
+            torch.from_numpy(case.fixed_grid.to_index(p))
+            for p in (case.fixed_landmarks, case.moving_landmarks)
+        )
+        moving = moving if start is None else start.back(moving)
+        used["landmarks"] = fixed.to(device), moving.to(device)
+    return used
+
+
 def solve(case: Case, args: argparse.Namespace) -> Outcome:
     """Registers a Case as the arguments say: an Outcome."""
     device = device_of(args)
-    parameters = {p.name: getattr(args, p.name, p.default) for p in tunable()}
+    parameters = {p.name: getattr(args, p.name, p.default) for p in tunable() if p.name not in FLAGS}
+    parameters |= {name: getattr(args, name) for name in FLAGS if hasattr(args, name)}
     start = _start_of(case, args)
     grid, field = (case.moving_grid, None) if start is None else start.of_image(case.moving_grid)
     # Beyond the moving image its border goes on, and does not count: anything else would be an edge.
@@ -215,8 +243,14 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     moving_weights = case.moving_weights
     if moving_weights is not None:
         moving_weights, _ = io.resample(moving_weights, grid, case.fixed_grid, field, outside=0.0)
+    if parameters["symmetric"] and overlap < 1:
+        # where the moving image reaches goes along with it, or this would count for one direction only
+        weights = case.weights
+        moving_weights = laid[1].float() if moving_weights is None else moving_weights * laid[1]
+    if moving_weights is not None:
         if not (moving_weights if weights is None else moving_weights * weights).any():
             raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
+    used = _used(case, args, start, device)
     _begin(args, case, device)
     if start is not None and not args.quiet:
         with telling():
@@ -229,6 +263,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
             mask=None if weights is None else weights.to(device),
             moving_mask=None if moving_weights is None else moving_weights.to(device),
             progress=told,
+            **used,
             **parameters,
         )
     u, affine = result.displacement.detach().cpu(), result.affine
@@ -247,7 +282,8 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     if start is not None:
         lain = io.resample(intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None)
         before = lain if lain[1].any() else laid  # rather than a picture of nothing
-    return Outcome(case, u, device, summary, before, matrix)
+    scored = [key for name, key in (("landmarks", "tre"),) if name in used]
+    return Outcome(case, u, device, summary, before, matrix, scored)
 
 
 def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
@@ -256,7 +292,7 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
     given = [name for name in names if hasattr(args, name)]
     if given:
         raise InputError(
-            f"--{given[0].replace('_', '-')} is a parameter of fastreg.register, not of --method {args.method}"
+            f"{_flag(given[0])} is a parameter of fastreg.register, not of --method {args.method}"
         )
     device = device_of(args)
     began = time.perf_counter()
@@ -305,7 +341,7 @@ def _run(args: argparse.Namespace) -> int:
     with output_folder(args.out, outputs, replace=args.force) as folder:
         outcome = (solve if args.method is None else _optimise)(read_case(args), args)
         written = {
-            "inverse": args.inverse,
+            "inverse": args.inverse or getattr(args, "symmetric", False),
             "picture": picture,
             "page": bool(args.html),
             **_moving.chosen(args),

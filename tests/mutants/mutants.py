@@ -454,6 +454,12 @@ MUTANTS = [
         "smooth", "reference", "every padding is \"border\"",
     ),
     Mutant(
+        "smooth_groups_cross_the_border", "border", CPU,
+        "return i >= m.plain_begin && i + kGroup <= m.plain_end &&",
+        "return i >= m.plain_begin && i + kGroup <= m.plain_end + 1 &&",
+        "smooth", "reference", "the last row of a group is cut at the border, and takes the taps of the others",
+    ),
+    Mutant(
         "smooth_reflection_has_a_margin", "border", CPU,
         "const int64_t margin = radius + (transposed && radius > 0 && padding == Padding::reflection);",
         "const int64_t margin = radius;",

@@ -18,6 +18,8 @@ CASES = [
     pytest.param((1, 2, 33, 70), (4.0, 1.0), id="n1c2h33w70"),
     pytest.param((2, 1, 4, 3), 3.0, id="radius-beyond-axis"),
     pytest.param((1, 2, 1, 7, 1), 1.0, id="one-voxel-axes"),
+    # Planes and rows are made four at a time: groups at the border, amid, and across the end of what is alike.
+    pytest.param((1, 2, 15, 18, 70), 0.8, id="groups-of-four"),
 ]
 SCIPY = {"zeros": "constant", "border": "nearest", "reflection": "mirror"}
 
