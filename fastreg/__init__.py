@@ -11,6 +11,7 @@ _collects = _gc.isenabled()
 _gc.disable()
 try:
     from fastreg import _ext, metrics, models, nn
+    from fastreg import _tree as _tree_ops  # noqa: F401
     from fastreg import io as _io  # noqa: F401
     from fastreg._ext import backends
     from fastreg._version import __version__
@@ -18,7 +19,7 @@ try:
     from fastreg.ops import __all__ as _ops
     from fastreg.registration import Registration, register
 
-    # Last, when all schemas are declared, that of fastreg.io too: an extension that has others is found out here.
+    # Last, when all schemas are declared, those of fastreg.io and _tree too: an extension that has others is found out here.
     _ext.load()
 finally:
     if _collects:

@@ -79,6 +79,13 @@ CASES = [
         id="correlation-options",
     ),
     pytest.param(
+        nn.CostVolume((2, 3, 4), 1, stride=2),
+        fastreg.cost_volume,
+        (FIXED, MOVED, (2, 3, 4), 1),
+        {"stride": 2},
+        id="cost-volume",
+    ),
+    pytest.param(
         nn.LCCLoss(5, reduction="none"),
         fastreg.lcc_loss,
         (FIXED, MOVED, 5),

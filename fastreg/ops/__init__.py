@@ -2,6 +2,7 @@ from fastreg.ops.affine_displacement import affine_displacement
 from fastreg.ops.bending_energy import bending_energy
 from fastreg.ops.bspline_displacement import bspline_displacement
 from fastreg.ops.compose import compose
+from fastreg.ops.cost_volume import cost_volume
 from fastreg.ops.diffusion import diffusion
 from fastreg.ops.gaussian_displacement import gaussian_displacement
 from fastreg.ops.integrate_gradients import integrate_gradients
@@ -25,6 +26,7 @@ __all__ = [
     "bending_energy",
     "bspline_displacement",
     "compose",
+    "cost_volume",
     "diffusion",
     "gaussian_displacement",
     "integrate_gradients",

@@ -65,7 +65,7 @@ def test_bench_file_is_complete(op):
     # 160^3 is the headline, and time per voxel is shown from 64^3 to 256^3; 2D ops: 256^2, to 1024^2. Cost
     # volumes are 125 times their grid.
     headline, largest = (160,) * 3, 256
-    if op == "local_correlation":
+    if op in ("local_correlation", "cost_volume"):
         headline, largest = (96,) * 3, 128
     elif len(module.CASES[0].shape) == 4:
         headline, largest = (256,) * 2, 1024

@@ -263,6 +263,16 @@ class Maker:
             **self.of(normalize=(True, False), scale=("mean", "sum", "sqrt"), padding=("zeros", "border")),
         }
 
+    def _cost_volume(self):
+        pair = self.pair()
+        tensors = {"fixed": pair["fixed"], "moving": pair["moved"]}
+        self.mask(tensors)
+        return tensors, {
+            "cell": self.r.choice((1, 2, 3, 5, 9)),
+            "radius": self.r.choice((0, 1, 2, 3)),
+            **self.of(stride=(1, 2, 4)),
+        }
+
     def _lcc_loss(self):
         tensors = self.pair()
         self.mask(tensors)

@@ -46,6 +46,8 @@ STEPS = {
         f, m, 1, displacement=9 * u, padding="border"
     ).square().mean(),
     "local_correlation_2d": lambda f, m, u: fastreg.local_correlation(f[:, :, 0], m[:, :, 0], 3).square().mean(),
+    "cost_volume": lambda f, m, u: fastreg.cost_volume(f, m, 4, 2, stride=2).square().mean(),
+    "cost_volume_2d": lambda f, m, u: fastreg.cost_volume(f[:, :, 0], m[:, :, 0], 3, 3).square().mean(),
     "mind": lambda f, m, u: fastreg.mind(fastreg.warp(m, u)).square().sum(),
     "mind_loss_six": lambda f, m, u: fastreg.mind_loss(f, fastreg.warp(m, u), neighbourhood="six"),
     "mind_loss_2d": lambda f, m, u: fastreg.mind_loss(f[:, :, 0], m[:, :, 0]),
