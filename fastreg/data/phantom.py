@@ -69,10 +69,10 @@ def _dome(qy, qx):
     return _DIAPHRAGM - 22.0 + 34.0 * side
 
 
-def _swing(qy, qx):
+def _swing(qy, qx, amplitude):
     """How far the diaphragm goes down at each place, mm."""
     wave = 0.06 * np.sin(qx / 31.0) * np.cos(qy / 23.0)
-    return _AMPLITUDE * (1.0 + 0.22 * qy / _HALF[0] - 0.10 * qx / _HALF[1] + wave)
+    return amplitude * (1.0 + 0.22 * qy / _HALF[0] - 0.10 * qx / _HALF[1] + wave)
 
 
 def _shift(z, dome, swing):
@@ -94,11 +94,11 @@ def _inside(z, qy, qx):
     return (_norm(qy, qx) < 1.0) & (z < _TOP)
 
 
-def _move(points):
+def _move(points, amplitude):
     """Where cavity points (P, 3) in mm of the fixed image lie in the moving image."""
     z, y, x = points.T
     qy, qx = _q(z, y, x)
-    z2 = z + _shift(z, _dome(qy, qx), _swing(qy, qx))[0]
+    z2 = z + _shift(z, _dome(qy, qx), _swing(qy, qx, amplitude))[0]
     r2 = _radius(z2)
     return np.stack([z2, _CENTRE[0] + qy * r2, _CENTRE[1] + qx * r2], 1)
 
@@ -195,14 +195,17 @@ def _wall_distance(points):
     return np.array([np.sqrt(((surface - p) ** 2).sum(1).min()) for p in points])
 
 
-def thorax(shape: tuple[int, ...] = (112, 112, 160), seed: int = 0) -> Phantom:
-    """A thorax at end-exhale (fixed) and end-inhale (moving). The same seed and shape give the same phantom.
+def thorax(shape: tuple[int, ...] = (112, 112, 160), seed: int = 0, amplitude: float = _AMPLITUDE) -> Phantom:
+    """A thorax at end-exhale (fixed) and end-inhale (moving). The same arguments give the same phantom.
 
     Args: shape (tuple): voxels (D, H, W), each at least 16; they always cover 280 x 224 x 320 mm. seed (int).
+    amplitude (float): mm, mean way of the diaphragm, 0 to 45; as much slides along the wall.
     Returns: Phantom.
     Errors: ValueError for a shape that is not three sizes of at least 16."""
     if len(shape) != 3 or min(shape) < 16:
         raise ValueError(f"fastreg::phantom: shape must be three sizes of at least 16, got {tuple(shape)}")
+    if not 0 <= amplitude <= 45:
+        raise ValueError(f"fastreg::phantom: amplitude must be in [0, 45] mm, got {amplitude}")
     rng = np.random.default_rng(seed)
     shape = tuple(int(s) for s in shape)
     spacing = tuple(e / s for e, s in zip(EXTENT, shape, strict=True))
@@ -238,7 +241,7 @@ def thorax(shape: tuple[int, ...] = (112, 112, 160), seed: int = 0) -> Phantom:
 
     # From here on flat arrays over the cavity's voxels: half of the volume.
     z, y, x, qy, qx = (a[cavity] for a in (z, y, x, qy, qx))
-    dome, swing = _dome(qy, qx), _swing(qy, qx)
+    dome, swing = _dome(qy, qx), _swing(qy, qx, amplitude)
 
     def render(material_z, tubes, parenchyma):
         r = _radius(material_z)
@@ -254,14 +257,17 @@ def thorax(shape: tuple[int, ...] = (112, 112, 160), seed: int = 0) -> Phantom:
         image += rng.normal(scale=18.0, size=shape)
         return torch.from_numpy(image.astype(np.float32))[None, None], torch.from_numpy(label)[None, None]
 
+    def moved(points):
+        return _move(points, amplitude)
+
     images, labels = [], []
-    for motion, parenchyma in ((lambda p: p, -790.0), (_move, -840.0)):
+    for motion, parenchyma in ((lambda p: p, -790.0), (moved, -840.0)):
         tubes = np.zeros(shape, np.float32)
         for nodes, parent, radius in trees:
             nodes = motion(nodes)
             _draw(tubes, spacing, nodes[parent[1:]], nodes[1:], radius[1:])
         material_z = z
-        if motion is _move:
+        if motion is moved:
             # Newton, on a function that is monotone and nearly straight on either side of the diaphragm
             for _ in range(6):
                 shift, slope = _shift(material_z, dome, swing)
@@ -287,7 +293,7 @@ def thorax(shape: tuple[int, ...] = (112, 112, 160), seed: int = 0) -> Phantom:
         moving_labels=labels[1],
         displacement=torch.from_numpy(u)[None],
         fixed_landmarks=voxels(marks),
-        moving_landmarks=voxels(_move(marks)),
+        moving_landmarks=voxels(moved(marks)),
         near_wall=torch.from_numpy(_wall_distance(marks) < WALL_MM),
     )
 

@@ -41,6 +41,21 @@ def test_is_the_same_every_time(small):
     assert not torch.equal(small.fixed_landmarks, other.fixed_landmarks)
 
 
+@pytest.mark.parametrize("amplitude", [0.0, 45.0])
+def test_moves_as_far_as_it_is_told(amplitude):
+    """The two images show one anatomy at the two ends of the motion that is given."""
+    p = phantom.thorax((56, 56, 80), amplitude=amplitude)
+    spacing = torch.tensor(p.spacing, dtype=torch.float64)
+    way = ((p.moving_landmarks - p.fixed_landmarks) * spacing).norm(dim=1)
+    assert float(way.max()) <= 1.4 * amplitude + 1e-9
+    assert float(way.max()) >= 0.8 * amplitude
+    # what is labelled lung in one is so in the other, where the displacement says
+    moved = fastreg.warp(p.moving_labels.float(), p.displacement, mode="nearest").byte()
+    assert metrics.dice(p.fixed_labels, moved).mean > 0.97
+    unmoved = metrics.dice(p.fixed_labels, p.moving_labels).mean
+    assert unmoved < 0.93 if amplitude > 20 else unmoved > 0.9
+
+
 def test_anatomy_does_not_depend_on_the_grid(small, full):
     def mm(p):
         return (p.fixed_landmarks + 0.5) * torch.tensor(p.spacing, dtype=torch.float64)
@@ -87,6 +102,12 @@ def test_chest_wall_stays(full):
 def test_bad_shape(shape):
     with pytest.raises(ValueError, match="fastreg::phantom: shape must be three sizes of at least 16"):
         phantom.thorax(shape)
+
+
+@pytest.mark.parametrize("amplitude", [-1.0, 60.0, float("nan")])
+def test_a_motion_that_cannot_be(amplitude):
+    with pytest.raises(ValueError, match=r"amplitude must be in \[0, 45\] mm"):
+        phantom.thorax(SMALL, amplitude=amplitude)
 
 
 def test_failures_names_every_goal():
