@@ -208,6 +208,7 @@ def test_a_nan_is_no_link_that_anything_prefers():
     [
         ({"cost": torch.zeros(6, 8)}, r"cost must have shape \(cells, 9\)"),
         ({"cost": torch.full((6, 9), torch.nan)}, "cost must be finite"),
+        ({"cost": torch.eye(6, 9).log()}, "cost must be finite"),
         ({"previous": torch.zeros(6, 3)}, r"previous must have shape \(6, 2\)"),
         ({"previous": torch.full((6, 2), torch.inf)}, "previous must be finite"),
         ({"order": torch.zeros(5).long()}, r"order must have shape \(6,\)"),

@@ -1,0 +1,63 @@
+def mutants(Mutant):
+    return [
+        Mutant(
+            "cost_far_border_is_the_near_one", "border", "csrc/cpu/cost_volume.cpp",
+            "patch[x] = load(row[a.size[2] - 1]);",
+            "patch[x] = load(row[0]);",
+            "cost_volume", "reference", "offsets beyond the last voxel read the first",
+        ),
+        Mutant(
+            "cost_blocks_forget_the_stride", "tail", "csrc/common/cost_volume.h",
+            "return {first + block * most * a.stride[k],",
+            "return {first + block * most,",
+            "cost_volume", "reference and blocks", "a long cell with a stride: its second block",
+        ),
+        Mutant(
+            "cost_mask_is_zero_or_one", "mask", "csrc/cpu/cost_volume.cpp",
+            "sum[r] += b.weight[s] * (d * d);",
+            "sum[r] += d * d;",
+            "cost_volume", "reference", "weights count, not only their sign",
+        ),
+        Mutant(
+            "cost_no_weight_is_nan", "mask", "csrc/cpu/cost_volume.cpp",
+            "const A scale = weight == 0 ? A(0) : A(1 / (weight * double(a.c)));",
+            "const A scale = A(1 / (weight * double(a.c)));",
+            "cost_volume", "weight or reference", "a cell that the mask leaves out decides nothing",
+        ),
+        Mutant(
+            "cost_rest_of_a_row_is_lost", "tail", "csrc/cpu/cost_volume.cpp",
+            "if (x == n) return;",
+            "if (x == n || x > 0) return;",
+            "cost_volume", "rows", "offsets beyond the last whole vector",
+        ),
+        Mutant(
+            "cost_backward_stops_a_chunk_early", "gradient", "fastreg/ops/cost_volume.py",
+            "for k in range(0, len(offsets), step):",
+            "for k in range(0, len(offsets) - 1, step):",
+            "cost_volume", "chunk or few", "the last offset has a gradient too",
+        ),
+        Mutant(
+            "tree_motion_is_turned", "axes", "csrc/cpu/spanning_tree.cpp",
+            "t[k] = a.previous[3 * from + k] - a.previous[3 * to + k];",
+            "t[k] = a.previous[3 * to + k] - a.previous[3 * from + k];",
+            "tree", "labellings", "what labels are added to, of the wrong cell",
+        ),
+        Mutant(
+            "tree_hears_itself", "messages", "csrc/cpu/spanning_tree.cpp",
+            "rest[l] = of_parent[l] - message[l];",
+            "rest[l] = of_parent[l];",
+            "tree", "labellings", "a cell hears back what it said",
+        ),
+        Mutant(
+            "tree_hangs_by_its_end", "order", "csrc/cpu/spanning_tree.cpp",
+            "for (int64_t k = 0; k < length / 2; ++k) root = p[root];",
+            "for (int64_t k = 0; k < length / 4; ++k) root = p[root];",
+            "tree", "tree_is or middle", "a deep tree has thin levels",
+        ),
+        Mutant(
+            "tree_takes_a_nan", "nan", "fastreg/_tree.py",
+            "not all(map(math.isfinite,",
+            "not any(map(math.isfinite,",
+            "tree", "errors", "a cost that is not a number would never be the least",
+        ),
+    ]  # fmt: skip
