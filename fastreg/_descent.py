@@ -31,8 +31,6 @@ from . import ops as _fused
 from ._adam import Adam
 from .ops.bspline_displacement import control_shape
 
-SimilarityName = Literal["lcc", "mind", "mse"]
-SIMILARITIES = get_args(SimilarityName)
 TransformName = Literal["dense", "velocity", "bspline", "rigid", "affine"]
 LINEAR = ("rigid", "affine")  # one matrix, and nothing after it
 TRANSFORMS = tuple(name for name in get_args(TransformName) if name not in LINEAR)

@@ -219,6 +219,8 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
+    if "similarity" in summary:
+        print("similarity  {taken}, {why}".format(**summary["similarity"]))
     if "tre" in summary:
         before, after, n = (summary["tre"][key] for key in ("before", "after", "landmarks"))
         more = f"sd {before['sd']:.2f} -> {after['sd']:.2f}, n = {n}"

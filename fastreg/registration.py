@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _affine, _check, _descent, _inverse, _start, _terms
+from . import _affine, _check, _descent, _inverse, _similarity, _start, _terms
 from . import ops as _fused
 from ._repr import shapes
 
@@ -47,6 +47,9 @@ class Registration:
             with transform="velocity" or symmetric. Integrated in 5 steps and resized it is the motion before the affine part
             (symmetric: between its two halves), but for places that folded.
         start (str): "none", "centres", "masses", "search" or "given": where it began.
+        similarity (str): "lcc", "mind" or "mse": what was compared by.
+        consistency (float or None): at most 1, how well the signs of local correlations agreed at the start; below 0.1 "auto" takes
+            "mind". NaN: too few had one. None: not looked at, with "mind".
     """
 
     displacement: Tensor
@@ -56,6 +59,8 @@ class Registration:
     affine: Tensor | None = None
     velocity: Tensor | None = None
     start: str = "none"
+    similarity: str = "lcc"
+    consistency: float | None = None
 
     __repr__ = shapes
 
@@ -198,7 +203,7 @@ def register(
     mask: Tensor | None = None,  # (1, 1, *spatial)
     moving_mask: Tensor | None = None,  # (1, 1, *spatial)
     start: str | Tensor | None = None,  # or (1, nd, nd + 1), or (1, nd, *spatial)
-    similarity: _descent.SimilarityName = "lcc",
+    similarity: _similarity.SimilarityName = "auto",
     transform: _descent.TransformName = "dense",
     affine: bool = False,
     window: int = 9,
@@ -225,8 +230,9 @@ def register(
         start (str or Tensor, optional): where to begin; the motion found includes it. A matrix (1, nd, nd + 1) or a displacement
             (1, nd, *spatial), in voxels; "masses": those of the intensities above the background laid on each other; "auto": that
             where it is clearly better; "search": turned as well, by any angle. None or "none": as the images lie.
-        similarity (str): "lcc"; "mind" for images of different kinds (MIND-SSC); "mse" for intensities that
-            mean the same. Channels are rescaled to their range first.
+        similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
+            "auto": "mind" where the signs of local correlations say that they are; "mse" for intensities that mean the
+            same. Channels are rescaled to their range first.
         transform (str): "dense" displacement; "velocity", stationary and integrated: invertible up to
             discretisation; "bspline", cubic; or a matrix alone: "rigid", a rotation in mm and a shift, or "affine".
         affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
@@ -277,7 +283,7 @@ def register(
     full = tuple(fixed.shape[2:])
     nd = len(full)
     spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
-    _check.choice(op, "similarity", similarity, _descent.SIMILARITIES)
+    _check.choice(op, "similarity", similarity, _similarity.SIMILARITIES)
     _check.choice(op, "transform", transform, (*_descent.TRANSFORMS, *_descent.LINEAR))
     linear = transform in _descent.LINEAR
     if _check.flag(op, "affine", affine) and linear:
@@ -313,6 +319,7 @@ def register(
         terms = _terms.landmarks_of(landmarks, landmark_weight, fixed, spacing, begin and begin.back)
         rescaled = (_descent.rescaled(fixed, mask), _descent.rescaled(moving, moving_mask))
         images = (*rescaled, mask, moving_mask)
+        choice = _similarity.choose(similarity, *images, _pyramid(full, spacing, None))
         records: list[dict[str, Any]] = []
         matrix, field = None, torch.zeros(1, nd, *[1] * nd, dtype=torch.float32, device=fixed.device)
         rough = (
@@ -322,7 +329,7 @@ def register(
         if rough:
             report = progress and (lambda level, *rest: progress(level, total, *rest))
             most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
-            options = similarity, window, report, most[: len(rough)], transform if linear else "affine"
+            options = choice.taken, window, report, most[: len(rough)], transform if linear else "affine"
             fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric)
             matrix = fit.matrix(fit.motion)
         half = None
@@ -334,7 +341,7 @@ def register(
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             before = None if half is not None else matrix
-            rest = similarity, window, regularization, before, terms, symmetric
+            rest = choice.taken, window, regularization, before, terms, symmetric
             level = _level(images, shape, spacing, field, transform, width, *rest)
             report = progress and functools.partial(progress, len(rough) + number, total)
             field, record = _descent.descend(level, n_iterations, learning_rate, report)
@@ -370,4 +377,6 @@ def register(
         affine=own,
         velocity=field if transform == "velocity" or (symmetric and not linear) else None,
         start="none" if begin is None else begin.taken,
+        similarity=choice.taken,
+        consistency=choice.consistency,
     )

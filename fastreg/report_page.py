@@ -123,6 +123,8 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         start = summary["start"]
         turned = f"turned by {start['degrees']:.1f} degrees, " if start.get("degrees") else ""
         rows.append(("start", f"{start['taken']}, {turned}{start['mm']:.1f} mm"))
+    if "similarity" in summary:
+        rows.append(("similarity", "{taken}, {why}".format(**summary["similarity"])))
     if "inverse" in summary:
         rows.append(("inverse", off_by(summary["inverse"])))
     if "overlap" in summary:

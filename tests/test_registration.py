@@ -453,7 +453,7 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         (ValueError, "mask must be finite", (IMAGE, IMAGE), {"mask": NAN}),
         (
             ValueError,
-            "similarity must be 'lcc' or 'mind' or 'mse', got 'ncc'",
+            "similarity must be 'auto' or 'lcc' or 'mind' or 'mse', got 'ncc'",
             (IMAGE, IMAGE),
             {"similarity": "ncc"},
         ),

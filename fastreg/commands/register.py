@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import _start, convert, io, models, outcome_inverse, report_page
+from fastreg import _similarity, _start, convert, io, models, outcome_inverse, report_page
 from fastreg._console import bar, progress, seen, telling, warn
-from fastreg._descent import LINEAR, SIMILARITIES, TRANSFORMS, filled
+from fastreg._descent import LINEAR, TRANSFORMS, filled
 from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg.data.pairs import Case, sample_of, weights_of
 from fastreg.outcome import OUTPUTS, Outcome, intensities
@@ -40,7 +40,8 @@ from .options import (
 STEPS = 300  # of a net on one pair
 
 HELP = {
-    "similarity": "lcc; mind for images of different kinds; mse for intensities that mean the same",
+    "similarity": "lcc, for images of one kind; mind, for different ones; auto: whichever local correlations suggest; mse for intensities "
+    "that mean the same",
     "transform": "dense; velocity: integrated, invertible up to discretisation; bspline: cubic; rigid or affine: one matrix alone",
     "start": "where to begin: none: as the images lie; centres or masses: laid on each other; auto: one of these where it is clearly "
     "better; search: turned as well, by any angle; or a FILE: an ITK transform or displacement field",
@@ -54,7 +55,7 @@ HELP = {
     "symmetric": "with the scans exchanged what is found is the inverse: both directions are compared; implies --inverse, takes twice the time",
     "landmark_weight": "use --fixed-landmarks and --moving-landmarks, with this weight; 1.0 brings them nearly together. Otherwise they are scored only",
 }
-CHOICES = {"similarity": SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
+CHOICES = {"similarity": _similarity.SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
 FLAGS = {
     "landmark_weight": "--use-landmarks"
 }  # that are not named as their parameter, and are off where not given
@@ -266,11 +267,20 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
             **used,
             **parameters,
         )
+    choice = _similarity.Choice(result.similarity, result.consistency)
+    if choice.unlike and choice.taken == "lcc":
+        warn(f"{choice.why}: --similarity mind, or auto, suits these images, and lcc was asked for")
     u, affine = result.displacement.detach().cpu(), result.affine
     if start is not None:
         u, affine = start.then(u), start.after(affine)
     summary = {
         "start": {"asked": getattr(args, "start", "auto"), **_start.plain(start)},
+        "similarity": {
+            "asked": parameters["similarity"],
+            "taken": choice.taken,
+            "consistency": choice.consistency,
+            "why": choice.why,
+        },
         "overlap": overlap,
         "parameters": parameters,
         "affine_voxels_zyx": None if affine is None else affine[0].tolist(),
