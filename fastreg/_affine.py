@@ -17,15 +17,18 @@ class Side:
 
     moving: Tensor
     weights: Tensor | None
-    similarity: _descent.Similarity
+    similarity: Any  # of _channels
     terms: Sequence[Callable[..., Tensor]] = ()
 
     def __call__(self, matrix: Tensor, spacing: Sequence[float]) -> Tensor:
         """matrix: (nd, nd + 1), mm."""
         voxels = _descent.affine_in_voxels(matrix, spacing).to(self.moving)
-        moved = _fused.warp(self.moving, None, affine=voxels, padding="border")
         weights = _descent.moved_weights(self.weights, None, voxels.detach())
-        value = self.similarity(moved, weights=weights)
+
+        def move(image: Tensor, affine: Tensor) -> Tensor:
+            return _fused.warp(image, None, affine=affine, padding="border")
+
+        value: Tensor = self.similarity.compare(self.moving, move, voxels, weights=weights)
         for term in self.terms:
             value = value + term(None, spacing, matrix) / self.similarity.share
         return value

@@ -34,11 +34,12 @@ from .ops.bspline_displacement import control_shape
 TransformName = Literal["dense", "velocity", "bspline", "rigid", "affine"]
 LINEAR = ("rigid", "affine")  # one matrix, and nothing after it
 TRANSFORMS = tuple(name for name in get_args(TransformName) if name not in LINEAR)
+HELD = 4  # channels that are compared, or made smaller, at a time
 STEPS = 5  # squarings of a velocity; 7 and 9 gave the same folds
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # What a similarity is multiplied by, so that one regularization and one Adam epsilon suit all three.
-_WEIGHT = {"lcc": 1.0, "mind": 0.5, "mse": 20.0}
+WEIGHT = {"lcc": 1.0, "mind": 0.5, "mse": 20.0}
 # Standard deviation, in units of the image's range, below which a window counts as noise. Clamped, because
 # an added floor would everywhere reward a displacement for raising the contrast of what it fetches.
 _NOISE = 3e-2
@@ -65,6 +66,8 @@ def resized(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     before = tuple(image.shape[2:])
     if before == tuple(shape):
         return image
+    if image.shape[1] > HELD:
+        return torch.cat([resized(few, shape) for few in image.split(HELD, 1)], 1)
     ratio = [(b - 1) / max(s - 1, 1) for b, s in zip(before, shape, strict=True)]
     image = _fused.smooth(image, [0.5 * math.sqrt(max(r * r - 1.0, 0.0)) for r in ratio])
     return F.interpolate(image, size=tuple(shape), mode=_LINEAR[len(before)], align_corners=True)
@@ -206,7 +209,7 @@ class Similarity:
         self.kind, self.fixed, self.mask, self.window = kind, fixed, mask, window
         # each variance gets a noise floor; they are sums, hence times the window's volume
         self.floor = _NOISE**2 * math.prod(min(window, n) for n in fixed.shape[2:])
-        self.share = _WEIGHT[kind]  # of the loss
+        self.share = WEIGHT[kind]  # of the loss
         self.prepared = nn.MINDLoss(radius=1, dilation=2).prepare(fixed) if kind == "mind" else None
 
     def __call__(self, moved, ops=_fused, weights=None):
@@ -227,6 +230,10 @@ class Similarity:
             smooth_dr=self.floor,
             denominator="clamp",
         )
+
+    def compare(self, moving, move, by, ops=_fused, weights=None):
+        """Of move(moving, by)."""
+        return self(move(moving, by), ops, weights)
 
 
 def warped(image, u, affine, ops=_fused):
@@ -273,8 +280,12 @@ class Level:
     def compared(self, field, ops=_fused):
         """(similarity, the sum of the terms)."""
         u = self.motion(field, ops)
-        moved = warped(self.moving, u, self.affine, ops)
-        similarity = self.similarity(moved, ops, moved_weights(self.weights, u, self.affine))
+        weights = moved_weights(self.weights, u, self.affine)
+
+        def move(image, u):
+            return warped(image, u, self.affine, ops)
+
+        similarity = self.similarity.compare(self.moving, move, u, ops, weights)
         others = [term(u, self.transform.spacing, self.matrix) for term in self.terms]
         return similarity, sum(others, 0.0)
 

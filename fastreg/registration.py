@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _affine, _check, _descent, _inverse, _similarity, _start, _terms
+from . import _affine, _channels, _check, _descent, _inverse, _similarity, _start, _terms
 from . import ops as _fused
 from ._repr import shapes
 
@@ -121,11 +121,12 @@ def _level(
     matrix: Tensor | None = None,
     terms: tuple[_terms.Landmarks, ...] = (),
     symmetric: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> _descent.Level:
     """The level of `shape` voxels; symmetric: with the other direction.
 
     Args: images: rescaled fixed and moving, their weights or None, at full size. spacing: mm, of those. field: of the level
-    before. width: see _descent.transform. matrix: affine part, mm, or None.
+    before. width: see _descent.transform. matrix: affine part, mm, or None. shares: of _channels.
     """
     fixed, moving, mask, weights = _resized(images, shape)
     full = images[0].shape[2:]
@@ -136,7 +137,7 @@ def _level(
     moves = _descent.transform(transform, field, shape, full, spacing, width, symmetric)
 
     def one(fixed, mask, moving, weights, terms, back=None):  # type: ignore[no-untyped-def]
-        compare = _descent.Similarity(similarity, fixed, mask, window)
+        compare = _channels.similarity(similarity, fixed, mask, window, shares)
         return _descent.Level(moving, compare, moves, matrix, affine, regularization, weights, terms, back)
 
     back = one(moving, weights, fixed, mask, tuple(t.back for t in terms)) if symmetric else None
@@ -154,6 +155,7 @@ def _fit_affine(
     kind: str = "affine",
     terms: tuple[_terms.Landmarks, ...] = (),
     symmetric: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> tuple[_affine.AffineFit, list[dict[str, Any]]]:
     """Coarse to fine; returns what was found and a record per level."""
     full = tuple(images[0].shape[2:])
@@ -162,10 +164,10 @@ def _fit_affine(
         begun = time.perf_counter()
         fixed, moving, mask, weights = _resized(images, shape)
         size = _descent.spacing_of(shape, full, spacing)
-        compare = _descent.Similarity(similarity, fixed, mask, window)
+        compare = _channels.similarity(similarity, fixed, mask, window, shares)
         sides = [_affine.Side(moving, weights, compare, terms)]
         if symmetric:
-            compare = _descent.Similarity(similarity, moving, weights, window)
+            compare = _channels.similarity(similarity, moving, weights, window, shares)
             sides.append(_affine.Side(fixed, mask, compare, tuple(t.back for t in terms)))
         told = report and functools.partial(report, number)
         record = fit.descend(sides, size, n_iterations, _AFFINE_STEP, told)
@@ -204,6 +206,7 @@ def register(
     moving_mask: Tensor | None = None,  # (1, 1, *spatial)
     start: str | Tensor | None = None,  # or (1, nd, nd + 1), or (1, nd, *spatial)
     similarity: _similarity.SimilarityName = "auto",
+    channel_weights: Sequence[float] | None = None,
     transform: _descent.TransformName = "dense",
     affine: bool = False,
     window: int = 9,
@@ -233,6 +236,8 @@ def register(
         similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
             "auto": "mind" where the signs of local correlations say that they are; "mse" for intensities that mean the
             same. Channels are rescaled to their range first.
+        channel_weights (sequence, optional): how much each channel counts, all alike where None; only ratios matter. Of many
+            channels, feature maps say, 4 are compared at a time: an iteration's memory does not grow with their number.
         transform (str): "dense" displacement; "velocity", stationary and integrated: invertible up to
             discretisation; "bspline", cubic; or a matrix alone: "rigid", a rotation in mm and a shift, or "affine".
         affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
@@ -280,6 +285,7 @@ def register(
     moving, moving_mask = _scan("moving", moving, "moving_mask", moving_mask, True)
     _check.same_shape(op, "moving", moving, "fixed", fixed)
     _check.same_device(op, "moving", moving, "fixed", fixed)
+    shares = _channels.shares_of(channel_weights, fixed.shape[1])
     full = tuple(fixed.shape[2:])
     nd = len(full)
     spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
@@ -330,7 +336,7 @@ def register(
             report = progress and (lambda level, *rest: progress(level, total, *rest))
             most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
             options = choice.taken, window, report, most[: len(rough)], transform if linear else "affine"
-            fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric)
+            fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric, shares)
             matrix = fit.matrix(fit.motion)
         half = None
         if symmetric and affine:
@@ -341,7 +347,7 @@ def register(
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             before = None if half is not None else matrix
-            rest = choice.taken, window, regularization, before, terms, symmetric
+            rest = choice.taken, window, regularization, before, terms, symmetric, shares
             level = _level(images, shape, spacing, field, transform, width, *rest)
             report = progress and functools.partial(progress, len(rough) + number, total)
             field, record = _descent.descend(level, n_iterations, learning_rate, report)

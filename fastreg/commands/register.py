@@ -23,7 +23,7 @@ from fastreg.registration import register
 from fastreg.training import Training
 from fastreg.training.build import predict
 
-from . import _moving, nets
+from . import _moving, _using, nets
 from .case import add_arguments, files_of, paths_of, read_case
 from .options import (
     Parser,
@@ -59,6 +59,18 @@ CHOICES = {"similarity": _similarity.SIMILARITIES, "transform": (*TRANSFORMS, *L
 FLAGS = {
     "landmark_weight": "--use-landmarks"
 }  # that are not named as their parameter, and are off where not given
+# that are read from files, or otherwise made, and have no flag by which a number sets them
+GIVEN = (
+    "fixed",
+    "moving",
+    "spacing",
+    "mask",
+    "moving_mask",
+    "start",
+    "landmarks",
+    "channel_weights",
+    "progress",
+)
 METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
 
 
@@ -86,7 +98,9 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add_html(command)
     add_picture(command)
-    add_arguments(command.add_argument_group("what else is known of the pair"))
+    known = command.add_argument_group("what else is known of the pair")
+    add_arguments(known)
+    _using.add_arguments(known)
     group = add_parameters(command, learning_rate="; with --method: of Adam (default: the paper's)")
     starts = "|".join((*_start.CHOICES, "FILE"))
     text = f"{HELP['start']} (default: auto)"
@@ -107,8 +121,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def tunable() -> list[inspect.Parameter]:
     """The parameters of `register` that a number on the command line can set."""
-    given = ("fixed", "moving", "spacing", "mask", "moving_mask", "start", "landmarks", "progress")
-    return [p for p in inspect.signature(register).parameters.values() if p.name not in given]
+    return [p for p in inspect.signature(register).parameters.values() if p.name not in GIVEN]
 
 
 def add_parameters(parser: argparse.ArgumentParser, **also: str) -> argparse._ActionsContainer:
@@ -211,23 +224,6 @@ def _start_of(case: Case, args: argparse.Namespace) -> _start.Start | None:
     return _start.find(asked, grid, case.moving_grid, *images)
 
 
-def _used(
-    case: Case, args: argparse.Namespace, start: _start.Start | None, device: torch.device
-) -> dict[str, Any]:
-    """What else of a case `register` is to use, on the fixed grid as the moving image is laid on it: by name of its argument."""
-    used: dict[str, Any] = {}
-    if hasattr(args, "landmark_weight"):
-        if case.fixed_landmarks is None or case.moving_landmarks is None:
-            raise InputError("--use-landmarks goes with --fixed-landmarks and --moving-landmarks")
-        fixed, moving = (
-            torch.from_numpy(case.fixed_grid.to_index(p))
-            for p in (case.fixed_landmarks, case.moving_landmarks)
-        )
-        moving = moving if start is None else start.back(moving)
-        used["landmarks"] = fixed.to(device), moving.to(device)
-    return used
-
-
 def solve(case: Case, args: argparse.Namespace) -> Outcome:
     """Registers a Case as the arguments say: an Outcome."""
     device = device_of(args)
@@ -251,15 +247,17 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     if moving_weights is not None:
         if not (moving_weights if weights is None else moving_weights * weights).any():
             raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
-    used = _used(case, args, start, device)
+    used = _using.landmarks(case, args, start, device)
+    fixed_channels, moving_channels, weighed = _using.channels(case, args, start)
+    parameters |= weighed
     _begin(args, case, device)
     if start is not None and not args.quiet:
         with telling():
             print(f"start: {start}")
     with _progress(args) as told:
         result = register(
-            intensities(case.fixed_seen).to(device),
-            laid[0].to(device),
+            torch.cat([intensities(case.fixed_seen), *fixed_channels], 1).to(device),
+            torch.cat([laid[0], *moving_channels], 1).to(device),
             spacing=case.fixed_grid.spacing_zyx,
             mask=None if weights is None else weights.to(device),
             moving_mask=None if moving_weights is None else moving_weights.to(device),
@@ -343,7 +341,11 @@ def _run(args: argparse.Namespace) -> int:
     picture = drawing(args)
     # Those of a run before that this one does not write go.
     outputs = (*OUTPUTS, *outcome_inverse.OUTPUTS, report_page.PAGE)
-    refuse_own_inputs(args.out, (*paths_of(args), getattr(args, "start", None)), outputs)
+    refuse_own_inputs(
+        args.out, (*paths_of(args), *_using.paths_of(args), getattr(args, "start", None)), outputs
+    )
+    if args.method is not None and args.channel:
+        raise InputError("--channel is for the pairwise optimiser, not for --method")
     if args.method is None:
         for name in (*nets.NAMES, "steps", "seed"):
             if getattr(args, name) is not None:

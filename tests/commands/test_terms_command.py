@@ -85,6 +85,50 @@ def test_symmetric_scans_exchanged(files):
     assert (found - other)[inner].norm(dim=1).mean() < 0.15
 
 
+def test_channels_on_grids_of_their_own(files, capsys):
+    """The scans say nothing; a channel of other voxels, after the same start, and maps of it with noise beside."""
+    fixed, moving = (io.read_image(f"{name}.nii.gz") for name in ("fixed", "moving"))
+    coarse = io.Geometry((25, 20), (1.7, 2.0), FIXED.origin, FIXED.direction)
+    blank = np.random.default_rng(0)
+    for name, (image, grid) in (("fixed", fixed), ("moving", moving)):
+        io.write_image(f"{name}_noise.nii.gz", blank.random(image.shape).astype(np.float32), grid)
+    io.write_image("fixed_coarse.nii.gz", anatomy(coarse, np.eye(2, 3)), coarse)
+    for name, (image, grid) in (("fixed", fixed), ("moving", moving)):
+        maps = np.stack([image, -image], -1)[None]
+        io.write_volumes(f"{name}_maps.nrrd", io.Volumes(maps, grid))
+
+    def tre(*more):
+        command = [
+            "register",
+            "fixed_noise.nii.gz",
+            "moving_noise.nii.gz",
+            "-o",
+            "out",
+            "--force",
+            "--start",
+            "start.tfm",
+        ]
+        assert cli.main([*command, *LANDMARKS, *more]) == 0
+        return report()["tre"]["after"]["mean"]
+
+    # the landmarks of these files lie 3 mm off
+    assert abs(tre("--channel", "fixed_coarse.nii.gz", "moving.nii.gz", "20") - 3) < 0.5
+    assert report()["parameters"]["channel_weights"] == [1, 20]
+    assert abs(tre("--channel", "fixed_maps.nrrd", "moving_maps.nrrd", "20") - 3) < 0.3
+    assert report()["parameters"]["channel_weights"] == [1, 10, 10]
+    assert tre() > 3.5
+    capsys.readouterr()
+    for words, line in (
+        (("fixed.nii.gz", "moving.nii.gz", "much"), "the weight must be a number of at least 0"),
+        (("fixed.nii.gz", "moving_maps.nrrd", "1"), "must have as many numbers a voxel, got 1 and 2"),
+        (("moving.nii.gz", "moving.nii.gz", "1"), "moving.nii.gz: does not reach the fixed image"),
+        (("fixed.nii.gz", "fixed.nii.gz", "1"), "fixed.nii.gz: does not reach the fixed image where"),
+        (("fixed.nii.gz", "nothing.nii.gz", "1"), "nothing.nii.gz"),
+    ):
+        assert run("--start", "start.tfm", "--channel", *words) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_nothing_to_use(files, capsys):
     assert run("--use-landmarks", "1") == 2
     assert "--use-landmarks goes with --fixed-landmarks and --moving-landmarks" in capsys.readouterr().err
