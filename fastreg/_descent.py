@@ -264,6 +264,7 @@ class Level:
     weights: Tensor | None = None  # of the moving image
     terms: tuple = ()  # of _terms
     back: "Level | None" = None  # symmetric: the other direction
+    exempt: Tensor | None = None  # of the field: what the regulariser does not see, (1, nd, *control)
 
     def motion(self, field, ops=_fused):
         """The displacement without the affine part, on the field's grid."""
@@ -298,7 +299,8 @@ class Level:
                 (a + b) / 2
                 for a, b in zip((similarity, others), self.back.compared(-field, ops), strict=True)
             )
-        regularity = ops.diffusion(field, spacing=self.transform.spacing)
+        added = field if self.exempt is None else field - self.exempt
+        regularity = ops.diffusion(added, spacing=self.transform.spacing)
         loss = self.similarity.share * similarity + self.regularization * regularity + others
         return loss, similarity, regularity
 

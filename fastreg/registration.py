@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _affine, _channels, _check, _descent, _inverse, _similarity, _start, _terms
+from . import (
+    _affine,
+    _channels,
+    _check,
+    _descent,
+    _discrete,
+    _inverse,
+    _similarity,
+    _start,
+    _terms,
+)
 from . import ops as _fused
 from ._repr import shapes
 
@@ -46,6 +56,8 @@ class Registration:
         velocity (Tensor or None): (1, nd, *control) fp32, on the grid and in the voxels the last level optimised it;
             with transform="velocity" or symmetric. Integrated in 5 steps and resized it is the motion before the affine part
             (symmetric: between its two halves), but for places that folded.
+        discrete (dict or None): of the search for large motion: used, why; where there was one range_mm, unit_mm, share (of the image,
+            that began where it says), moved_mm (mean distance from where the coarse descent was) and seconds.
         start (str): "none", "centres", "masses", "search" or "given": where it began.
         similarity (str): "lcc", "mind" or "mse": what was compared by.
         consistency (float or None): at most 1, how well the signs of local correlations agreed at the start; below 0.1 "auto" takes
@@ -61,6 +73,7 @@ class Registration:
     start: str = "none"
     similarity: str = "lcc"
     consistency: float | None = None
+    discrete: dict[str, Any] | None = None
 
     __repr__ = shapes
 
@@ -205,6 +218,7 @@ def register(
     mask: Tensor | None = None,  # (1, 1, *spatial)
     moving_mask: Tensor | None = None,  # (1, 1, *spatial)
     start: str | Tensor | None = None,  # or (1, nd, nd + 1), or (1, nd, *spatial)
+    search_range: float | None = None,
     similarity: _similarity.SimilarityName = "auto",
     channel_weights: Sequence[float] | None = None,
     transform: _descent.TransformName = "dense",
@@ -233,6 +247,10 @@ def register(
         start (str or Tensor, optional): where to begin; the motion found includes it. A matrix (1, nd, nd + 1) or a displacement
             (1, nd, *spatial), in voxels; "masses": those of the intensities above the background laid on each other; "auto": that
             where it is clearly better; "search": turned as well, by any angle. None or "none": as the images lie.
+        search_range (float, optional): mm, at most the image's longest side: how far each place is searched before the finest level, for
+            motion that no descent finds, as of organs that slide along a wall. Where it is used the level before the finest is left
+            out, and the finest penalises only what it adds. None: 40; but 0, for none, where the longest side is under 100 mm, with "velocity",
+            symmetric, a matrix alone, or no iterations.
         similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
             "auto": "mind" where the signs of local correlations say that they are; "mse" for intensities that mean the
             same. Channels are rescaled to their range first.
@@ -315,6 +333,7 @@ def register(
 
     shapes = _pyramid(full, spacing, levels)
     plan = ([plan[0]] * len(shapes) + plan[1:])[-len(shapes) :]
+    search = _discrete.range_of(search_range, full, spacing, transform, symmetric, plan)
     # The caller's no_grad, inference mode or autocast would each break the descent.
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
@@ -332,6 +351,10 @@ def register(
             [s for s in shapes if math.prod(s) <= _AFFINE_VOXELS] or shapes[:1] if affine or linear else []
         )
         total = len(rough) + (0 if linear else len(shapes))
+        searched, at, last = _discrete.Start(None, {"used": False, "why": search[1]}), -1, -1
+        if search[0] > 0:
+            last = max(i for i, n in enumerate(plan) if n > 0)
+            at, total = max(last - 1, 0), total + 1
         if rough:
             report = progress and (lambda level, *rest: progress(level, total, *rest))
             most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
@@ -344,12 +367,22 @@ def register(
             half, back = (_descent.affine_in_voxels(m, spacing) for m in both)
             images, terms = _affine.halves(images, half, back), tuple(t.laid(*both) for t in terms)
         for number, (shape, n_iterations) in enumerate(zip(shapes, plan, strict=True)) if not linear else ():
+            if number == at:
+                report = progress and functools.partial(progress, len(rough) + number, total)
+                searched = _discrete.start(images, spacing, field, matrix, search, shares, report)
+                field = field if searched.field is None else searched.field
+            if searched.field is not None and number < last:
+                continue
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             before = None if half is not None else matrix
             rest = choice.taken, window, regularization, before, terms, symmetric, shares
             level = _level(images, shape, spacing, field, transform, width, *rest)
-            report = progress and functools.partial(progress, len(rough) + number, total)
+            if searched.field is not None:
+                level.exempt = _fused.resize_displacement(searched.field, level.transform.base.shape[2:])
+            report = progress and functools.partial(
+                progress, len(rough) + number + (0 <= at <= number), total
+            )
             field, record = _descent.descend(level, n_iterations, learning_rate, report)
             record = {
                 "transform": transform,
@@ -385,4 +418,5 @@ def register(
         start="none" if begin is None else begin.taken,
         similarity=choice.taken,
         consistency=choice.consistency,
+        discrete=searched.record,
     )

@@ -46,6 +46,7 @@ HELP = {
     "start": "where to begin: none: as the images lie; centres or masses: laid on each other; auto: one of these where it is clearly "
     "better; search: turned as well, by any angle; or a FILE: an ITK transform or displacement field",
     "affine": "find an affine part first",
+    "search_range": "how far to search each place before the finest level, in mm, for large motion along walls; 0: not at all",
     "window": "side of the LCC window in voxels, odd",
     "regularization": "weight of the smoothness of the displacement",
     "smoothing": "standard deviation in mm of the Gaussian that smooths updates; bspline: control point spacing",
@@ -71,7 +72,7 @@ GIVEN = (
     "channel_weights",
     "progress",
 )
-METAVARS = {"window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
+METAVARS = {"search_range": "MM", "window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -282,6 +283,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
         "overlap": overlap,
         "parameters": parameters,
         "affine_voxels_zyx": None if affine is None else affine[0].tolist(),
+        "discrete": result.discrete,
         "levels": result.levels,
         "seconds": result.seconds,
     }
