@@ -3,10 +3,11 @@
 // voxel then reads its cell, or adds to it, with 2^(nd-1) vectors, whatever the number of components. Samples
 // are integrated one after the other: the buffers hold one.
 //
-// A step forward reads a field and writes one: 8 numbers a voxel in 3D, 130 MB at 160^3 in fp32 (5 ms at 25
-// GB/s). A step back reads two, writes one and reads u for its range: 260 MB, 10 ms. Both are bound by
-// arithmetic: about 60 and 150 vector instructions a voxel, measured 20 and 29 ns on one core with AVX2,
-// fresh pages from the operating system included.
+// A step forward reads a field and writes one: 8 numbers a voxel in 3D, 130 MB at 160^3 in fp32 (3.5 ms at 38
+// GB/s). A step back reads two, writes one and reads u for its range: 260 MB, 7 ms. Both are bound by latency
+// and arithmetic: about 60 and 150 vector instructions a voxel, 15 and 37 ms on one core at 4 a cycle and 4.1
+// GHz; measured 18 to 28 ms and 45 to 78 ms, the rougher the field the longer (34 to 48 and 60 to 122 without
+// asking for the next row and with positions stored in pieces just before they are used).
 #include "cpu/packed.h"
 #include "cpu/warp_rows.h"
 
@@ -44,11 +45,12 @@ template <class A, int ND>
 void locate_packed(const IntegrateArgs& a, const Row& row, int64_t x0, int count, Positions<A, ND>& p) {
   const A* __restrict u =
       static_cast<const A*>(a.u) + ((row.z * a.grid.out[1] + row.y) * a.grid.out[2] + x0) * kWidth<A, ND>;
-  locate_at(a.grid, row, x0, count, 0, a.grid.in[3 - ND], p, [&](int k, auto use) {
-    alignas(64) A line[kBlock];
-    for (int i = 0; i < count; ++i) line[i] = u[i * kWidth<A, ND> + k];
-    use(line);
-  });
+  ask(u + a.grid.out[2] * kWidth<A, ND>, count * kWidth<A, ND>);
+  // All axes before the first is used: what has just been stored in pieces cannot be loaded as one vector yet.
+  alignas(64) A lines[ND][kBlock];
+  for (int i = 0; i < count; ++i)
+    for (int k = 0; k < ND; ++k) lines[k][i] = u[i * kWidth<A, ND> + k];
+  locate_at(a.grid, row, x0, count, 0, a.grid.in[3 - ND], p, [&](int k, auto use) { use(lines[k]); });
 }
 
 template <class T, int ND>
@@ -92,6 +94,7 @@ void step(const IntegrateArgs& a, int64_t begin, int64_t end) {
       alignas(64) A value[kBlock * w];
       int32_t all = cells ? -1 : 0;
       if (all) {
+        ask_ahead<false, w>(g, p, count, u);
         for (int i = 0; i < count; ++i) {
           const Cell<A, ND> c(u + p.offset[i] * w, line, plane);
           Pair<A, ND> v = c.pair[0] + p.fraction[ND - 2][i] * (c.pair[1] - c.pair[0]);
@@ -124,10 +127,12 @@ void step(const IntegrateArgs& a, int64_t begin, int64_t end) {
       if (a.planar) {
         for (int k = 0; k < ND; ++k) {
           T* __restrict out = static_cast<T*>(a.result) + k * n_voxels + at;
+          ask<true>(out + g.out[2], count);
           for (int i = 0; i < count; ++i) store(out[i], from[i * w + k] + value[i * w + k]);
         }
       } else {
         A* __restrict out = static_cast<A*>(a.result) + at * w;
+        ask<true>(out + g.out[2] * w, count * w);
         for (int i = 0; i < count * w; ++i) out[i] = from[i] + value[i];
       }
     }
@@ -283,7 +288,10 @@ void step_bwd(const IntegrateArgs& a, const int32_t* range, int64_t n_slabs, int
         const int count = int(std::min<int64_t>(kBlock, g.out[2] - x0));
         const int64_t at = (index * g.out[2] + x0) * w;
         const A* grad = static_cast<const A*>(a.grad) + at;
+        ask(grad + g.out[2] * w, count * w);
         locate_packed(a, row, x0, count, p);
+        ask_ahead<false, w>(g, p, count, static_cast<const A*>(a.u));
+        ask_ahead<true, w>(g, p, count, out);
         alignas(64) A term[kBlock * w];
         if (owned) gather<A, ND>(a, row, x0, count, p, grad, term);
         if (touched) scatter<A, ND>(a, count, p, lo, hi, grad);
@@ -343,7 +351,7 @@ class Integration : public IntegrateInputs {
   }
 
   Tensor take() {
-    if (spare_.empty()) return at::empty(packed_sizes, packed_options);
+    if (spare_.empty()) return empty_large(packed_sizes, packed_options);
     Tensor t = std::move(spare_.back());
     spare_.pop_back();
     return t;
@@ -369,7 +377,7 @@ class Integration : public IntegrateInputs {
     std::vector<int32_t> range(2 * rows_);
     auto ranges = FASTREG_PICK(integrate_row_range);
     at::parallel_for(0, rows_, 1, [&](int64_t b, int64_t e) { ranges(type, nd, args_, range.data(), b, e); });
-    const int64_t n_slabs = std::clamp<int64_t>(2 * at::get_num_threads(), 1, args_.grid.in[3 - nd]);
+    const int64_t n_slabs = std::clamp<int64_t>(at::get_num_threads(), 1, args_.grid.in[3 - nd]);
     auto kernel = FASTREG_PICK(integrate_step_bwd);
     at::parallel_for(0, n_slabs, 1,
                      [&](int64_t b, int64_t e) { kernel(type, nd, args_, range.data(), n_slabs, b, e); });
@@ -393,9 +401,9 @@ std::tuple<Tensor, Tensor> integrate_velocity_cpu(const Tensor& velocity, int64_
   Tensor v = velocity.contiguous();
   Integration run("integrate_velocity", v, steps, padding);
   Tensor fields =
-      at::empty(run.sizes_of_kept(keep ? std::max<int64_t>(steps - 1, 0) : 0), run.packed_options);
+      empty_large(run.sizes_of_kept(keep ? std::max<int64_t>(steps - 1, 0) : 0), run.packed_options);
   if (steps == 0 || v.numel() == 0) return {v.clone(at::MemoryFormat::Contiguous), fields};
-  Tensor out = at::empty_like(v);
+  Tensor out = empty_large(v.sizes(), v.options());
   for (int64_t n = 0; n < v.size(0); ++n) {
     Tensor u = run.take();
     run.scaled(v[n], u);
@@ -419,7 +427,7 @@ Tensor integrate_velocity_bwd_cpu(const Tensor& grad, const Tensor& velocity, co
   Integration run("integrate_velocity_bwd", v, steps, padding);
   const bool kept = run.has_kept(fields, steps);
   const auto [every, last] = Checkpoints(steps, kept);
-  Tensor out = at::empty_like(v);
+  Tensor out = empty_large(v.sizes(), v.options());
   for (int64_t n = 0; n < v.size(0); ++n) {
     std::vector<Tensor> u(steps);
     const auto start = [&] { run.scaled(v[n], u[0] = run.take()); };

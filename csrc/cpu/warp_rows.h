@@ -12,7 +12,8 @@ struct WarpArgs {
   const void* displacement;  // (n, nd, *out), arithmetic type; null with an affine: zero
   const double* affine;      // (n, nd, nd + 1) less the identity, NaN throughout where not finite; or null
   const void* grad;          // (n, c, *out), backward only
-  void* result;              // forward: (n, c, *out); backward: the gradient, arithmetic type
+  void* result;              // forward: (n, c, *out); backward: (n, nd, *out), arithmetic type, or null
+  void* image_grad;          // backward: (n, c, *in), arithmetic type, zeros at first; or null
   double* affine_sums;       // per row and axis: of the position gradient, and of it times x; or null
   int64_t n, c;
   int64_t in[3], out[3];  // D, H, W of the image and of the displacement
@@ -42,6 +43,13 @@ struct Positions {
   alignas(64) int64_t offset[kBlock];  // of the lower corner in its volume, where inside
   alignas(64) int32_t inside[kBlock];  // all 2^ND corners are voxels of the image and of planes [lo, hi)
 };
+
+// Asks for what `count` numbers from p on lie in: of the row after the one at work, which it then waits for no
+// longer. The processor's own prefetchers stop at every page, after six rows of 160 voxels in fp32.
+template <bool write = false, class T>
+void ask(const T* p, int count) {
+  for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i, write);
+}
 
 struct Row {
   int64_t n, z, y;
@@ -118,10 +126,23 @@ void locate(const WarpArgs& a, const Row& row, int64_t x0, int count, int64_t lo
       add_affine<A, ND>(a, row, k, x0, count, d);
       use(d);
     } else {
-      use(static_cast<const A*>(a.displacement) +
-          (((row.n * ND + k) * a.out[0] + row.z) * a.out[1] + row.y) * a.out[2] + x0);
+      const A* u = static_cast<const A*>(a.displacement) +
+                   (((row.n * ND + k) * a.out[0] + row.z) * a.out[1] + row.y) * a.out[2] + x0;
+      ask(u + a.out[2], count);
+      use(u);
     }
   });
+}
+
+// Asks for the corners of the cells one row on that no row before this one has read; `width` numbers a voxel.
+template <bool write = false, int width = 1, class A, int ND, class T>
+void ask_ahead(const WarpArgs& a, const Positions<A, ND>& p, int count, const T* volume) {
+  const int64_t line = 2 * a.in[2] * width, plane = a.in[1] * a.in[2] * width;
+  for (int i = 0; i < count; i += 2) {
+    const T* cell = volume + p.offset[i] * width;
+    __builtin_prefetch(cell + line, write);
+    if (ND == 3) __builtin_prefetch(cell + line + plane, write);
+  }
 }
 
 // Lowest and highest plane of the image's slowest axis that voxels of plane `start` touch, displaced along it
@@ -139,6 +160,31 @@ inline void plane_range(const WarpArgs& a, int nd, int64_t start, double low, do
   range[1] = int32_t(std::clamp<int64_t>(hi, -1, last + 1));
 }
 
+template <class A, int ND>
+bool is_nan(const Positions<A, ND>& p, int i) {
+  bool nan = false;
+  for (int k = 0; k < ND; ++k) nan |= p.fraction[k][i] != p.fraction[k][i];
+  return nan;
+}
+
+// The two corners of a voxel's cell along each axis.
+template <class A, int ND>
+struct Sides {
+  A weight[ND][2];
+  int64_t offset[ND][2];  // in the volume; negative where there is no voxel
+
+  Sides(const WarpArgs& a, const Positions<A, ND>& p, int i) {
+    int64_t stride = 1;
+    for (int k = ND - 1; k >= 0; --k) {
+      const int64_t n = a.in[k + 3 - ND];
+      for (int upper = 0; upper < 2; ++upper)
+        offset[k][upper] = stride * corner_index(int64_t(p.whole[k][i]) + upper, n, a.padding);
+      weight[k][0] = A(1) - p.fraction[k][i], weight[k][1] = p.fraction[k][i];
+      stride *= n;
+    }
+  }
+};
+
 // The corners of a block, as pairs along x: fetched one by one, interpolated as vectors.
 template <class T, int ND>
 struct Corners {
@@ -150,6 +196,7 @@ struct Corners {
     for (int k = 3 - ND; k < 3; ++k)
       if (a.in[k] < 2) return false;
     const int64_t line = a.in[2], plane = a.in[1] * a.in[2];
+    ask_ahead(a, p, count, image);
     for (int i = 0; i < count; ++i) {
       const T* v = image + p.offset[i];
       std::memcpy(pair[0][i], v, sizeof pair[0][i]);
@@ -172,75 +219,54 @@ A lerp(A a, A b, A f) {
 // skipped rather than multiplied by 0, so a NaN or infinity never reaches a voxel that does not touch it.
 template <int ND, class A, class Visit>
 void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo, int64_t hi, Visit visit) {
-  A weights[ND][2];
-  int64_t offsets[ND][2];
-  bool present[ND][2];
-  int64_t stride = 1;
-  for (int k = ND - 1; k >= 0; --k) {
-    const int64_t n = a.in[k + 3 - ND];
-    for (int upper = 0; upper < 2; ++upper) {
-      const int64_t index = corner_index(int64_t(p.whole[k][i]) + upper, n, a.padding);
-      weights[k][upper] = upper ? p.fraction[k][i] : A(1) - p.fraction[k][i];
-      offsets[k][upper] = index * stride;
-      present[k][upper] = index >= 0 && (k > 0 || (index >= lo && index < hi)) && weights[k][upper] != A(0);
+  const Sides<A, ND> s(a, p, i);
+  const int64_t slice = a.in[2] * (ND == 3 ? a.in[1] : 1), first = lo * slice, end = hi * slice;
+  // Weights that are not 0 can have a product that is.
+  const auto along_x = [&](int corner, A weight, int64_t offset) {
+    for (int x = 0; x < 2; ++x)
+      if (s.offset[ND - 1][x] >= 0 && weight * s.weight[ND - 1][x] != A(0))
+        visit(corner + x, weight * s.weight[ND - 1][x], offset + s.offset[ND - 1][x]);
+  };
+  for (int slow = 0; slow < 2; ++slow) {
+    const A weight = s.weight[0][slow];
+    const int64_t offset = s.offset[0][slow];
+    if (offset < first || offset >= end || weight == A(0)) continue;
+    if constexpr (ND == 2) {
+      along_x(2 * slow, weight, offset);
+    } else {
+      for (int y = 0; y < 2; ++y)
+        if (s.offset[1][y] >= 0)
+          along_x(4 * slow + 2 * y, weight * s.weight[1][y], offset + s.offset[1][y]);
     }
-    stride *= n;
-  }
-  for (int corner = 0; corner < 1 << ND; ++corner) {
-    A weight = A(1);
-    int64_t offset = 0;
-    bool here = true;
-    for (int k = 0; k < ND; ++k) {
-      const int upper = corner >> (ND - 1 - k) & 1;
-      here = here && present[k][upper];
-      weight *= weights[k][upper];
-      offset += offsets[k][upper];
-    }
-    // Weights that are not 0 can have a product that is.
-    if (here && weight != A(0)) visit(corner, weight, offset);
   }
 }
 
 // Calls visit(k, weight, lower, upper) for the edges of a cell along axis k: their derivative is weight times
-// the difference of the two values, at an offset or, at -1, 0. Differences, so that an offset of the image
+// the difference of the two values, at an offset or, negative, 0. Differences, so that an offset of the image
 // costs no digits; none along an axis on which nothing changes: beyond the border, and where u is capped.
 template <int ND, class A, class Visit>
 void each_edge(const WarpArgs& a, const Positions<A, ND>& p, int i, const int64_t (&at)[3], Visit visit) {
-  int64_t index[ND][2], stride[ND];
-  int64_t n_inner = 1;
-  for (int k = ND - 1; k >= 0; --k) {
-    const int64_t n = a.in[k + 3 - ND];
-    for (int upper = 0; upper < 2; ++upper)
-      index[k][upper] = corner_index(int64_t(p.whole[k][i]) + upper, n, a.padding);
-    stride[k] = n_inner, n_inner *= n;
-  }
-  const auto offset = [&](int corner) {
-    int64_t sum = 0;
+  const Sides<A, ND> s(a, p, i);
+  int64_t offset[1 << ND];
+  for (int corner = 0; corner < 1 << ND; ++corner) {
+    int64_t sum = 0, least = 0;
     for (int k = 0; k < ND; ++k) {
-      const int64_t along = index[k][corner >> (ND - 1 - k) & 1];
-      if (along < 0) return int64_t(-1);
-      sum += along * stride[k];
+      const int64_t along = s.offset[k][corner >> (ND - 1 - k) & 1];
+      sum += along, least = std::min(least, along);
     }
-    return sum;
-  };
+    offset[corner] = least < 0 ? -1 : sum;
+  }
   for (int k = 0; k < ND; ++k) {
-    if (index[k][0] == index[k][1] || std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;
+    if (s.offset[k][0] == s.offset[k][1] || std::abs(p.whole[k][i] - at[k + 3 - ND]) >= kFarthest) continue;
     const int bit = 1 << (ND - 1 - k);
     for (int corner = 0; corner < 1 << ND; ++corner) {
       if (corner & bit) continue;
       A weight = A(1);
       for (int j = 0; j < ND; ++j)
-        if (j != k) weight *= corner >> (ND - 1 - j) & 1 ? p.fraction[j][i] : A(1) - p.fraction[j][i];
-      if (weight != A(0)) visit(k, weight, offset(corner), offset(corner | bit));
+        if (j != k) weight *= s.weight[j][corner >> (ND - 1 - j) & 1];
+      if (weight != A(0)) visit(k, weight, offset[corner], offset[corner | bit]);
     }
   }
-}
-
-template <class A, int ND>
-bool is_nan(const Positions<A, ND>& p, int i) {
-  bool nan = false;
-  for (int k = 0; k < ND; ++k) nan |= p.fraction[k][i] != p.fraction[k][i];
-  return nan;
 }
 
 template <int ND, class A, class T>

@@ -263,8 +263,8 @@ MUTANTS = [
     ),
     Mutant(
         "warp_scatters_to_the_wrong_row", "weight", CPU,
-        "w[line] += hi_y - hi_y * fx, w[line + 1] += hi_y * fx;",
-        "w[line] += hi_y - hi_y * fx, w[line + 1] += lo_y * fx;",
+        "share[corner + 2][i] = hi_y - hi_hi, share[corner + 3][i] = hi_hi;",
+        "share[corner + 2][i] = hi_y - hi_hi, share[corner + 3][i] = lo_hi;",
         "warp", "against_reference", "share of one of eight corners",
     ),
     Mutant(
@@ -272,6 +272,18 @@ MUTANTS = [
         "int64_t hi = start + int64_t(std::floor(std::min(high, cap))) + 2;",
         "int64_t hi = start + int64_t(std::floor(std::min(high, cap)));",
         "warp integrate_velocity", "against_reference or threads", "rows that reach into the next slab of planes are not visited there",
+    ),
+    Mutant(
+        "warp_slab_adds_to_its_neighbour", "border", "csrc/cpu/warp.cpp",
+        "all &= plain[i];",
+        "all &= p.inside[i];",
+        "warp", "together or repeats", "a block all inside the image is taken for one all inside the slab",
+    ),
+    Mutant(
+        "warp_rows_of_nobody", "border", "csrc/cpu/warp.cpp",
+        "const bool owned = positions && r >= first && r < last;",
+        "const bool owned = positions && r >= first && r + 1 < last;",
+        "warp", "against_reference or together", "the last row of a share sends nothing back",
     ),
     Mutant(
         "warp_affine_of_sample_0", "batch", CPU,

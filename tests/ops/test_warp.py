@@ -72,6 +72,31 @@ def test_reproducible_image_gradient(shape, dtype):
         assert_close(ours, theirs, floor=0.1 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.skipif(BACKEND != "cpu" or not COMPILED, reason="of the CPU's one pass for both gradients")
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((2, 3, 7, 5, 33), (9, 6, 70)), ((3, 1, 6, 4, 9), (2, 3, 5)), ((2, 2, 9, 31), (12, 67))],
+)
+def test_gradients_together_are_those_alone(shape, size, padding):
+    image, u = torch.rand(shape), 3 * torch.randn(shape[0], len(size), *size)
+    u[0, 0].flatten()[:2] = torch.tensor([float("nan"), 1e30])
+    grad = torch.randn(*shape[:2], *size)
+    before = torch.get_num_threads()
+
+    def gradients(*wanted):
+        return torch.ops.fastreg.warp_bwd(grad, image, u, None, "linear", padding, *wanted, False)[:2]
+
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            both = gradients(True, True)
+            assert torch.equal(both[0], gradients(True, False)[0])
+            assert torch.equal(both[1], gradients(False, True)[1])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(
     BACKEND == "cpu" and not COMPILED, reason="the reference multiplies infinite gradients by weights of 0"
 )
