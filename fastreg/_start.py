@@ -107,16 +107,18 @@ class Start:
         at = points.T.reshape(1, points.shape[1], -1, *[1] * (points.shape[1] - 1))
         return points + _inverse.Inverse(self.displacement.to(points))(at).reshape(points.shape[1], -1).T
 
+    def laid(self, image: Tensor, padding: Literal["zeros", "border"] = "border") -> Tensor:
+        """An image on the grid of the fixed one, moved."""
+        u = None if self.displacement is None else self.displacement.to(image)
+        affine = None if self.matrix is None else self.voxels.to(image)
+        return ops.warp(image, u, affine=affine, padding=padding)
+
     def resampled(
         self, moving: Tensor, mask: Tensor | None, moving_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """For images on the fixed grid: moving and its weights laid on the fixed image, whose own end where moving does."""
 
-        def laid(image: Tensor, padding: Literal["zeros", "border"]) -> Tensor:
-            u = None if self.displacement is None else self.displacement.to(image)
-            affine = None if self.matrix is None else self.voxels.to(image)
-            return ops.warp(image, u, affine=affine, padding=padding)
-
+        laid = self.laid
         inside = laid(torch.ones_like(moving[:, :1], dtype=torch.float32), "zeros") > 0.499
         if not inside.any():
             _check.fail("register", "start", "lead into the moving image", "one that leads nowhere into it")

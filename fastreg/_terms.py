@@ -1,4 +1,4 @@
-"""What `fastreg.register` minimises beside the similarity and the regularisation: landmarks.
+"""What `fastreg.register` minimises beside the similarity and the regularisation: landmarks here, label maps in _labels.py.
 
 A term is called with the motion that the affine part is not in, u (1, nd, *any grid) in voxels of its own grid or None, with that
 grid's spacing, and with the affine part, (nd, nd + 1) in mm, or None; fixed points p go to A p + u(p). It returns a scalar in
@@ -43,6 +43,10 @@ class Landmarks:
             self.moving / self.size, self.fixed / self.size, self.full, self.spacing, self.weight
         )
 
+    def at(self, shape: tuple[int, ...]) -> "Landmarks":
+        """For a level of `shape` voxels: points have no grid."""
+        return self
+
     def laid(self, half: Tensor, back: Tensor) -> "Landmarks":
         """Of both images laid half of the way: what is in fixed goes to half, what is in moving back, (nd, nd + 1) in mm."""
         fixed, moving = (
@@ -69,6 +73,13 @@ class Landmarks:
         return self.weight * (limit * torch.log1p(squared / limit)).mean() / (_FAR * self.longest) ** 2
 
 
+def pair_of(name: str, given: Any, what: str) -> tuple[Any, Any]:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        got = f"{len(given)} of them" if isinstance(given, (tuple, list)) else type(given).__name__
+        _check.fail("register", name, f"be a pair, {what}", got, TypeError)
+    return given[0], given[1]
+
+
 def landmarks_of(
     points: Any, weight: Any, like: Tensor, spacing: Sequence[float], back: Any = None
 ) -> tuple[Landmarks, ...]:
@@ -80,9 +91,7 @@ def landmarks_of(
             _check.fail(op, "landmarks", "be given with landmark_weight", None)
         return ()
     full = tuple(like.shape[2:])
-    if not isinstance(points, (tuple, list)) or len(points) != 2:
-        got = f"{len(points)} of them" if isinstance(points, (tuple, list)) else type(points).__name__
-        _check.fail(op, "landmarks", "be a pair, fixed and moving points", got, TypeError)
+    points = pair_of("landmarks", points, "fixed and moving points")
     both = []
     for name, given in zip(("the fixed landmarks", "the moving landmarks"), points, strict=True):
         _check.tensor(op, name, given)

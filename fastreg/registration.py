@@ -23,6 +23,7 @@ from . import (
     _descent,
     _discrete,
     _inverse,
+    _labels,
     _similarity,
     _start,
     _terms,
@@ -37,6 +38,7 @@ _AFFINE_VOXELS = 2_000_000  # levels beyond this size add nothing to twelve numb
 _AFFINE_ITERATIONS = 100
 _AFFINE_STEP = 0.1  # voxels
 
+Terms = tuple[_terms.Landmarks | _labels.Labels, ...]
 # Fixed, moving, weights of the one (or None), of the other.
 Images = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -132,7 +134,7 @@ def _level(
     window: int,
     regularization: float,
     matrix: Tensor | None = None,
-    terms: tuple[_terms.Landmarks, ...] = (),
+    terms: Terms = (),
     symmetric: bool = False,
     shares: Sequence[float] | None = None,
 ) -> _descent.Level:
@@ -153,6 +155,7 @@ def _level(
         compare = _channels.similarity(similarity, fixed, mask, window, shares)
         return _descent.Level(moving, compare, moves, matrix, affine, regularization, weights, terms, back)
 
+    terms = tuple(t.at(shape) for t in terms)
     back = one(moving, weights, fixed, mask, tuple(t.back for t in terms)) if symmetric else None
     return one(fixed, mask, moving, weights, terms, back)
 
@@ -166,7 +169,7 @@ def _fit_affine(
     report: Callable[..., object] | None,
     plan: Sequence[int],
     kind: str = "affine",
-    terms: tuple[_terms.Landmarks, ...] = (),
+    terms: Terms = (),
     symmetric: bool = False,
     shares: Sequence[float] | None = None,
 ) -> tuple[_affine.AffineFit, list[dict[str, Any]]]:
@@ -178,10 +181,11 @@ def _fit_affine(
         fixed, moving, mask, weights = _resized(images, shape)
         size = _descent.spacing_of(shape, full, spacing)
         compare = _channels.similarity(similarity, fixed, mask, window, shares)
-        sides = [_affine.Side(moving, weights, compare, terms)]
+        here = tuple(t.at(shape) for t in terms)
+        sides = [_affine.Side(moving, weights, compare, here)]
         if symmetric:
             compare = _channels.similarity(similarity, moving, weights, window, shares)
-            sides.append(_affine.Side(fixed, mask, compare, tuple(t.back for t in terms)))
+            sides.append(_affine.Side(fixed, mask, compare, tuple(t.back for t in here)))
         told = report and functools.partial(report, number)
         record = fit.descend(sides, size, n_iterations, _AFFINE_STEP, told)
         record = {"transform": kind, "shape": shape, "spacing_mm": size, **record}
@@ -232,6 +236,8 @@ def register(
     symmetric: bool = False,
     landmarks: tuple[Tensor, Tensor] | None = None,  # (K, nd) each
     landmark_weight: float = 1.0,
+    labels: tuple[Tensor, Tensor] | None = None,  # (1, 1, *spatial) each
+    label_weight: float = 1.0,
     progress: Callable[[int, int, int, int, float], object] | None = None,
 ) -> Registration:
     """Finds u such that ``moving(p + u(p))`` looks like ``fixed(p)``. Runs on the device of the images, in fp32.
@@ -276,6 +282,9 @@ def register(
             One pair that is far from what the others say is let go of.
         landmark_weight (float): 1: landmarks a tenth of the image's longest side apart, in the mean of squares, cost as much as
             images that have nothing in common; less and more in proportion.
+        labels (two Tensors, optional): (1, 1, *spatial) integers, label maps of fixed and moving; those that both have, but 0, are
+            laid on each other. Masks do not hide them.
+        label_weight (float): 1: no overlap of any label costs as much as images that have nothing in common.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.
 
@@ -341,7 +350,10 @@ def register(
         whole, begin = moving, _start.of(start, (fixed, moving, mask, moving_mask), spacing)
         if begin is not None:
             moving, mask, moving_mask = begin.resampled(moving, mask, moving_mask)
-        terms = _terms.landmarks_of(landmarks, landmark_weight, fixed, spacing, begin and begin.back)
+        terms: Terms = _terms.landmarks_of(landmarks, landmark_weight, fixed, spacing, begin and begin.back)
+        terms += _labels.labels_of(labels, label_weight, fixed, spacing, begin.laid if begin else None)
+        if terms and search_range is None and search[0] > 0:
+            search = 0.0, "landmarks or labels lead"  # which the search does not know of
         rescaled = (_descent.rescaled(fixed, mask), _descent.rescaled(moving, moving_mask))
         images = (*rescaled, mask, moving_mask)
         choice = _similarity.choose(similarity, *images, _pyramid(full, spacing, None))

@@ -160,3 +160,14 @@ def test_errors_of_landmarks(kind, match, options):
     image = texture(SHAPE)
     with pytest.raises(kind, match=f"fastreg::register: {match}"):
         register(image, image, **options)
+
+
+def test_landmarks_lead_instead_of_the_search():
+    """Which compares the images alone, and would undo what the points say of large motion."""
+    image = texture(SHAPE)
+    options = {"spacing": 2.0, "iterations": 1}
+    assert register(image, image, **options).discrete["why"] == "automatic"
+    found = register(image, image, landmarks=(POINTS, POINTS), **options).discrete
+    assert found == {"used": False, "why": "landmarks or labels lead"}
+    asked = register(image, image, landmarks=(POINTS, POINTS), search_range=10, **options)
+    assert asked.discrete["why"] == "asked for"

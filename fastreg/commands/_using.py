@@ -1,4 +1,4 @@
-"""What `fastreg register` is to use of a pair beside the two scans: further channels, landmarks."""
+"""What `fastreg register` is to use of a pair beside the two scans: further channels, landmarks, labels."""
 
 import argparse
 import math
@@ -45,6 +45,25 @@ def landmarks(
     )
     moving = moving if start is None else start.back(moving)
     return {"landmarks": (fixed.to(device), moving.to(device))}
+
+
+def labels(
+    case: Case, args: argparse.Namespace, start: _start.Start | None, device: torch.device
+) -> dict[str, Any]:
+    """The same of its labels."""
+    if not hasattr(args, "label_weight"):
+        return {}
+    if case.fixed_labels is None or case.moving_labels is None:
+        raise InputError("--use-labels goes with --fixed-labels and --moving-labels")
+    fixed, moving = (
+        torch.from_numpy(np.ascontiguousarray(a, dtype=kind))[None, None]
+        for a, kind in ((case.fixed_labels, np.int64), (case.moving_labels, np.float64))
+    )
+    grid, field = (case.moving_grid, None) if start is None else start.of_image(case.moving_grid)
+    moving = io.resample(moving, grid, case.fixed_grid, field, mode="nearest")[0].long()
+    if not (set(fixed.unique().tolist()) & set(moving.unique().tolist())) - {0}:
+        raise InputError("--use-labels: no label is in both images where they begin")
+    return {"labels": (fixed.to(device), moving.to(device))}
 
 
 def _weight(channel: list[str]) -> float:

@@ -54,12 +54,12 @@ HELP = {
     "iterations": "at most, of every level or comma-separated from coarse to fine",
     "learning_rate": "step of the optimiser",
     "symmetric": "with the scans exchanged what is found is the inverse: both directions are compared; implies --inverse, takes twice the time",
+    "label_weight": "use --fixed-labels and --moving-labels, with this weight: those that both have are laid on each other. Otherwise they are scored only",
     "landmark_weight": "use --fixed-landmarks and --moving-landmarks, with this weight; 1.0 brings them nearly together. Otherwise they are scored only",
 }
 CHOICES = {"similarity": _similarity.SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
-FLAGS = {
-    "landmark_weight": "--use-landmarks"
-}  # that are not named as their parameter, and are off where not given
+# that are not named as their parameter, and are off where not given
+FLAGS = {"landmark_weight": "--use-landmarks", "label_weight": "--use-labels"}
 # that are read from files, or otherwise made, and have no flag by which a number sets them
 GIVEN = (
     "fixed",
@@ -69,6 +69,7 @@ GIVEN = (
     "moving_mask",
     "start",
     "landmarks",
+    "labels",
     "channel_weights",
     "progress",
 )
@@ -248,7 +249,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     if moving_weights is not None:
         if not (moving_weights if weights is None else moving_weights * weights).any():
             raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
-    used = _using.landmarks(case, args, start, device)
+    used = _using.landmarks(case, args, start, device) | _using.labels(case, args, start, device)
     fixed_channels, moving_channels, weighed = _using.channels(case, args, start)
     parameters |= weighed
     _begin(args, case, device)
@@ -292,7 +293,8 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     if start is not None:
         lain = io.resample(intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None)
         before = lain if lain[1].any() else laid  # rather than a picture of nothing
-    scored = [key for name, key in (("landmarks", "tre"),) if name in used]
+    weighs = {"landmark_weight": "tre", "label_weight": "dice"}
+    scored = [key for name, key in weighs.items() if parameters.get(name, 0) > 0]
     return Outcome(case, u, device, summary, before, matrix, scored)
 
 

@@ -29,12 +29,24 @@ def files(tmp_path, monkeypatch):
     io.write_affine("start.tfm", np.concatenate([np.eye(2), np.array(AWAY)[:, None]], 1), FIXED.centre)
 
 
+NO_PICTURE = ["--no-picture"]
 LANDMARKS = ["--fixed-landmarks", "fixed.csv", "--moving-landmarks", "moving.csv"]
 
 
 def run(*more):
     return cli.main(
-        ["register", "fixed.nii.gz", "moving.nii.gz", "-o", "out", "--force", "--iterations", "30", *more]
+        [
+            "register",
+            "fixed.nii.gz",
+            "moving.nii.gz",
+            "-o",
+            "out",
+            "--force",
+            "--iterations",
+            "30",
+            *NO_PICTURE * ("--html" not in more),
+            *more,
+        ]
     )
 
 
@@ -71,7 +83,7 @@ def test_symmetric_scans_exchanged(files):
     mask[:6] = 0
     io.write_image("mask.nii.gz", mask, FIXED)
     ways = ["fixed.nii.gz", "moving.nii.gz"]
-    more = ["--symmetric", "--iterations", "40", "--start", "masses"]
+    more = ["--symmetric", "--iterations", "40", "--start", "masses", *NO_PICTURE]
     assert cli.main(["register", *ways, "-o", "there", *more, "--mask", "mask.nii.gz"]) == 0
     assert cli.main(["register", *ways[::-1], "-o", "back", *more, "--moving-mask", "mask.nii.gz"]) == 0
     with open("there/report.json", encoding="utf-8") as stream:
@@ -108,7 +120,7 @@ def test_channels_on_grids_of_their_own(files, capsys):
             "--start",
             "start.tfm",
         ]
-        assert cli.main([*command, *LANDMARKS, *more]) == 0
+        assert cli.main([*command, *LANDMARKS, *NO_PICTURE, *more]) == 0
         return report()["tre"]["after"]["mean"]
 
     # the landmarks of these files lie 3 mm off
@@ -127,6 +139,37 @@ def test_channels_on_grids_of_their_own(files, capsys):
     ):
         assert run("--start", "start.tfm", "--channel", *words) == 2
         assert line in capsys.readouterr().err
+
+
+def test_labels_that_are_used(files, capsys):
+    """Discs about the landmarks, those of the moving image as far off as these."""
+    _, grid = io.read_image("moving.nii.gz")
+    points = FIXED.centre + POINTS
+    there = points @ MATRIX[:, :-1].T + MATRIX[:, -1] + AWAY + (3.0, 0.0)
+    for name, on, centres in (("fixed", FIXED, points), ("moving", grid, there)):
+        at = on.to_physical(np.stack(np.meshgrid(*[np.arange(n) for n in on.shape], indexing="ij"), -1))
+        near = np.linalg.norm(at[..., None, :] - centres, axis=-1)
+        io.write_image(
+            f"{name}_labels.nii.gz", ((near.argmin(-1) + 1) * (near.min(-1) < 4)).astype(np.uint8), on
+        )
+    files_of = ["--fixed-labels", "fixed_labels.nii.gz", "--moving-labels", "moving_labels.nii.gz"]
+    for start in ("auto", "start.tfm"):
+        assert run(*files_of, "--start", start) == 0
+        before = report()["dice"]
+        assert "used" not in before
+        assert run(*files_of, "--start", start, "--use-labels", "5") == 0
+        after = report()["dice"]
+        assert after["used"] is True
+        assert report()["parameters"]["label_weight"] == 5
+        assert after["after"]["mean"] > 0.85 > 0.7 > before["after"]["mean"]
+        assert "used: no measure of accuracy" in capsys.readouterr().out
+    assert run(*files_of, "--start", "start.tfm", "--use-labels", "0") == 0
+    assert "used" not in report()["dice"]
+    assert run("--use-labels", "1") == 2
+    assert "--use-labels goes with --fixed-labels and --moving-labels" in capsys.readouterr().err
+    io.write_image("moving_labels.nii.gz", np.full(grid.shape, 9, np.uint8), grid)
+    assert run(*files_of, "--use-labels", "1") == 2
+    assert "no label is in both images" in capsys.readouterr().err
 
 
 def test_nothing_to_use(files, capsys):
