@@ -123,26 +123,41 @@ void compare_all(const Block<A>& b, const A* patch, const std::vector<int64_t>& 
   });
 }
 
-// The patch of a channel, the border going on. A row is copied in vectors, which may write into the next row
-// before that is copied; `end` is that of the tensor.
+// A row of n voxels, in vectors: it may write up to one beyond, as it may read.
+template <class T, class A>
+FASTREG_HD void copy_row(const T* from, int64_t n, A* to) {
+  for (int64_t x = 0; x < n; x += kLanes<A>) store_as(to + x, load_as<Vector<A>>(from + x));
+}
+
+// The patch of a channel, the border going on. A row may write into the next before that is copied; `end` is
+// that of the tensor.
 template <class T, class A>
 void copy_patch(const CostArgs& a, const Block<A>& b, const T* moving, const T* end, A* patch) {
-  const int64_t left = std::max<int64_t>(-b.begin[2], 0),
-                right = std::min(b.reach[2], a.size[2] - b.begin[2]);
-  for (int64_t z = 0; z < b.reach[0]; ++z) {
-    const T* plane = moving + std::clamp<int64_t>(b.begin[0] + z, 0, a.size[0] - 1) * a.size[1] * a.size[2];
-    for (int64_t y = 0; y < b.reach[1]; ++y, patch += b.pitch) {
-      const T* row = plane + std::clamp<int64_t>(b.begin[1] + y, 0, a.size[1] - 1) * a.size[2];
-      const T* from = row + b.begin[2];
-      for (int64_t x = left; x < right; x += kLanes<A>)
-        if (from + x + kLanes<A> <= end)
-          store_as(patch + x, load_as<Vector<A>>(from + x));
-        else
-          for (int64_t i = x; i < right; ++i) patch[i] = load(from[i]);
-      for (int64_t x = 0; x < left; ++x) patch[x] = load(row[0]);
-      for (int64_t x = right; x < b.reach[2]; ++x) patch[x] = load(row[a.size[2] - 1]);
+  const int64_t line = a.size[2], plane = a.size[1] * line;
+  const T* first = moving + b.begin[0] * plane + b.begin[1] * line + b.begin[2];
+  bool inside = first + (b.reach[0] - 1) * plane + (b.reach[1] - 1) * line + b.reach[2] + kLanes<A> <= end;
+  for (int k = 0; k < 3; ++k) inside &= b.begin[k] >= 0 && b.begin[k] + b.reach[k] <= a.size[k];
+  if (inside) {
+    for (int64_t z = 0; z < b.reach[0]; ++z, first += plane) {
+      const T* from = first;
+      for (int64_t y = 0; y < b.reach[1]; ++y, patch += b.pitch, from += line)
+        copy_row(from, b.reach[2], patch);
     }
+    return;
   }
+  const int64_t left = std::max<int64_t>(-b.begin[2], 0), right = std::min(b.reach[2], line - b.begin[2]);
+  for (int64_t z = 0; z < b.reach[0]; ++z)
+    for (int64_t y = 0; y < b.reach[1]; ++y, patch += b.pitch) {
+      const T* row = moving + std::clamp<int64_t>(b.begin[0] + z, 0, a.size[0] - 1) * plane +
+                     std::clamp<int64_t>(b.begin[1] + y, 0, a.size[1] - 1) * line;
+      const T* from = row + b.begin[2];
+      if (from + right + kLanes<A> <= end)
+        copy_row(from + left, right - left, patch + left);
+      else
+        for (int64_t x = left; x < right; ++x) patch[x] = load(from[x]);
+      for (int64_t x = 0; x < left; ++x) patch[x] = load(row[0]);
+      for (int64_t x = right; x < b.reach[2]; ++x) patch[x] = load(row[line - 1]);
+    }
 }
 
 // The samples of a block with weight, and the sum of their weights.

@@ -2,7 +2,7 @@ def mutants(Mutant):
     return [
         Mutant(
             "cost_far_border_is_the_near_one", "border", "csrc/cpu/cost_volume.cpp",
-            "patch[x] = load(row[a.size[2] - 1]);",
+            "patch[x] = load(row[line - 1]);",
             "patch[x] = load(row[0]);",
             "cost_volume", "reference", "offsets beyond the last voxel read the first",
         ),

@@ -86,6 +86,17 @@ def test_rows_of_offsets_of_any_length(dtype, radius):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_radius_far_beyond_the_image(masked):
+    """What a cell reaches does not fit the shared memory of a GPU."""
+    fixed, moving = (t.detach() for t in make((1, 2, 8, 5), torch.float32))
+    mask = make_mask((1, 1, 8, 5)) if masked else None
+    arguments = (8, 5), (0, 1600)
+    ours = fastreg.cost_volume(fixed, moving, *arguments, mask=mask)
+    assert_close(ours, truth(fixed.double(), moving.double(), double(mask), *arguments, (1, 1)))
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("shape", [(1, 4, 16, 6, 9), (1, 4, 8, 12)], ids=str)
 def test_is_local_correlation_of_squares(shape):
     """(f - m)^2 = f^2 - 2 f m + m^2, summed over cells that fill the image."""
