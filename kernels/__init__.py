@@ -12,6 +12,7 @@ from typing import Any
 LAUNCHERS = {
     "local_correlation": "local_correlation",
     "local_correlation_bwd": "local_correlation",
+    "cost_volume": "cost_volume",
     "lcc_loss": "lcc_loss",
     "lcc_map": "lcc_loss",
     "lcc_map_bwd": "lcc_loss",
