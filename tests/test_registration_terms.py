@@ -5,8 +5,10 @@ import torch
 
 import fastreg
 from fastreg import metrics
+from fastreg._affine import Side, around, halves
+from fastreg._labels import Labels
 from fastreg._terms import Landmarks
-from fastreg.registration import register
+from fastreg.registration import _level, register
 from tests.test_registration import bump, pair, texture
 
 SHAPE = (56, 60)
@@ -171,3 +173,28 @@ def test_landmarks_lead_instead_of_the_search():
     assert found == {"used": False, "why": "landmarks or labels lead"}
     asked = register(image, image, landmarks=(POINTS, POINTS), search_range=10, **options)
     assert asked.discrete["why"] == "asked for"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("transform", ["dense", "velocity", "bspline"])
+def test_a_level_with_terms_stays_on_the_device_of_the_images(transform, symmetric):
+    """On the meta device, which as a GPU takes no tensor of the CPU; the matrices of the affine part come from there."""
+    with pytest.raises(RuntimeError):
+        torch.empty(2, device="meta") + torch.empty(2)
+    points, maps = torch.empty(5, 2, device="meta"), torch.empty(1, 6, 28, 30, device="meta")
+    both = Landmarks(points, points, SHAPE, (1.0, 1.0), 1.0), Labels(maps, maps, SHAPE, (1.0, 1.0), 1.0)
+    matrix = torch.eye(2, 3, dtype=torch.float64)
+    terms = *both, *(term.laid(matrix, matrix) for term in both)
+    image = torch.empty(1, 6, *SHAPE, device="meta")
+    images = image, image, None, image[:, :1]
+    field = torch.zeros(1, 2, 1, 1, device="meta")
+    where = (28, 30), (1.0, 1.0), field, transform, None, "lcc", 9, 2.0, None if symmetric else matrix
+    level = _level(images, *where, terms, symmetric, [1 / 6] * 6)
+    parameter = level.transform.parameter()
+    (gradient,) = torch.autograd.grad(level.objective(parameter)[0], parameter)
+    assert gradient.device.type == "meta"
+    assert {t.device.type for t in halves(images, matrix[None], matrix[None])} == {"meta"}
+    assert around(image[:, :2], matrix[None]).device.type == "meta"
+    level = _level(images, *where, terms, symmetric, [1 / 6] * 6)
+    side = Side(level.moving, None, level.similarity, level.terms)
+    assert side(matrix, (1.0, 1.0)).device.type == "meta"
