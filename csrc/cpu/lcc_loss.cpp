@@ -42,9 +42,10 @@ void weighted(LccArgs& a, Stored type, const LccTapList& taps) {
   a.least *= 2.0;
   a.n_adjoints = lcc_adjoints(a);
   const int64_t D = a.size[0], plane = a.size[1] * a.size[2], runs = (plane + kLccRun - 1) / kLccRun;
-  const int64_t chunk = a.n_adjoints ? std::max<int64_t>(kPlanes, at::get_num_threads()) : D;
+  // Planes in pairs, which kernels may sum together.
+  const int64_t chunk = a.n_adjoints ? std::max<int64_t>(kPlanes, 2 * at::get_num_threads()) : D;
   a.ring = std::min(chunk + 2 * a.radius[0], D);
-  Tensor adjoints = at::empty({a.n_adjoints, a.ring * plane}, at::kDouble);
+  Tensor adjoints = empty_large({a.n_adjoints, a.ring * plane}, at::kDouble);
   a.adjoints = adjoints.mutable_data_ptr<double>();
   auto reference = FASTREG_PICK(lcc_weighted_reference);
   auto windows = FASTREG_PICK(lcc_weighted_windows);
@@ -53,7 +54,8 @@ void weighted(LccArgs& a, Stored type, const LccTapList& taps) {
     reference(type, a, nc);
     for (int64_t z = 0, done = 0; z < D; z += chunk) {
       const int64_t end = std::min(z + chunk, D), last = end == D ? D : std::max(end - a.radius[0], done);
-      at::parallel_for(z, end, 1, [&](int64_t b, int64_t e) { windows(type, a, nc, b, e); });
+      at::parallel_for(z / 2, (end + 1) / 2, 1,
+                       [&](int64_t b, int64_t e) { windows(type, a, nc, 2 * b, std::min(2 * e, end)); });
       if (a.n_adjoints)
         at::parallel_for(0, runs, 1, [&](int64_t b, int64_t e) { gradient(type, a, nc, done, last, b, e); });
       done = last;

@@ -73,7 +73,7 @@ double collect(const double* value, const A* mask, A* map, double channels, int6
 struct Line {
   const double *f, *m, *ff, *mm, *fm;           // sums of shifted samples
   const double *count, *inverse, *outside;      // n, 1 / n, weight of the padded samples
-  double *peak_f, *peak_m;                      // largest second moments since the sums were seeded
+  double *peak_f, *peak_m;                      // running sums: largest second moments since they were seeded
   const double* upstream;                       // what d loss / d LCC is
   double *value, *e, *a, *mean_f, *b, *mean_m;  // LCC; adjoint maps (see statistics)
   double shift[2], to_reference[2];  // the sums' shift, and the shift less the gradient's reference
@@ -86,7 +86,7 @@ struct Line {
 //   that hold q,
 // so the maps e, 2 a and 2 a f_mean + e m_mean (2 b and 2 b m_mean + e f_mean for the moved image) are
 // box-summed in turn.
-template <Denominator kDenominator, bool kSquared, bool kFixed, bool kMoved, bool kPadded>
+template <bool kRunning, Denominator kDenominator, bool kSquared, bool kFixed, bool kMoved, bool kPadded>
 void statistics(const Line& l, int64_t begin, int64_t end) {
   const double* __restrict f = l.f, * __restrict m = l.m, * __restrict ff = l.ff, * __restrict mm = l.mm, * __restrict fm = l.fm;
   const double* __restrict count = l.count, * __restrict inverse = l.inverse, * __restrict outside = l.outside;
@@ -103,8 +103,11 @@ void statistics(const Line& l, int64_t begin, int64_t end) {
       s1 -= pf, t1 -= pm, s2 += pf * cf, t2 += pm * cm, st += pf * cm;
     }
     const double f_mean = s1 * inverse[x], m_mean = t1 * inverse[x];
-    const double largest_f = s2 > peak_f[x] ? s2 : peak_f[x], largest_m = t2 > peak_m[x] ? t2 : peak_m[x];
-    peak_f[x] = largest_f, peak_m[x] = largest_m;
+    double largest_f = s2, largest_m = t2;
+    if (kRunning) {
+      largest_f = s2 > peak_f[x] ? s2 : peak_f[x], largest_m = t2 > peak_m[x] ? t2 : peak_m[x];
+      peak_f[x] = largest_f, peak_m[x] = largest_m;
+    }
     double v = s2 - s1 * f_mean, w = t2 - t1 * m_mean, c = st - s1 * m_mean;
     const bool counted = count[x] >= least;
     const bool resolved = (v > tau * largest_f) & (w > tau * largest_m) & counted;
@@ -128,28 +131,30 @@ void statistics(const Line& l, int64_t begin, int64_t end) {
 
 using Statistics = void (*)(const Line&, int64_t, int64_t);
 
-template <Denominator kDenominator, bool kSquared>
+template <bool kRunning, Denominator kDenominator, bool kSquared>
 Statistics statistics_for(bool fixed, bool moved, bool padded) {
   constexpr Denominator d = kDenominator;
-  constexpr bool s = kSquared;
+  constexpr bool r = kRunning, s = kSquared;
   if (padded)
-    return fixed ? (moved ? statistics<d, s, true, true, true> : statistics<d, s, true, false, true>)
-                 : (moved ? statistics<d, s, false, true, true> : statistics<d, s, false, false, true>);
-  return fixed ? (moved ? statistics<d, s, true, true, false> : statistics<d, s, true, false, false>)
-               : (moved ? statistics<d, s, false, true, false> : statistics<d, s, false, false, false>);
+    return fixed ? (moved ? statistics<r, d, s, true, true, true> : statistics<r, d, s, true, false, true>)
+                 : (moved ? statistics<r, d, s, false, true, true> : statistics<r, d, s, false, false, true>);
+  return fixed ? (moved ? statistics<r, d, s, true, true, false> : statistics<r, d, s, true, false, false>)
+               : (moved ? statistics<r, d, s, false, true, false> : statistics<r, d, s, false, false, false>);
 }
 
+// Of sums that are running ones (lcc_box.cpp) or not.
+template <bool kRunning = true>
 Statistics statistics_for(Denominator denominator, bool squared, bool f, bool m, bool padded) {
   switch (denominator) {
     case Denominator::product:
-      return squared ? statistics_for<Denominator::product, true>(f, m, padded)
-                     : statistics_for<Denominator::product, false>(f, m, padded);
+      return squared ? statistics_for<kRunning, Denominator::product, true>(f, m, padded)
+                     : statistics_for<kRunning, Denominator::product, false>(f, m, padded);
     case Denominator::clamp:
-      return squared ? statistics_for<Denominator::clamp, true>(f, m, padded)
-                     : statistics_for<Denominator::clamp, false>(f, m, padded);
+      return squared ? statistics_for<kRunning, Denominator::clamp, true>(f, m, padded)
+                     : statistics_for<kRunning, Denominator::clamp, false>(f, m, padded);
     default:
-      return squared ? statistics_for<Denominator::each, true>(f, m, padded)
-                     : statistics_for<Denominator::each, false>(f, m, padded);
+      return squared ? statistics_for<kRunning, Denominator::each, true>(f, m, padded)
+                     : statistics_for<kRunning, Denominator::each, false>(f, m, padded);
   }
 }
 

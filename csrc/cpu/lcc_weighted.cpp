@@ -5,25 +5,29 @@
 #include <utility>
 
 #include "cpu/lcc_rows.h"
+#include "cpu/row_sums.h"
 #include "cpu/vector.h"
 
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Forward: one plane of windows at a time, planes in any order. Per row: the five moments summed over z
-// straight from the images (products of shifted samples cost less than a ring of planes of five moments),
-// kept in a ring of some 2 ry + 4 rows in L2; from it the sums over y, four rows of windows at once so that a
-// row of the ring is read once for all four, then over x; LCC and its adjoint maps of the line; those summed
-// over x and, through a second ring, over y, and written to `adjoints`, a ring of planes. Gradient: the
-// adjoints summed over z, four planes at once, and combined with the images, one run of a plane's voxels at a
-// time so that the planes' rows stay in L2. The two take turns chunk by chunk. Nothing is computed twice and
-// nothing depends on the thread count. Sums are fp64, never subtractive; shift and rule for flat windows are
-// those of the box windows. Bytes (r = radius of the taps): each image 2 r + 1 times, from L3 but for once;
-// three (both gradients: five) fp64 adjoints written and read once, through L3 or memory; each gradient
-// written once. Arithmetic, w = 2 r + 1 taps an axis, one gradient: 12 w fp64 operations a voxel for the sums
-// over z, 2 w for each of two axes of 5 moments and three axes of 3 adjoints. w = 21, AVX2 at two additions
-// and two products a cycle: 19 + 26 + 24 cycles a voxel and some 20 for the statistics: 160^3 needs 65 ms of
-// two cores at 2.8 GHz.
+// Forward: two planes of windows at a time (with AVX-512, as registers allow), pairs in any order. Per row:
+// the five moments summed over z straight from the images (products of shifted samples cost less than a ring
+// of planes of five moments), kept in a ring of some 2 ry + 8 rows in L2. From it, for as many rows as a
+// vector has lanes: the sums over y; then the rows are transposed, so that the sums over x load whole vectors
+// and rows are summed by one loop along every axis; LCC and its adjoint maps; those summed over x, transposed
+// back and, through a second ring, summed over y, and written to `adjoints`, a ring of planes. Gradient: the
+// adjoints summed over z and combined with the images, one run of a plane's voxels at a time so that the
+// planes' rows stay in L2. The two take turns chunk by chunk. Nothing is computed twice and nothing depends
+// on the thread count. Sums are fp64; mirrored samples are added before they are weighed, which halves the
+// products, and nothing is ever subtracted; shift and rule for flat windows are those of the box windows.
+// Bytes (r = radius of the taps): each image r + 1 times, from L3 but for once; three (both gradients: five)
+// fp64 adjoints written and read once, through L3 or memory; each gradient written once. Arithmetic of r + 1
+// products and r additions a sum, 8 lanes: 5 moments and 3 adjoints along three axes, r = 10, are 24 x 21 / 8
+// = 63 operations a voxel, and 9 more for the products over z: at three a cycle and 4 GHz 160^3 needs 25 ms
+// of a core, with some 10 for the statistics. Measured on a busy machine: 79 ms where the sums before,
+// without pairs and mirrored samples, took 130; what is left is waiting for L2 (rings) and L3 (planes,
+// adjoints).
 
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 4)));
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes / 2)));
@@ -39,6 +43,9 @@ FASTREG_HD V widen(const T* p) {
   } else {
     Floats f;
     if constexpr (std::is_same_v<T, float>) {
+#if defined(__AVX512F__)
+      return V(_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)));
+#endif
       std::memcpy(&f, p, sizeof(f));
     } else if constexpr (std::is_same_v<T, bfloat16_t>) {
       Bits16 bits;
@@ -57,62 +64,26 @@ FASTREG_HD V widen(const T* p) {
   }
 }
 
-template <int kCount>
-struct Count {};
+// Rows that are summed at once, as registers allow: eight, their mirrored samples on either side, and the
+// sums.
+constexpr int kGroup = kLanes<double>;
+// Planes of windows that are summed over z at once: a sample is then loaded and multiplied once for both.
+constexpr int kPlanes = kLanes<double> == 8 ? 2 : 1;
 
-// Calls body(V(), Count<n>(), x) for blocks of n vectors from x on: kBlock of them, then single ones, the
-// last of which overlaps the one before; single voxels where there is not one vector.
-template <class A, int kBlock, class Body>
-FASTREG_HD void cover_blocks(int64_t n, Body body) {
-  if (n < kLanes<A>) {
-    for (int64_t x = 0; x < n; ++x) body(A(), Count<1>(), x);
-    return;
-  }
-  int64_t x = 0;
-  for (; x + kBlock * kLanes<A> <= n; x += kBlock * kLanes<A>) body(Vector<A>(), Count<kBlock>(), x);
-  for (; x < n; x += kLanes<A>) body(Vector<A>(), Count<1>(), std::min(x, n - kLanes<A>));
-}
-
-// out[i] = tap[0] row[i] + ... + tap[2 r] row[i + 2 r] for i < kRows: a row is loaded once for all that it
-// enters, and enters nothing else, for it may hold a NaN. kRows = 4 needs r >= 2.
-template <int kRows>
-void sum_rows(const double* const* row, const double* tap, int64_t r, double* const* out, int64_t n) {
-  cover_blocks<double, kRows == 1 ? 4 : 2>(n, [&]<class V, int kCount>(V, Count<kCount>, int64_t x) {
-    constexpr int kStep = sizeof(V) / sizeof(double);
-    V sum[kRows][kCount] = {};
-    auto take = [&]<int kFirst, int kLast>(std::integer_sequence<int, kFirst, kLast>, int64_t t) {
-      for (int u = 0; u < kCount; ++u) {
-        const V sample = load_as<V>(row[t] + x + u * kStep);
-        for (int i = kFirst; i <= kLast; ++i) sum[i][u] += sample * tap[t - i];
-      }
-    };
-    if constexpr (kRows == 4) {
-      take(std::integer_sequence<int, 0, 0>(), 0);
-      take(std::integer_sequence<int, 0, 1>(), 1);
-      take(std::integer_sequence<int, 0, 2>(), 2);
-    }
-    for (int64_t t = kRows - 1; t <= 2 * r; ++t) take(std::integer_sequence<int, 0, kRows - 1>(), t);
-    if constexpr (kRows == 4) {
-      take(std::integer_sequence<int, 1, 3>(), 2 * r + 1);
-      take(std::integer_sequence<int, 2, 3>(), 2 * r + 2);
-      take(std::integer_sequence<int, 3, 3>(), 2 * r + 3);
-    }
-    for (int i = 0; i < kRows; ++i)
-      for (int u = 0; u < kCount; ++u) store_as(out[i] + x + u * kStep, sum[i][u]);
-  });
-}
-
-// Sums along one axis.
+// Sums of rows, which lie in a ring.
 class Taps {
  public:
-  Taps(const LccTaps& t, int64_t r_) : r(r_), block(r >= 2 ? 4 : 1), tap(2 * r + 1), row(2 * r + block) {
-    for (int64_t k = -r; k <= r; ++k) tap[k + r] = t.tap[std::abs(k)];
-  }
+  Taps(const LccTaps& t, int64_t radius) : r(radius), tap(t.tap), row(2 * r + kGroup) {}
 
-  // out[i] = sum over the rows around the one at i, first <= i < first + block. Row i lies at base + i % ring
+  // out[i] = sum over the rows around the one at i, first <= i < first + kGroup. Row i lies at base + i %
+  // ring
   // * step; `nothing` stands for those outside [0, size).
   void sum(int64_t first, int64_t size, const double* base, int64_t ring, int64_t step, const double* nothing,
            double* const* out, int64_t n) {
+    if (size == 1) {
+      for (int64_t x = 0; x < n; ++x) out[0][x] = tap[0] * base[x];
+      return;
+    }
     int64_t i = first - r, slot = std::max<int64_t>(i, 0) % ring;
     for (auto& pointer : row) {
       const bool inside = i >= 0 && i < size;
@@ -120,24 +91,63 @@ class Taps {
       if (inside && ++slot == ring) slot = 0;
       ++i;
     }
-    if (block == 4)
-      sum_rows<4>(row.data(), tap.data(), r, out, n);
-    else
-      sum_rows<1>(row.data(), tap.data(), r, out, n);
+    const double* const* centre = row.data() + r;
+    cover_blocks<double, 1>(n, [&]<class V, int kCount>(V, Count<kCount>, int64_t x) {
+      constexpr int kStep = sizeof(V) / sizeof(double);
+      V sum[kGroup][kCount];
+      mirrored(
+          tap, r,
+          [&](int64_t j, V(&to)[kCount]) __attribute__((always_inline)) {
+            FASTREG_REPEAT(kCount, u, to[u] = load_as<V>(centre[j] + x + u * kStep));
+          },
+          sum);
+      FASTREG_REPEAT(kGroup, k, FASTREG_REPEAT(kCount, u, store_as(out[k] + x + u * kStep, sum[k][u])));
+    });
   }
 
-  // Along a row that has r zeros on both sides.
-  void sum_along(const double* in, double* out, int64_t n) {
-    for (int64_t t = 0; t <= 2 * r; ++t) row[t] = in + t - r;
-    sum_rows<1>(row.data(), tap.data(), r, &out, n);
-  }
-
-  const int64_t r, block;
+  const int64_t r;
 
  private:
-  std::vector<double> tap;
+  const double* tap;
   std::vector<const double*> row;
 };
+
+// Sums along x, where the n voxels of kLanes<double> rows alternate: row i's voxel x at x * lanes + i. Voxels
+// beyond the row's ends are zeros.
+void sum_across(const LccTaps& t, int64_t r, const double* in, double* out, int64_t n) {
+  using V = Vector<double>;
+  constexpr int L = kLanes<double>;
+  auto voxels = [&]<int kRows, int kCount>(std::integer_sequence<int, kRows, kCount>, int64_t x) {
+    V sum[kRows][kCount];
+    const double* centre = in + x * L;
+    mirrored(
+        t.tap, r,
+        [&](int64_t j, V(&to)[kCount]) __attribute__((always_inline)) {
+          FASTREG_REPEAT(kCount, u, to[u] = load_as<V>(centre + (j + u * kRows) * L));
+        },
+        sum);
+    FASTREG_REPEAT(kRows, i,
+                   FASTREG_REPEAT(kCount, u, store_as<V>(out + (x + i + u * kRows) * L, sum[i][u])));
+  };
+  int64_t x = 0;
+  for (; x + kGroup <= n; x += kGroup) voxels(std::integer_sequence<int, kGroup, 1>(), x);
+  for (; x < n; ++x) voxels(std::integer_sequence<int, 1, 1>(), x);
+}
+
+// Along a single row.
+void sum_along(const LccTaps& t, int64_t r, const double* in, double* out, int64_t n) {
+  cover_blocks<double, 4>(n, [&]<class V, int kCount>(V, Count<kCount>, int64_t x) {
+    constexpr int kStep = sizeof(V) / sizeof(double);
+    V sum[1][kCount];
+    mirrored(
+        t.tap, r,
+        [&](int64_t j, V(&to)[kCount]) __attribute__((always_inline)) {
+          FASTREG_REPEAT(kCount, u, to[u] = load_as<V>(in + j + x + u * kStep));
+        },
+        sum);
+    FASTREG_REPEAT(kCount, u, store_as(out + x + u * kStep, sum[0][u]));
+  });
+}
 
 double weight_outside(const LccTaps& t, int64_t i, int64_t size) {
   return t.tail[std::min(i + 1, t.length)] + t.tail[std::min(size - i, t.length)];
@@ -154,69 +164,73 @@ class Windows {
         D(a.size[0]),
         H(a.size[1]),
         W(a.size[2]),
-        along_y(a.taps[1], a.radius[1]),
-        along_x(a.taps[2], a.radius[2]) {
+        lanes(H > 1 ? kLanes<double> : 1),
+        n(W * lanes),
+        along_y(a.taps[1], a.radius[1]) {
     for (int k = 0; k < 3; ++k) r[k] = a.radius[k];
     fixed = static_cast<const T*>(a.fixed) + nc * D * H * W;
     moved = static_cast<const T*>(a.moved) + nc * D * H * W;
     mask = kMask ? static_cast<const A*>(a.mask) + nc / a.c * D * H * W : nullptr;
     upstream = a.upstream ? static_cast<const A*>(a.upstream) + nc / a.c * D * H * W : mask;
     n_adjoints = a.n_adjoints;
-    // Rows that are summed along x carry rx zeros on both sides.
-    stride = (W + 2 * r[2] + 15) / 8 * 8;
-    ring_rows = 2 * r[1] + along_y.block, adjoint_rows = 2 * (r[1] + along_y.block);
-    ring = zeros(ring_rows * kMoments), column = zeros(along_y.block * kMoments), box = zeros(kMoments);
-    nothing = zeros(1), beyond = zeros(1), count = zeros(3), outside_x = zeros(1), largest = zeros(2);
-    value = zeros(1), line_up = zeros(1), adjoint = zeros(n_adjoints);
-    adjoint_ring = zeros(adjoint_rows * n_adjoints);
+    // Rows; and groups of rows, whose voxels alternate, with r zeros on both sides.
+    stride = (W + 15) / 8 * 8, wide = ((W + 2 * r[2]) * lanes + 127) / 64 * 64;
+    ring_rows = 2 * r[1] + lanes, adjoint_rows = 2 * r[1] + lanes + kGroup;
+    for (int p = 0; p < kPlanes; ++p) {
+      ring[p] = zeros(ring_rows * kMoments, stride);
+      adjoint_ring[p] = zeros(adjoint_rows * n_adjoints, stride);
+    }
+    column = zeros(std::max<int64_t>(lanes, kGroup), stride), nothing = zeros(1, stride);
+    beyond = zeros(1, stride), outside_x = zeros(1, stride);
+    crossed = zeros(1, wide), box = zeros(kMoments, wide), count = zeros(3, wide);
+    value = zeros(1, wide), weights = zeros(1, wide), line_up = zeros(1, wide);
+    adjoint = zeros(n_adjoints, wide);
     for (int64_t x = 0; x < W; ++x) outside_x[x] = weight_outside(a.taps[2], x, W);
     for (int padded = 0; padded < 2; ++padded)
-      line_statistics[padded] = statistics_for(a.denominator, a.squared, a.grad_fixed, a.grad_moved, padded);
+      line_statistics[padded] =
+          statistics_for<false>(a.denominator, a.squared, a.grad_fixed, a.grad_moved, padded);
     prepare_line();
   }
 
-  void plane(int64_t z) {
+  // Planes [z, z + n_planes) of windows.
+  void planes(int64_t z, int64_t n_planes) {
     choose_shift(z);
-    const int64_t block = along_y.block;
-    double sum = 0.0;
+    double sum[kPlanes] = {};
     int64_t read = 0, written = 0;  // rows summed over z, rows of adjoints written
-    for (int64_t y = 0; y < H; y += block) {
-      const int64_t end = std::min(y + block, H);
-      for (; read < std::min(end + r[1], H); ++read) sum_z(z, read);
-      sum_y(y);
-      for (int64_t row = y; row < end; ++row) sum += line_of(z, row, column + (row - y) * kMoments * stride);
-      if (n_adjoints)
-        for (; written < H && (end == H || written + block + r[1] <= end); written += block)
-          write_adjoints(z, written);
+    for (int64_t y = 0; y < H; y += lanes) {
+      const int64_t end = std::min(y + lanes, H);
+      for (; read < std::min(end + r[1], H); ++read)
+        n_planes == kPlanes ? sum_z<kPlanes>(z, read) : sum_z<1>(z, read);
+      for (int p = 0; p < n_planes; ++p) sum[p] += rows(p, z + p, y, end - y);
+      for (; n_adjoints && written < H && (end == H || written + kGroup + r[1] <= end); written += kGroup)
+        for (int p = 0; p < n_planes; ++p) write_adjoints(p, z + p, written);
     }
-    a.sums[nc * D + z] = -sum;
+    for (int p = 0; p < n_planes; ++p) a.sums[nc * D + z + p] = -sum[p];
   }
 
  private:
   static constexpr int kMoments = 5 + kMask;  // f, m, ff, mm, fm, weight
   static constexpr int kWeight = 5;
 
-  double* zeros(int64_t rows) {
-    double* p = arena.rows(rows, stride);
-    std::fill_n(p, rows * stride, 0.0);
+  double* zeros(int64_t rows, int64_t width) {
+    double* p = arena.rows(rows, width);
+    std::fill_n(p, rows * width, 0.0);
     return p;
   }
   int64_t at(int64_t z, int64_t y) const { return (z * H + y) * W; }
-  double* ring_row(int64_t y) const { return ring + y % ring_rows * kMoments * stride; }
-  double* adjoint_row(int64_t y) const { return adjoint_ring + y % adjoint_rows * n_adjoints * stride; }
 
   void prepare_line() {
     line = {};
-    line.f = box, line.m = box + stride, line.ff = box + 2 * stride, line.mm = box + 3 * stride,
-    line.fm = box + 4 * stride;
-    line.count = count, line.inverse = count + stride, line.outside = count + 2 * stride;
-    line.peak_f = largest, line.peak_m = largest + stride, line.upstream = line_up, line.value = value;
-    auto map = [&](int k) { return adjoint + k * stride + r[2]; };
+    line.f = box, line.m = box + wide, line.ff = box + 2 * wide, line.mm = box + 3 * wide,
+    line.fm = box + 4 * wide;
+    line.count = count, line.inverse = count + wide, line.outside = count + 2 * wide;
+    line.upstream = line_up, line.value = value;
+    auto map = [&](int k) { return adjoint + k * wide + r[2] * lanes; };
     if (n_adjoints) line.e = map(0);
     if (a.grad_fixed) line.a = map(1), line.mean_f = map(2);
     if (a.grad_moved) line.b = map(n_adjoints - 2), line.mean_m = map(n_adjoints - 1);
     line.rule = a.rule, line.least = a.least;
-    std::fill_n(line_up, W, -1.0);
+    std::fill_n(line_up, n, -1.0);
   }
 
   void choose_shift(int64_t z) {
@@ -227,133 +241,210 @@ class Windows {
     for (int k = 0; k < 2; ++k) line.to_reference[k] = line.shift[k] - a.reference[k];
   }
 
-  // The moments of row y summed over the planes of the windows of plane z. Outside the mask nothing is looked
-  // at, not even a NaN.
+  // The moments of row y summed over the planes of the windows of planes [z, z + kRows). Outside the mask
+  // nothing is looked at, not even a NaN.
+  template <int kRows>
   void sum_z(int64_t z, int64_t y) {
-    double* __restrict out = ring_row(y);
-    const int64_t begin = std::max<int64_t>(z - r[0], 0), end = std::min(z + r[0], D - 1), skip = H * W;
+    const int64_t skip = H * W, here = at(z, y), depth = D;
     const double cf = line.shift[0], cm = line.shift[1];
-    const double* tap = a.taps[0].tap;
-    const T *f_row = fixed + at(begin, y), *m_row = moved + at(begin, y);
-    const A* k_row = kMask ? mask + at(begin, y) : nullptr;
-    cover_blocks<double, 2>(W, [&]<class V, int kCount>(V, Count<kCount>, int64_t x) {
-      constexpr int kStep = sizeof(V) / sizeof(double);
-      V sum[kMoments][kCount] = {};
-      const T *f_at = f_row + x, *m_at = m_row + x;
-      const A* k_at = k_row + (kMask ? x : 0);
-      for (int64_t k = begin; k <= end; ++k, f_at += skip, m_at += skip) {
-        const double weight = tap[k < z ? z - k : k - z];
-        // The next row of a plane: too many planes for the hardware to follow.
-        __builtin_prefetch(f_at + W), __builtin_prefetch(m_at + W);
-        for (int u = 0; u < kCount; ++u) {
-          V f = widen<V>(f_at + u * kStep) - cf, m = widen<V>(m_at + u * kStep) - cm, wf, wm;
-          if constexpr (kMask) {
-            const V inside = widen<V>(k_at + u * kStep), w = weight * inside;
-            f = inside == 0.0 ? V{} : f, m = inside == 0.0 ? V{} : m;
-            wf = w * f, wm = w * m;
-            sum[5][u] += w;
-          } else {
-            wf = weight * f, wm = weight * m;
-          }
-          sum[0][u] += wf, sum[1][u] += wm, sum[2][u] += wf * f, sum[3][u] += wm * m, sum[4][u] += wf * m;
-        }
-        if constexpr (kMask) k_at += skip;
-      }
-      for (int k = 0; k < kMoments; ++k)
-        for (int u = 0; u < kCount; ++u) store_as(out + k * stride + x + u * kStep, sum[k][u]);
+    double* out[kRows];
+    for (int p = 0; p < kRows; ++p) out[p] = ring[p] + y % ring_rows * kMoments * stride;
+    cover_blocks<double, 1>(W, [&]<class V, int kCount>(V, Count<kCount>, int64_t x) {
+      const T *f_at = fixed + here + x, *m_at = moved + here + x;
+      const A* k_at = kMask ? mask + here + x : nullptr;
+      V sum[kRows][kMoments];
+      mirrored(
+          a.taps[0].tap, r[0],
+          [&](int64_t j, V(&to)[kMoments]) __attribute__((always_inline)) {
+            if (z + j < 0 || z + j >= depth) {
+              FASTREG_REPEAT(kMoments, k, to[k] = V{});
+              return;
+            }
+            // The next row of a plane: too many planes for the hardware to follow.
+            __builtin_prefetch(f_at + j * skip + W), __builtin_prefetch(m_at + j * skip + W);
+            V f = widen<V>(f_at + j * skip) - cf, m = widen<V>(m_at + j * skip) - cm;
+            if constexpr (kMask) {
+              const V inside = widen<V>(k_at + j * skip);
+              f = inside == 0.0 ? V{} : f, m = inside == 0.0 ? V{} : m;
+              const V kf = inside * f, km = inside * m;
+              to[0] = kf, to[1] = km, to[2] = kf * f, to[3] = km * m, to[4] = kf * m, to[kWeight] = inside;
+            } else {
+              to[0] = f, to[1] = m, to[2] = f * f, to[3] = m * m, to[4] = f * m;
+            }
+          },
+          sum);
+      FASTREG_REPEAT(kRows, p, FASTREG_REPEAT(kMoments, k, store_as<V>(out[p] + k * stride + x, sum[p][k])));
     });
   }
 
-  void sum_y(int64_t y) {
-    for (int k = 0; k < kMoments; ++k) {
-      double* out[4];
-      for (int64_t i = 0; i < along_y.block; ++i) out[i] = column + (i * kMoments + k) * stride + r[2];
-      along_y.sum(y, H, ring + k * stride, ring_rows, kMoments * stride, nothing, out, W);
+  // Rows to voxels that alternate.
+  void cross(const double* in, double* out) const {
+    if (lanes == 1) {
+      std::copy_n(in, W, out);
+      return;
+    }
+    constexpr int L = kLanes<double>;
+    for (int64_t x = 0; x < W; x += L) {
+      Vector<double> v[L];
+      for (int i = 0; i < L; ++i) v[i] = load_as<Vector<double>>(in + i * stride + x);
+      transpose<double>(v);
+      for (int i = 0; i < std::min<int64_t>(L, W - x); ++i) store_as<Vector<double>>(out + (x + i) * L, v[i]);
     }
   }
 
-  // Returns the line's sum of mask * LCC; its adjoint maps, summed over x, enter their ring.
-  double line_of(int64_t z, int64_t y, const double* sums) {
-    for (int k = 0; k < kMoments; ++k) along_x.sum_along(sums + k * stride + r[2], box + k * stride, W);
-    const bool all_inside = window_counts(z, y);
-    const int64_t here = at(z, y);
-    if (upstream) {
-      const double scale = a.upstream ? -1.0 / double(a.c) : -1.0;
-      for (int64_t x = 0; x < W; ++x) line_up[x] = scale * double(upstream[here + x]);
+  // The way back; row i goes to out[i].
+  void uncross(const double* in, double* const* out) const {
+    if (lanes == 1) {
+      std::copy_n(in, W, out[0]);
+      return;
     }
-    std::fill_n(largest, 2 * stride, 0.0);
+    constexpr int L = kLanes<double>;
+    for (int64_t x = 0; x < W; x += L) {
+      Vector<double> v[L];
+      for (int i = 0; i < L; ++i) v[i] = load_as<Vector<double>>(in + (x + i) * L);
+      transpose<double>(v);
+      for (int i = 0; i < L; ++i) store_as<Vector<double>>(out[i] + x, v[i]);
+    }
+  }
+
+  void sum_x(const double* in, double* out) const {
+    lanes == 1 ? sum_along(a.taps[2], r[2], in, out, W) : sum_across(a.taps[2], r[2], in, out, W);
+  }
+
+  // `count` rows of windows. Returns their sum of mask * LCC; their adjoint maps, summed over x, enter the
+  // ring. Rows beyond the last are computed and forgotten.
+  double rows(int p, int64_t z, int64_t y, int64_t n_rows) {
+    for (int k = 0; k < kMoments; ++k) {
+      for (int64_t i = 0; i < lanes; i += kGroup) {
+        double* out[kGroup];
+        for (int64_t j = 0; j < kGroup; ++j) out[j] = column + (i + j) * stride;
+        along_y.sum(y + i, H, ring[p] + k * stride, ring_rows, kMoments * stride, nothing, out, W);
+      }
+      cross(column, crossed + r[2] * lanes);
+      sum_x(crossed + r[2] * lanes, box + k * wide);
+    }
+    const bool all_inside = window_counts(z, y);
+    if (upstream) gather(upstream, z, y, n_rows, a.upstream ? -1.0 / double(a.c) : -1.0, line_up);
     // Away from the faces only the ends of a line have padded samples.
     const int64_t reach = a.valid ? 0 : a.taps[2].length - 1, left = all_inside ? std::min(reach, W) : W,
                   right = std::max(left, W - reach);
-    line_statistics[1](line, 0, left);
-    line_statistics[0](line, left, right);
-    line_statistics[1](line, right, W);
+    line_statistics[1](line, 0, left * lanes);
+    line_statistics[0](line, left * lanes, right * lanes);
+    line_statistics[1](line, right * lanes, n);
     poison();
-    for (int k = 0; k < n_adjoints; ++k)
-      along_x.sum_along(adjoint + k * stride + r[2], adjoint_row(y) + k * stride, W);
-    return collect(value, kMask ? mask + here : nullptr,
-                   a.map ? static_cast<A*>(a.map) + nc * D * H * W + here : nullptr, double(a.c), W);
+    for (int k = 0; k < n_adjoints; ++k) {
+      double* out[kLanes<double>];
+      for (int64_t i = 0; i < lanes; ++i)
+        out[i] = adjoint_ring[p] + ((y + i) % adjoint_rows * n_adjoints + k) * stride;
+      sum_x(adjoint + k * wide + r[2] * lanes, crossed + r[2] * lanes);
+      uncross(crossed + r[2] * lanes, out);
+    }
+    return collect_rows(z, y, n_rows);
+  }
+
+  // `to`: rows of an image, times a factor, voxels alternating.
+  void gather(const A* image, int64_t z, int64_t y, int64_t n_rows, double factor, double* to) const {
+    for (int64_t i = 0; i < n_rows; ++i) {
+      const A* in = image + at(z, y + i);
+      for (int64_t x = 0; x < W; ++x) to[x * lanes + i] = factor * double(in[x]);
+    }
+  }
+
+  double collect_rows(int64_t z, int64_t y, int64_t n_rows) {
+    if (kMask) gather(mask, z, y, n_rows, 1.0, weights);
+    double sum[kLanes<double>] = {};
+    for (int64_t x = 0; x < W; ++x)
+      for (int64_t i = 0; i < n_rows; ++i) {
+        const double v = value[x * lanes + i], weight = kMask ? weights[x * lanes + i] : 1.0;
+        sum[i] += weight == 0.0 ? 0.0 : weight * v;
+      }
+    double total = 0.0;
+    for (int64_t i = 0; i < n_rows; ++i) total += sum[i];
+    if (a.map)
+      for (int64_t i = 0; i < n_rows; ++i) {
+        A* out = static_cast<A*>(a.map) + nc * D * H * W + at(z, y + i);
+        for (int64_t x = 0; x < W; ++x) out[x] = A(-value[x * lanes + i] / double(a.c));
+      }
+    return total;
   }
 
   // n, 1 / n and the weight of the padded samples of each window: sums of positive terms, so exactly 0 where
-  // there are none. True where only the ends of the line have any.
+  // there are none. True where only the ends of the rows have any.
   bool window_counts(int64_t z, int64_t y) {
-    const double out_z = weight_outside(a.taps[0], z, D), out_y = weight_outside(a.taps[1], y, H);
-    const double in_z = a.taps[0].total - out_z, in_zy = in_z * (a.taps[1].total - out_y),
-                 total_x = a.taps[2].total;
-    const double beyond = (out_z * a.taps[1].total + in_z * out_y) * total_x;
-    double* __restrict total = count, * __restrict inverse = count + stride, * __restrict outside = count + 2 * stride;
-    const double* __restrict out_x = outside_x;
-    const double* __restrict weight = kMask ? box + kWeight * stride : nullptr;
-    const int64_t width = W;
-    for (int64_t x = 0; x < width; ++x) {
-      outside[x] = a.valid ? 0.0 : beyond + in_zy * out_x[x];
-      if (kMask)
-        total[x] = weight[x] + outside[x];
-      else
-        total[x] = a.valid ? in_zy * (total_x - out_x[x]) : a.volume;
-      inverse[x] = total[x] > 0.0 ? 1.0 / total[x] : 0.0;
+    const double out_z = weight_outside(a.taps[0], z, D), in_z = a.taps[0].total - out_z;
+    const double total_x = a.taps[2].total;
+    double beyond_xy[kLanes<double>], in_zy[kLanes<double>];
+    bool inside = true;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double out_y = weight_outside(a.taps[1], std::min(y + i, H - 1), H);
+      in_zy[i] = in_z * (a.taps[1].total - out_y);
+      beyond_xy[i] = (out_z * a.taps[1].total + in_z * out_y) * total_x;
+      inside = inside && beyond_xy[i] == 0.0;
     }
-    return a.valid || beyond == 0.0;
+    // Those of inner rows are alike.
+    if (inside && inner_counts && !kMask) return true;
+    inner_counts = inside;
+    double* __restrict total = count, * __restrict inverse = count + wide, * __restrict outside = count + 2 * wide;
+    const double* __restrict weight = kMask ? box + kWeight * wide : nullptr;
+    for (int64_t x = 0; x < W; ++x)
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t at = x * lanes + i;
+        outside[at] = a.valid ? 0.0 : beyond_xy[i] + in_zy[i] * outside_x[x];
+        if (kMask)
+          total[at] = weight[at] + outside[at];
+        else
+          total[at] = a.valid ? in_zy[i] * (total_x - outside_x[x]) : a.volume;
+        inverse[at] = total[at] > 0.0 ? 1.0 / total[at] : 0.0;
+      }
+    return a.valid || inside;
   }
 
   // A window that holds a bad sample is NaN, and so is what it passes back.
   void poison() {
-    const double* __restrict ff = line.ff, * __restrict mm = line.mm;
+    const double *ff = line.ff, *mm = line.mm, *weight = kMask ? box + kWeight * wide : nullptr;
+    Vector<double> probes = {};
     double probe = 0.0;
-    for (int64_t x = 0; x < W; ++x) probe += (ff[x] + mm[x]) * 0.0;
-    const double* weight = kMask ? box + kWeight * stride : nullptr;
-    for (int64_t x = 0; kMask && x < W; ++x) probe += weight[x] * 0.0;
-    if (probe == 0.0) return;
-    for (int64_t x = 0; x < W; ++x) {
+    each_x<double>(0, n, [&](auto v, int64_t x) {
+      using V = decltype(v);
+      V s = load_as<V>(ff + x) + load_as<V>(mm + x);
+      if constexpr (kMask) s += load_as<V>(weight + x);
+      if constexpr (std::is_same_v<V, double>)
+        probe += s * 0.0;
+      else
+        probes += s * 0.0;
+    });
+    if (probe + lane_sum<double>(probes) == 0.0) return;
+    for (int64_t x = 0; x < n; ++x) {
       const double s = ff[x] + mm[x] + (kMask ? weight[x] : 0.0);
       if (s - s == 0.0) continue;
       value[x] = kNaN;
-      for (int k = 0; k < n_adjoints; ++k) adjoint[k * stride + r[2] + x] = line_up[x] != 0.0 ? kNaN : 0.0;
+      for (int k = 0; k < n_adjoints; ++k)
+        adjoint[k * wide + r[2] * lanes + x] = line_up[x] != 0.0 ? kNaN : 0.0;
     }
   }
 
-  void write_adjoints(int64_t z, int64_t y) {
+  void write_adjoints(int p, int64_t z, int64_t y) {
     for (int k = 0; k < n_adjoints; ++k) {
-      double* out[4];
-      for (int64_t i = 0; i < along_y.block; ++i)
+      double* out[kGroup];
+      for (int64_t i = 0; i < kGroup; ++i)
         out[i] = y + i < H ? a.adjoints + (k * a.ring + z % a.ring) * H * W + (y + i) * W : beyond;
-      along_y.sum(y, H, adjoint_ring + k * stride, adjoint_rows, n_adjoints * stride, nothing, out, W);
+      along_y.sum(y, H, adjoint_ring[p] + k * stride, adjoint_rows, n_adjoints * stride, nothing, out, W);
     }
   }
 
   const LccArgs& a;
-  const int64_t nc, D, H, W;
-  Taps along_y, along_x;
-  int64_t r[3], stride, ring_rows, adjoint_rows, chunk = -1;
+  const int64_t nc, D, H, W, lanes, n;  // of windows that are done at once: rows, voxels
+  Taps along_y;
+  int64_t r[3], stride, wide, ring_rows, adjoint_rows, chunk = -1;
+  bool inner_counts = false;
   const T *fixed, *moved;
   const A *mask, *upstream;
   int64_t n_adjoints;
   Arena arena;
   Line line;
   Statistics line_statistics[2];
-  double *ring, *column, *box, *nothing, *beyond, *count, *outside_x, *largest, *value, *line_up, *adjoint,
-      *adjoint_ring;
+  double *ring[kPlanes], *adjoint_ring[kPlanes];
+  double *column, *nothing, *beyond, *outside_x, *crossed, *box, *count, *value, *weights, *line_up, *adjoint;
 };
 
 // Gradient of the planes [first, last) of a run of voxels. own, other and mean are the sums of the adjoint
@@ -370,19 +461,19 @@ class Gradient {
     grad[0] = a.grad_fixed ? static_cast<A*>(a.grad_fixed) + offset : nullptr;
     grad[1] = a.grad_moved ? static_cast<A*>(a.grad_moved) + offset : nullptr;
     mask = a.mask ? static_cast<const A*>(a.mask) + nc / a.c * a.size[0] * plane : nullptr;
-    sums.resize(a.n_adjoints * along_z.block * kLccRun), nothing.resize(kLccRun);
+    sums.resize(a.n_adjoints * kGroup * kLccRun), nothing.resize(kLccRun);
   }
 
   void run(int64_t index, int64_t first, int64_t last) {
-    const int64_t start = index * kLccRun, n = std::min(kLccRun, plane - start), block = along_z.block;
-    for (int64_t z = first; z < last; z += block) {
+    const int64_t start = index * kLccRun, n = std::min(kLccRun, plane - start);
+    for (int64_t z = first; z < last; z += kGroup) {
       for (int64_t k = 0; k < a.n_adjoints; ++k) {
-        double* out[4];
-        for (int64_t i = 0; i < block; ++i) out[i] = sum_of(k, i);
+        double* out[kGroup];
+        for (int64_t i = 0; i < kGroup; ++i) out[i] = sum_of(k, i);
         along_z.sum(z, a.size[0], a.adjoints + k * a.ring * plane + start, a.ring, plane, nothing.data(), out,
                     n);
       }
-      for (int64_t i = 0; i < std::min(block, last - z); ++i) {
+      for (int64_t i = 0; i < std::min<int64_t>(kGroup, last - z); ++i) {
         const int64_t here = (z + i) * plane + start;
         if (grad[0]) write(0, here, n, sum_of(1, i), sum_of(0, i), sum_of(2, i));
         if (grad[1])
@@ -392,7 +483,7 @@ class Gradient {
   }
 
  private:
-  double* sum_of(int64_t k, int64_t i) { return sums.data() + (k * along_z.block + i) * kLccRun; }
+  double* sum_of(int64_t k, int64_t i) { return sums.data() + (k * kGroup + i) * kLccRun; }
 
   void write(int which, int64_t here, int64_t n, const double* __restrict own, const double* __restrict other,
              const double* __restrict mean) const {
@@ -433,7 +524,7 @@ void lcc_weighted_reference(Stored type, LccArgs& a, int64_t nc) {
 void lcc_weighted_windows(Stored type, const LccArgs& a, int64_t nc, int64_t begin, int64_t end) {
   with_type(type, [&]<class T>() {
     auto planes = [&](auto windows) {
-      for (int64_t z = begin; z < end; ++z) windows.plane(z);
+      for (int64_t z = begin; z < end; z += kPlanes) windows.planes(z, std::min<int64_t>(kPlanes, end - z));
     };
     if (a.mask)
       planes(Windows<T, true>(a, nc));

@@ -80,5 +80,61 @@ void sum_rows(const T* const* row, const A* tap, int64_t count, int64_t n, O* co
   });
 }
 
+// body(std::integral_constant<int, i>()) for i < n: unrolled before anything else, so that arrays of vectors
+// which it indexes are registers.
+template <int n, class Body>
+FASTREG_HD void repeat(Body body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, n>());
+}
+#define FASTREG_REPEAT(n, i, ...) repeat<n>([&](auto i) __attribute__((always_inline)) { __VA_ARGS__; })
+
+// sum[i] = tap[0] s(i) + tap[1] (s(i - 1) + s(i + 1)) + ... + tap[r] (s(i - r) + s(i + r)) for i < kRows, of
+// kCount numbers or vectors each; sample(j, to) sets `to` to s(j), once for every j on either side. Half the
+// products: the mirrored samples are added first, which must not overflow.
+template <int kRows, int kCount, class V, class A, class Sample>
+FASTREG_HD void mirrored(const A* tap, int64_t r, Sample sample, V (&sum)[kRows][kCount]) {
+  // s(j) lies in slot j mod kRows.
+  V low[kRows][kCount], high[kRows][kCount];
+  FASTREG_REPEAT(kRows, i, {
+    sample(i, low[i]);
+    FASTREG_REPEAT(kCount, u, (high[i][u] = low[i][u], sum[i][u] = low[i][u] * tap[0]));
+  });
+  const auto step = [&]<int kSlot>(std::integral_constant<int, kSlot>,
+                                   int64_t k) __attribute__((always_inline)) {
+    constexpr int kPhase = kSlot % kRows;
+    sample(-k, low[(kRows - kPhase) % kRows]);
+    sample(kRows - 1 + k, high[(kRows - 1 + kPhase) % kRows]);
+    FASTREG_REPEAT(kRows, i, FASTREG_REPEAT(kCount, u, {
+                     sum[i][u] = fused(low[(i - kPhase + kRows) % kRows][u] + high[(i + kPhase) % kRows][u],
+                                       tap[k], sum[i][u]);
+                   }));
+  };
+  constexpr int kSteps = std::max(kRows, 4);
+  int64_t k = 1;
+  for (; k + kSteps - 1 <= r; k += kSteps)
+    FASTREG_REPEAT(kSteps, i, step(std::integral_constant<int, i + 1>(), k + i));
+  FASTREG_REPEAT(kSteps - 1, i, {
+    if (k + i <= r) step(std::integral_constant<int, i + 1>(), k + i);
+  });
+}
+
+// A square of vectors, transposed.
+template <class V, int kStep, int... kLane>
+FASTREG_HD void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  const V low = __builtin_shufflevector(a, b, ((kLane & kStep) ? n + kLane - kStep : kLane)...);
+  const V high = __builtin_shufflevector(a, b, ((kLane & kStep) ? n + kLane : kLane + kStep)...);
+  a = low, b = high;
+}
+template <class A, int kStep = 1>
+FASTREG_HD void transpose(Vector<A> (&v)[kLanes<A>]) {
+  for (int i = 0; i < kLanes<A>; ++i)
+    if (!(i & kStep))
+      exchange<Vector<A>, kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes<A>>());
+  if constexpr (2 * kStep < kLanes<A>) transpose<A, 2 * kStep>(v);
+}
+
 }  // namespace
 }  // namespace fastreg::FASTREG_ISA

@@ -340,6 +340,18 @@ MUTANTS = [
         "write(1, here, n, sum_of(1, i), sum_of(0, i), sum_of(2, i));",
         "lcc_loss", "against_reference", "right where moved alone needs a gradient",
     ),
+    Mutant(
+        "lcc_last_rows_count_as_inner_ones", "border", CPU,
+        "if (inside && inner_counts && !kMask) return true;",
+        "if (inner_counts && !kMask) return true;",
+        "lcc_loss", "segments", "weighted windows of rows near the far face, after some that are inside",
+    ),
+    Mutant(
+        "lcc_mirror_slips", "order", CPU,
+        "sample(kRows - 1 + k, high[(kRows - 1 + kPhase) % kRows]);",
+        "sample(kRows - 2 + k, high[(kRows - 1 + kPhase) % kRows]);",
+        "lcc_loss", "against_reference", "the samples of one side of a weighted window, one voxel off",
+    ),
     # local_correlation
     Mutant(
         "correlation_border_one_short", "border", CPU,

@@ -246,6 +246,9 @@ def test_dtypes(dtype, padding, kernel):
         ((1, 1, 70, 9, 18), 5, "triangular"),
         ((1, 1, 18, 17, 20), 21, "gaussian"),
         ((1, 1, 34, 7, 19), 23, "gaussian"),
+        # Rows and planes inside, between those near the faces.
+        ((1, 1, 9, 35, 17), 5, "gaussian"),
+        ((1, 1, 9, 27, 18), 7, "triangular"),
         ((1, 1, 40, 6, 18), 25, "box"),
         ((1, 1, 5, 40, 6), 99, "box"),
         ((2, 2, 35, 50), 9, "box"),
