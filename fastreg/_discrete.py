@@ -41,7 +41,7 @@ _FIRST, _LARGEST = (
 )  # of the range: how far the first level looks; its radius, beyond which features grow instead
 _ALPHA = 0.005  # of squared differences of neighbours' displacements, features; .002 to .02 are as good
 _SMOOTH, _ROUNDS = 0.5, 5  # cells; of making both directions inverse
-_JOIN = 4.0  # units: over which places are compared
+_JOIN = 2.0  # units: over which places are compared; 4 took the search's field into lungs, a wall away
 _CLEARLY = 0.9  # the share of the search's dissimilarity below which the descent's is taken
 _LEAST_SHARE = 0.02  # of the image, below which the search has found nothing new
 

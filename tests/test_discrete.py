@@ -61,6 +61,11 @@ def test_sliding_is_found_and_was_not(kind):
     # the level before the finest is left out, and what is penalised is not all of the motion
     assert [tuple(level["shape"]) for level in found.levels][-1] == shape
     assert len(found.levels) == len(descended.levels) - 1
+    everything = float(fastreg.diffusion(found.displacement, spacing=spacing))
+    assert found.levels[-1]["regularity"] < 0.65 * everything
+    assert descended.levels[-1]["regularity"] < 2 * float(
+        fastreg.diffusion(descended.displacement, spacing=spacing)
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,12 +93,32 @@ def test_affine_part_comes_first():
     begin = register(fixed, turned, spacing=spacing, start=matrix)
     assert begin.discrete["used"]
     assert errors(begin.displacement, truth, organ, shift)[0] < 0.3 * shift
-    images = (fixed, turned, None, None)
+    # half a radian, which no descent would leave to be found
+    c, s = math.cos(0.5), math.sin(0.5)
+    linear = torch.tensor([[c, -s], [s, c]])
+    middle = torch.tensor([[n / 2] for n in shape])
+    matrix = torch.cat([linear, middle - linear @ middle], 1)[None]
+    inverse = torch.cat([linear.T, middle - linear.T @ middle], 1)[None]
+    images = (fixed, fastreg.warp(moving, None, affine=inverse, padding="border"), None, None)
     millimetres = matrix[0].double() * torch.tensor([1.0, 1.0, spacing])
     zero = torch.zeros(1, 2, 1, 1)
     after = _discrete.start(images, (spacing, spacing), zero, millimetres, (40.0, "")).field
     u = fastreg.resize_displacement(after, shape) + fastreg.affine_displacement(matrix, shape)
-    assert errors(u, truth, organ, shift)[0] < 0.35 * shift
+    truth = torch.einsum("ij,njyx->niyx", linear, sliding(shape, shift, grain)[2])
+    truth = truth + fastreg.affine_displacement(matrix, shape)
+    distance = (u - truth).norm(dim=1)[0, 28:52]
+    assert float(distance[:, 46:58].median()) < 0.2 * shift
+    assert float(distance[:, 14:26].median()) < 0.2 * shift
+
+
+def test_field_of_cells():
+    cells = torch.arange(3.0).view(1, 1, 1, 3).expand(1, 2, 2, 3)
+    units = _discrete._spread(cells, (2, 4), (3, 11))
+    assert units.shape == (1, 2, 3, 11)
+    # in the middle of cells, and between them: in units of that axis
+    torch.testing.assert_close((units[0, 1, 0, 1] + units[0, 1, 0, 2]) / 2, torch.tensor(0.25))
+    torch.testing.assert_close(units[0, 1, 0, 5:7].mean(), torch.tensor(4.0))
+    torch.testing.assert_close(units[0, 0, 0, 5:7].mean(), torch.tensor(2.0))
 
 
 def test_masks_leave_out_what_misleads():

@@ -620,6 +620,36 @@ MUTANTS = [
         "start", "holds_the_start", "what was found after a start is turned by it",
     ),
     Mutant(
+        "register_penalises_what_was_searched", "order", ALL,
+        "added = field if self.exempt is None else field - self.exempt",
+        "added = field",
+        "discrete", "sliding_is_found", "what was found is exempt from the penalty",
+    ),
+    Mutant(
+        "register_turns_no_searched_field", "composition", ALL,
+        "return u if linear is None else",
+        "return u if linear is None or True else",
+        "discrete", "affine_part", "what was found after an affine part is turned by it",
+    ),
+    Mutant(
+        "register_searches_what_the_moving_mask_hides", "mask", ALL,
+        "share.clamp(max=1))",
+        "0 * share)",
+        "discrete", "masks", "what the moving mask hides costs as much as all else",
+    ),
+    Mutant(
+        "register_searches_one_way", "order", ALL,
+        "for one, two in ((a, b), (b, a))]",
+        "for one, two in ((a, b), (a, b))]",
+        "discrete", "sliding_is_found or affine_part", "the way back is searched in the other image",
+    ),
+    Mutant(
+        "register_searches_from_the_corner_of_a_cell", "border", ALL,
+        "large = F.interpolate(scaled, scale_factor=whole, mode=_LINEAR[nd], align_corners=False)",
+        "large = F.interpolate(scaled, scale_factor=whole, mode=_LINEAR[nd], align_corners=True)",
+        "discrete", "field_of_cells", "cells have their value at their middle",
+    ),
+    Mutant(
         "register_leaves_the_moving_mask_behind", "mask", ALL,
         "return warped(weights, u, affine)",
         "return weights",
@@ -627,8 +657,8 @@ MUTANTS = [
     ),
     Mutant(
         "register_smooths_what_the_moving_mask_hides", "mask", ALL,
-        'known = mask > 0 if name == "moving" else',
-        'known = mask >= 0 if name == "moving" else',
+        "known = mask > 0 if moves else",
+        "known = mask >= 0 if moves else",
         "registration_masks", "not_looked_at", "padding is filled before a level smooths it",
     ),
     Mutant(
