@@ -58,7 +58,11 @@ def level_of(case, inputs):
     base = common.displacement((1, 1, *_control(case)), 3, inputs[0].device, torch.float32, amplitude=0.5)
     images, spacing = (*inputs, None, None), (SPACING,) * len(size)
     start = base.to(inputs[0].dtype)
-    options = (DEFAULTS[n] for n in ("transform", "smoothing", "similarity", "window", "regularization"))
+    # LCC is what "auto" takes of images of one kind
+    options = (
+        {**DEFAULTS, "similarity": "lcc"}[n]
+        for n in ("transform", "smoothing", "similarity", "window", "regularization")
+    )
     return registration._level(images, size, spacing, start, *options)
 
 
