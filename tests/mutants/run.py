@@ -46,15 +46,16 @@ def git(tree, *command):
 def copied(tree, to):
     """Sources and what is built; a mutant never meets the checkout."""
     for name in git(tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
-        if name and (tree / name).is_file():
+        source = tree / name
+        if name and (source.is_file() or source.is_symlink()):  # fastreg/kernels is a link to a folder
             (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(tree / name, to / name)
+            shutil.copy2(source, to / name, follow_symlinks=False)
     extensions = list((tree / "fastreg").glob("_C.*.so"))
     if not extensions:
         raise SystemExit(f"{tree} has no compiled extension: build it first")
     for built in extensions:
         shutil.copy2(built, to / "fastreg")
-    shutil.copytree(tree / "build" / "objects", to / "build" / "objects")
+    shutil.copytree(os.environ.get("FASTREG_OBJECTS", tree / "build" / "objects"), to / "build" / "objects")
 
 
 def forked(tree, function):
