@@ -19,9 +19,14 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
+        gradient = self.parameter.grad
+        assert gradient is not None
         self.count += 1
         torch._fused_adam_(
-            *([t] for t in (self.parameter, self.parameter.grad, *self.moments)),
+            [self.parameter],
+            [gradient],
+            [self.moments[0]],
+            [self.moments[1]],
             [],
             [self.count],
             lr=self.learning_rate,
