@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _descent
+from . import _descent, ops
 
 SimilarityName = Literal["auto", "lcc", "mind", "mse"]
 SIMILARITIES = get_args(SimilarityName)
@@ -70,6 +70,30 @@ def choose(
         consistency = _consistency(fixed, moving, mask, moving_mask, shapes)
     taken = ("mind" if consistency < LEAST else "lcc") if asked == "auto" else asked
     return Choice(taken, consistency)
+
+
+def fits(
+    asked: str,
+    window: int,
+    fixed: Tensor,  # (1, C, *spatial)
+    moving: Tensor,
+    u: Tensor,  # (1, nd, *spatial)
+    mask: Tensor | None,
+    moving_mask: Tensor | None,
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[float, float]:
+    """What a similarity makes of a pair before and after u, at the finest level of at most a million voxels; less is better."""
+    shape = ([s for s in shapes if math.prod(s) <= _VOXELS] or shapes[:1])[-1]
+    masks = [None if m is None else _descent.resized(m.float(), shape) for m in (mask, moving_mask)]
+    a, b = (
+        _descent.resized(_descent.rescaled(i, m), shape) for i, m in ((fixed, mask), (moving, moving_mask))
+    )
+    compare = _descent.Similarity(asked, a, masks[0], window)
+    with torch.no_grad():
+        u = ops.resize_displacement(u, shape)
+        moved = ops.warp(b, u, padding="border")
+        weights = _descent.moved_weights(masks[1], u, None)
+        return float(compare(b, weights=masks[1])), float(compare(moved, weights=weights))
 
 
 def _consistency(

@@ -11,6 +11,8 @@ from fastreg import io, metrics
 from fastreg.data import landmarks
 from fastreg.data.pairs import Case
 
+_NEIGHBOURS = 6  # that a pair of landmarks is compared with
+
 
 def scores(case: Case, u: torch.Tensor, *, surfaces: bool = False) -> dict[str, Any]:
     """Scores of u (1, nd, *fixed grid), voxels, on the CPU.
@@ -98,6 +100,29 @@ def doubt(case: Case, u: torch.Tensor) -> str | None:
     if best is None:
         return None
     return f"landmarks are {after:.2f} mm apart, and would be {best[0]:.2f} mm {best[1]}"
+
+
+def contradictions(case: Case) -> list[str]:
+    """A line for each pair of landmarks that says otherwise than those around it: of most of its neighbours it is further from having
+    their motion than it is from them, as if space folded, and ten times as far as pairs are in the median."""
+    if case.fixed_landmarks is None or case.moving_landmarks is None or len(case.fixed_landmarks) < 4:
+        return []
+    here, motion = case.fixed_landmarks, case.moving_landmarks - case.fixed_landmarks
+    nearest = min(_NEIGHBOURS, len(here) - 1)
+    off, folds = np.zeros(len(here)), np.zeros(len(here), dtype=bool)
+    for i, (p, u) in enumerate(zip(here, motion, strict=True)):
+        away = np.linalg.norm(here - p, axis=1)
+        away[i] = np.inf
+        near = np.argsort(away, kind="stable")[:nearest]
+        off[i] = np.linalg.norm(u - np.median(motion[near], axis=0))
+        folds[i] = np.mean(np.linalg.norm(motion[near] - u, axis=1) > away[near]) > 0.5
+    wrong = folds & (off > 10 * max(float(np.median(off)), min(case.fixed_grid.spacing)))
+    names = case.landmark_names or [""] * len(here)
+    return [
+        f"landmark pair {i + 1} of {len(here)}{f' ({names[i]})' if names[i] else ''} moves by {np.linalg.norm(motion[i]):.0f} mm, "
+        f"{off[i]:.0f} mm from what those around it say"
+        for i in np.flatnonzero(wrong)
+    ]
 
 
 def _mean(values: Mapping[int, float]) -> float:

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import _ext, _moved, evaluation, io, metrics, outcome_inverse, report, report_page
+from fastreg import (
+    _ext,
+    _inconsistency,
+    _moved,
+    evaluation,
+    io,
+    metrics,
+    outcome_inverse,
+    report,
+    report_page,
+)
 from fastreg._console import telling, warn
 from fastreg._files import Name, write_json
 from fastreg._version import __version__
@@ -55,6 +65,7 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
 class Outcome:
     """A registered Case: u (1, nd, *fixed grid), voxels, and what is said of it.
 
+    suspect: lines that the caller has warned of already; inconsistency: where it is doubtful.
     before: (moving image on the fixed grid, where it reaches), where the caller has it. affine: of u, (nd, nd + 1), mm, where there is one.
     used: of the scores, those whose landmarks or labels u was found with.
     """
@@ -68,13 +79,18 @@ class Outcome:
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
         affine: np.ndarray | None = None,
         used: Sequence[str] = (),
+        suspect: Sequence[str] = (),
+        inconsistency: _inconsistency.Map | None = None,
     ) -> None:
+        self.inconsistency = inconsistency
         self.case, self.u, self.device, self.affine = case, u, device, affine
         self.before = before or io.resample(
             intensities(case.moving), case.moving_grid, case.fixed_grid, outside=None
         )
         self.summary: dict[str, Any] = {
             "schema": SCHEMA,
+            "status": "suspect" if suspect else "ok",
+            "suspect": list(suspect),
             "fixed": {"shape": case.fixed_grid.shape, "spacing_mm": case.fixed_grid.spacing_zyx},
             "moving": {"shape": case.moving_grid.shape, "spacing_mm": case.moving_grid.spacing_zyx},
             **summary,
@@ -87,10 +103,22 @@ class Outcome:
         doubt = evaluation.doubt(case, u)
         if doubt is not None:
             warn(doubt)
+        for line in evaluation.contradictions(case):
+            warn(line)
         self.moved_labels = scores.pop("moved_labels", None)
         for line in worse(scores):
-            warn(line)
+            self.suspect(line)
+        if inconsistency is not None:
+            self.summary["inconsistency"] = found = inconsistency.plain(case.fixed_grid)
+            for line in inconsistency.lines(found):
+                self.suspect(line)
         self.summary |= scores
+
+    def suspect(self, line: str) -> None:
+        """Warns, and says so in the report: the result may be worse than nothing."""
+        warn(line)
+        self.summary["status"] = "suspect"
+        self.summary["suspect"].append(line)
 
     def write(
         self,
@@ -138,13 +166,14 @@ class Outcome:
         summary["overlap_after"] = float(moved.inside.mean())
         before, after = summary.get("overlap", 0.0), summary["overlap_after"]
         if after < _LEFT * before:
-            warn(
+            self.suspect(
                 f"the moving image covers {100 * after:.2g} % of the fixed one after the motion that was found, and {100 * before:.2g} % "
                 "where it started: it has run away; try another --start, or --mask and --moving-mask"
             )
         reached = self.before, (volume(moved.array[0]), torch.from_numpy(moved.inside)[None, None])
         if picture:
-            draw(case, u, summary, folder / "picture.png", reached=reached)
+            off = None if self.inconsistency is None else self.inconsistency.on(grid.shape)
+            draw(case, u, summary, folder / "picture.png", reached=reached, inconsistency=off)
         summary |= {
             "outside_value": outside,
             "seconds_total": round(time.perf_counter() - began, 3),
@@ -186,10 +215,11 @@ def draw(
     *,
     title: str = "",
     reached: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    inconsistency: np.ndarray | None = None,
 ) -> None:
     """A Case before and after u (1, nd, *fixed grid), voxels. scores: of evaluation.scores, for the title; title: what stands first.
 
-    reached: (image on the fixed grid, where it reaches) before and after, where the caller has them.
+    reached: (image on the fixed grid, where it reaches) before and after, where the caller has them. inconsistency: *fixed grid, mm.
     """
     if reached is None:
         grids = case.moving_grid, case.fixed_grid
@@ -205,7 +235,9 @@ def draw(
     seen = [image.masked_fill(~inside, math.nan)[0, 0].numpy() for image, inside in reached]
     determinant = jacobian_determinant(u)[0, 0].numpy()
     arrays = [case.fixed, *seen, u[0].numpy(), determinant]
-    report.write_picture(path, *arrays, case.fixed_grid, title="      ".join(parts))
+    report.write_picture(
+        path, *arrays, case.fixed_grid, title="      ".join(parts), inconsistency=inconsistency
+    )
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -236,4 +268,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     print(f"folding     {100 * summary['folding']:.3g} % of voxels, sd of log J {summary['sdlogj']:.3f}")
     if "inverse" in summary:
         print(f"inverse     {outcome_inverse.off_by(summary['inverse'])}")
+    if "inconsistency" in summary:
+        print(_inconsistency.text(summary["inconsistency"]))
+    if summary["status"] == "suspect":
+        print("status      suspect: see the warnings, or suspect in report.json")
     print(f"time        {summary['seconds']:.1f} s")

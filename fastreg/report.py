@@ -97,8 +97,10 @@ def draw(
     determinant: np.ndarray,
     geometry: Geometry,
     title: str = "",
+    inconsistency: np.ndarray | None = None,
 ) -> "Figure":
-    """Figure with a row per plane: fixed, moving, moved, both differences, the grid x + u(x), its Jacobian.
+    """Figure with a row per plane: fixed, moving, moved, both differences, the grid x + u(x), its Jacobian, and where it is
+    given how far there and back leads from where it began.
 
     Planes are shown as radiologists do, along the axes nearest to the patient's: left of the patient on the
     right, front on top (axial) or left (sagittal), head on top. Differences are of images scaled to their own
@@ -108,6 +110,7 @@ def draw(
         fixed, moving, moved, determinant (ndarray): *geometry.shape; moving: on the fixed grid, unregistered.
             NaN in moving and moved, shown pale blue: the moving image does not reach there.
         u (ndarray): (nd, *geometry.shape), in voxels. geometry (Geometry): the fixed grid.
+        inconsistency (ndarray, optional): *geometry.shape, mm; NaN where the images show nothing.
     Raises:
         ImportError: no matplotlib.
     """
@@ -150,6 +153,11 @@ def draw(
         ("grid x + u(x)", None, {}),
         ("Jacobian determinant", determinant, {"cmap": volume_map, "vmin": 1 - spread, "vmax": 1 + spread}),
     ]
+    if inconsistency is not None:
+        inconsistency = turned(np.asarray(inconsistency, dtype=np.float32), order, flip)
+        top_mm = max(float(_percentile(inconsistency, 99.5)), 2 * min(spacing))
+        doubt_map = colormaps["YlOrRd"].with_extremes(bad=NOTHING)
+        columns.append(("there and back", inconsistency, {"cmap": doubt_map, "vmin": 0, "vmax": top_mm}))
 
     # Panels keep the proportions of the body, so the page follows from them: one scale, inches per mm.
     size = [n * s for n, s in zip(fixed.shape, spacing, strict=True)]
@@ -228,6 +236,11 @@ def draw(
     share = float((~(determinant > 0)).mean())
     folds = "no folding" if share == 0 else f"folding (≤ 0): {100 * share:.2g} % of voxels"
     bar.set_xlabel(folds, size=7, labelpad=1, family="DejaVu Sans", color=FOLD if share else INK)
+    if inconsistency is not None:
+        bar = axes_at(left + 7 * (cell_w + gap), y0, cell_w, 0.09)
+        figure.colorbar(shown["there and back"], cax=bar, orientation="horizontal")
+        bar.set_xlabel("off from where it began, mm", size=7, labelpad=1, **text)
+        bars.append(bar)
     for bar in bars:
         bar.tick_params(labelsize=6.5, length=2, pad=1.5, color=INK, labelcolor=INK, width=0.6)
         for spine in bar.spines.values():

@@ -23,7 +23,7 @@ from fastreg.registration import register
 from fastreg.training import Training
 from fastreg.training.build import predict
 
-from . import _moving, _using, nets
+from . import _judging, _moving, _using, nets
 from .case import add_arguments, files_of, paths_of, read_case
 from .options import (
     Parser,
@@ -238,7 +238,13 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     apart = "the fixed and the moving image do not overlap in physical space; --start auto lays them on each other"
     if start is not None and start.taken not in _start.CHOICES:
         apart = f"{start.taken}: leads nowhere into the moving image"
-    overlap, weights = weights_of(case.weights, laid[1], warn, apart)
+    doubts: list[str] = []
+
+    def doubt(line: str) -> None:
+        warn(line)
+        doubts.append(line)
+
+    overlap, weights = weights_of(case.weights, laid[1], doubt, apart)
     moving_weights = case.moving_weights
     if moving_weights is not None:
         moving_weights, _ = io.resample(moving_weights, grid, case.fixed_grid, field, outside=0.0)
@@ -249,6 +255,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     if moving_weights is not None:
         if not (moving_weights if weights is None else moving_weights * weights).any():
             raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
+    _judging.few_voxels(weights, moving_weights, doubt)
     used = _using.landmarks(case, args, start, device) | _using.labels(case, args, start, device)
     fixed_channels, moving_channels, weighed = _using.channels(case, args, start)
     parameters |= weighed
@@ -257,19 +264,30 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
         with telling():
             print(f"start: {start}")
     with _progress(args) as told:
-        result = register(
+        images = (
             torch.cat([intensities(case.fixed_seen), *fixed_channels], 1).to(device),
             torch.cat([laid[0], *moving_channels], 1).to(device),
+        )
+        masks = (
+            None if weights is None else weights.to(device),
+            None if moving_weights is None else moving_weights.to(device),
+        )
+        result = register(
+            images[0],
+            images[1],
             spacing=case.fixed_grid.spacing_zyx,
-            mask=None if weights is None else weights.to(device),
-            moving_mask=None if moving_weights is None else moving_weights.to(device),
+            mask=masks[0],
+            moving_mask=masks[1],
             progress=told,
             **used,
             **parameters,
         )
     choice = _similarity.Choice(result.similarity, result.consistency)
     if choice.unlike and choice.taken == "lcc":
-        warn(f"{choice.why}: --similarity mind, or auto, suits these images, and lcc was asked for")
+        doubt(f"{choice.why}: --similarity mind, or auto, suits these images, and lcc was asked for")
+    judged, inconsistency = _judging.judge(
+        result, images, masks, case.fixed_grid.spacing_zyx, parameters, doubt
+    )
     u, affine = result.displacement.detach().cpu(), result.affine
     if start is not None:
         u, affine = start.then(u), start.after(affine)
@@ -280,6 +298,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
             "taken": choice.taken,
             "consistency": choice.consistency,
             "why": choice.why,
+            **judged,
         },
         "overlap": overlap,
         "parameters": parameters,
@@ -295,7 +314,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
         before = lain if lain[1].any() else laid  # rather than a picture of nothing
     weighs = {"landmark_weight": "tre", "label_weight": "dice"}
     scored = [key for name, key in weighs.items() if parameters.get(name, 0) > 0]
-    return Outcome(case, u, device, summary, before, matrix, scored)
+    return Outcome(case, u, device, summary, before, matrix, scored, doubts, inconsistency)
 
 
 def _optimise(case: Case, args: argparse.Namespace) -> Outcome:

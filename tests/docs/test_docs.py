@@ -45,7 +45,7 @@ def commands(tmp_path_factory):
     """The environment of a shell that has `fastreg` and `python`, with a small thorax."""
     folder = tmp_path_factory.mktemp("bin")
     scripts = {
-        "fastreg": f"import sys; from fastreg.data import phantom; phantom.thorax.__defaults__ = ({SMALL}, 0)\n"
+        "fastreg": f"import sys; from fastreg.data import phantom; f = phantom.thorax; f.__defaults__ = ({SMALL}, *f.__defaults__[1:])\n"
         # Four steps of a training say as much as a hundred.
         "sys.argv = ['4' if before == '--steps' else text for before, text in zip(['', *sys.argv], sys.argv)]\n"
         "from fastreg.cli import main; sys.exit(main())",

@@ -1,0 +1,53 @@
+"""What `fastreg register` looks at before it calls its own result one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastreg import _inconsistency, _similarity
+from fastreg._descent import LINEAR
+from fastreg.registration import Registration, _pyramid
+
+Doubt = Callable[[str], None]
+
+_FEWEST = 9  # voxels along each axis, of a cube of which fewer count: less than one window
+
+
+def few_voxels(weights: torch.Tensor | None, moving_weights: torch.Tensor | None, doubt: Doubt) -> None:
+    """Says where masks leave next to nothing to register by. weights: (1, 1, *spatial), or None: all count."""
+    masks = [w > 0 for w in (weights, moving_weights) if w is not None]
+    if not masks:
+        return
+    counts = int(torch.stack(masks).all(0).sum())
+    nd = masks[0].ndim - 2
+    if counts < min(_FEWEST**nd, masks[0].numel() // 2):
+        s = "" if counts == 1 else "s"
+        doubt(f"only {counts} voxel{s} of {masks[0].numel()} count in both images: too few to register by")
+
+
+def judge(
+    result: Registration,
+    images: tuple[torch.Tensor, torch.Tensor],
+    masks: tuple[torch.Tensor | None, torch.Tensor | None],
+    spacing: Sequence[float],
+    parameters: Mapping[str, Any],
+    doubt: Doubt,
+) -> tuple[dict[str, float], _inconsistency.Map | None]:
+    """(the similarity before and after, how consistent the motion is with the way back) of the first channel.
+
+    images, masks: as `register` took them, the start being theirs.
+    """
+    fixed, moving = images[0][:, :1], images[1][:, :1]
+    u, shapes = result.displacement, _pyramid(tuple(fixed.shape[2:]), spacing, None)
+    compared = result.similarity, parameters["window"], fixed, moving, u, *masks
+    before, after = _similarity.fits(*compared, shapes)
+    # of its own regularisation a descent may give some of it up
+    if after > before + 0.01 * abs(before):
+        doubt(f"the images are less alike than before, by {result.similarity}: {before:.4f} -> {after:.4f}")
+    inconsistency = None
+    if parameters["transform"] not in LINEAR:
+        search = 0.0 if parameters["search_range"] == 0 else None
+        of = fixed, moving, u, spacing, result.similarity, *masks, search
+        inconsistency = _inconsistency.measure(*of)
+    return {"before": before, "after": after}, inconsistency
