@@ -17,6 +17,13 @@ void subtract(double* __restrict out, const double* __restrict in, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] -= in[i];
 }
 
+// Asks for the `count` numbers from p on, those of the row after the one at work: the processor's own
+// prefetchers stop at every page, and what rings hold lies in L3.
+template <bool kWrite, class T>
+void ask(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, kWrite);
+}
+
 // out[i] = in[i] + ... + in[i + window - 1], never subtractive: partial sums of 4, 16, 64 ... samples, then
 // the base-4 digits of the window. in holds n + window - 1 values; spare is a row of partial sums. All rows
 // stay in L1.
@@ -223,6 +230,7 @@ class Slab {
     const T* __restrict fo = fixed + at(out, y), * __restrict mo = moved + at(out, y);
     double* __restrict c = column_of(y), * __restrict s = running + r[2];
     const int64_t k = stride, width = W;
+    for (const T* row : {fi, mi, fo, mo}) ask<false>(row + width, width);
 #pragma GCC ivdep
     for (int64_t x = 0; x < width; ++x) {
       const double f = double(load(fi[x])) - cf, m = double(load(mi[x])) - cm;
@@ -361,6 +369,7 @@ class Slab {
     double* __restrict total = adjoint_z + y * width;
     double* __restrict slot = ring_z + ((z % (2 * rz + 1)) * H + y) * width;
     const bool leaving = z - first >= 2 * rz + 1;
+    ask<true>(slot + width, width), ask<true>(total + width, width);
     if (leaving && completes_chunk(z)) {
       if (row) std::copy_n(row, width, slot);
       std::fill_n(total, width, 0.0);
@@ -391,6 +400,7 @@ class Slab {
       A* __restrict out = static_cast<A*>(image ? a.grad_moved : a.grad_fixed) + offset;
       const T* __restrict self = (image ? moved : fixed) + here, * __restrict other =
                                                                      (image ? fixed : moved) + here;
+      ask<false>(self + width, width), ask<false>(other + width, width), ask<true>(out + width, width);
       const double c_self = reference[image], c_other = reference[1 - image];
       // A sample that is not finite must not meet a window that passes 0 to it; the others carry the NaN.
       const auto finite = [](double v) { return !kNonFinite || v - v == 0 ? v : 0.0; };

@@ -59,14 +59,21 @@ double chunk_shift(const T* image, const A* mask, const int64_t* size, int64_t c
 // Writes a line of the map, if there is one, and returns the line's sum of mask * LCC.
 template <class A>
 double collect(const double* value, const A* mask, A* map, double channels, int64_t n) {
-  double sum[4] = {};
-  for (int64_t x = 0; x < n; ++x) {
+  constexpr int kLanesOfSum = 8;
+  double lanes[kLanesOfSum] = {};
+  const auto term = [&](int64_t x) {
     const double weight = mask ? double(mask[x]) : 1.0;
-    sum[x % 4] += weight == 0.0 ? 0.0 : weight * value[x];
-  }
+    return weight == 0.0 ? 0.0 : weight * value[x];
+  };
+  int64_t begin = 0;
+  for (; begin + kLanesOfSum <= n; begin += kLanesOfSum)
+    for (int i = 0; i < kLanesOfSum; ++i) lanes[i] += term(begin + i);
+  for (int64_t x = begin; x < n; ++x) lanes[x - begin] += term(x);
   if (map)
     for (int64_t x = 0; x < n; ++x) map[x] = A(-value[x] / channels);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  double sum = 0.0;
+  for (double lane : lanes) sum += lane;
+  return sum;
 }
 
 // Rows of a line of windows: their sums, what they weigh, the LCC and what they pass back.

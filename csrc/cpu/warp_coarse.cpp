@@ -37,10 +37,82 @@ FASTREG_KERNEL(void, warp_coarse_join, Stored, int nd, const WarpCoarseArgs&, in
 
 #include <vector>
 
+#include "cpu/vector.h"
+
 namespace fastreg::FASTREG_ISA {
 namespace {
 
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+// Lane i: number index[i] of the two vectors from p on.
+template <class A>
+using LaneIndex = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+template <class A>
+Vector<A> picked(const A* p, const LaneIndex<A>* index) {
+#if defined(__clang__)
+  A lanes[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = p[index[i]];
+  return load_as<Vector<A>>(lanes);
+#else
+  typedef LaneIndex<A> Index __attribute__((vector_size(kVectorBytes)));
+  Index lanes;
+  std::memcpy(&lanes, index, sizeof lanes);
+  return __builtin_shuffle(load_as<Vector<A>>(p), load_as<Vector<A>>(p + kLanes<A>), lanes);
+#endif
+}
+
+// Rows of a matrix along x: row i is the sum over t < taps of weight[t][i] line[first[i] + t]. Where the rows
+// of a vector begin within two vectors of each other they are fetched together, by shuffles.
+template <class A>
+class AlongX {
+ public:
+  AlongX(int64_t rows, int64_t columns, int64_t taps_)
+      : taps(taps_), n(rows), first(rows), index(padded(rows)), weight(taps * padded(rows)), end(columns) {}
+
+  void set(int64_t t, int64_t i, double w) { weight[t * padded(n) + i] = A(w); }
+  void begins(int64_t i, int64_t at) { first[i] = int32_t(at); }
+  void done() {
+    near = true;
+    for (int64_t i = 0; i < n; ++i) {
+      index[i] = LaneIndex<A>(first[i] - first[i / kLanes<A> * kLanes<A>]);
+      near &= index[i] >= 0 && index[i] < 2 * kLanes<A>;
+    }
+  }
+
+  // How many numbers of a line are read, those past its end times 0.
+  int64_t reach() const { return end + taps + 2 * kLanes<A>; }
+
+  // What has no weight may not be finite. out has room for whole vectors.
+  void apply(const A* line, A* out) const {
+    using V = Vector<A>;
+    const int64_t stride = padded(n);
+    for (int64_t i = 0; near && i < n; i += kLanes<A>) {
+      V sum = {};
+      for (int64_t t = 0; t < taps; ++t) {
+        const V w = load_as<V>(weight.data() + t * stride + i);
+        const V value = picked(line + first[i] + t, index.data() + i);
+        sum += w != 0 ? w * value : V{};
+      }
+      store_as<V>(out + i, sum);
+    }
+    for (int64_t i = 0; !near && i < n; ++i) {
+      A sum = A(0);
+      for (int64_t t = 0; t < taps; ++t) {
+        const A w = weight[t * stride + i];
+        if (w != A(0)) sum += w * line[first[i] + t];
+      }
+      out[i] = sum;
+    }
+  }
+
+ private:
+  int64_t taps, n;
+  std::vector<int32_t> first;
+  std::vector<LaneIndex<A>> index;  // less that of the first row of its vector
+  std::vector<A> weight;
+  int64_t end;
+  bool near = false;
+};
 
 // The rows of the displacement that an image row needs, and their adjoint. Everything lies in L1.
 template <class A, int ND>
@@ -48,18 +120,22 @@ class CoarseRows {
  public:
   explicit CoarseRows(const WarpCoarseArgs& args)
       : a(args),
-        width(args.out[2]),
         n(args.axis[2].n),
-        stride(padded(width)),
-        near_weight(width),
-        far_weight(width),
-        share(args.axis[2].share, args.axis[2].share + args.axis[2].most * n),
-        line(n + 1),
+        to_image(args.out[2], n, 2),
+        to_grid(n, args.out[2], args.axis[2].most),
+        line(to_image.reach()),
+        stride(padded(to_grid.reach())),
         row(ND * stride) {
-    for (int64_t x = 0; x < width; ++x) {
-      near_weight[x] = A(1.0 - a.axis[2].fraction[x]);
-      far_weight[x] = A(a.axis[2].fraction[x]);
+    const CoarseAxis& x = a.axis[2];
+    for (int64_t o = 0; o < a.out[2]; ++o) {
+      to_image.begins(o, x.lower[o]);
+      to_image.set(0, o, 1.0 - x.fraction[o]), to_image.set(1, o, x.fraction[o]);
     }
+    for (int64_t i = 0; i < n; ++i) {
+      to_grid.begins(i, x.reader[i]);
+      for (int64_t t = 0; t < x.most; ++t) to_grid.set(t, i, x.share[t * n + i]);
+    }
+    to_image.done(), to_grid.done();
   }
 
   const A* component(int k) const { return row.data() + k * stride; }
@@ -79,34 +155,16 @@ class CoarseRows {
       if (fy > 0) combine<false>(u + n, A((1.0 - fz) * fy * factor));
       if (fz > 0) combine<false>(u + plane, A(fz * (1.0 - fy) * factor));
       if (fz > 0 && fy > 0) combine<false>(u + plane + n, A(fz * fy * factor));
-      A* __restrict out = row.data() + k * stride;
-      const A *__restrict l = line.data(), *__restrict near = near_weight.data(), *__restrict far = far_weight.data();
-      const int32_t* __restrict lower = a.axis[2].lower;
-      const int64_t count = width;
-#pragma GCC ivdep
-      for (int64_t x = 0; x < count; ++x) {
-        const A w = far[x], next = l[lower[x] + 1];
-        out[x] = near[x] * l[lower[x]] + (w != A(0) ? w * next : A(0));
-      }
+      to_image.apply(line.data(), row.data() + k * stride);
     }
   }
 
-  // Adds what a row of gradient() gives to each voxel of a row of the grid, times each weight, to out[i].
+  // Adds what a row of gradient() gives to a row of the grid, times each weight, to out[i].
   template <int kRows>
   void spread(int k, A* const (&out)[kRows], const A (&weight)[kRows]) {
-    const A* __restrict g = gradient(k);
-    A* __restrict sum = line.data();
+    to_grid.apply(gradient(k), line.data());
+    const A* __restrict sum = line.data();
     const int64_t count = n;
-    std::fill_n(sum, count, A(0));
-    for (int64_t t = 0; t < a.axis[2].most; ++t) {
-      const A* __restrict w = share.data() + t * count;
-      const int32_t* __restrict reader = a.axis[2].reader + t * count;
-#pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) {
-        const A value = g[reader[i]];
-        sum[i] += w[i] != A(0) ? w[i] * value : A(0);
-      }
-    }
     for (int i = 0; i < kRows; ++i)
       if (weight[i] != A(0)) {
         A* __restrict o = out[i];
@@ -124,8 +182,11 @@ class CoarseRows {
   }
 
   const WarpCoarseArgs& a;
-  const int64_t width, n, stride;
-  std::vector<A> near_weight, far_weight, share, line, row;
+  const int64_t n;
+  AlongX<A> to_image, to_grid;
+  std::vector<A> line;
+  const int64_t stride;
+  std::vector<A> row;
 };
 
 template <class A, int ND>

@@ -14,15 +14,15 @@ def mutants(Mutant):
         ),
         Mutant(
             "coarse_weight_zero_reads_a_nan", "nan", "csrc/cpu/warp_coarse.cpp",
-            "(w != A(0) ? w * next : A(0))",
-            "w * next",
-            "warp_coarse", "nan", "0 times a NaN",
+            "if (w != A(0)) sum += w * line[first[i] + t];",
+            "sum += w * line[first[i] + t];",
+            "warp_coarse", "nan", "0 times a NaN, where rows are fetched one by one",
         ),
         Mutant(
             "coarse_share_zero_reads_what_is_not_finite", "nan", "csrc/cpu/warp_coarse.cpp",
-            "sum[i] += w[i] != A(0) ? w[i] * value : A(0);",
-            "sum[i] += w[i] * value;",
-            "warp_coarse", "nan", "the adjoint pads with shares of 0",
+            "sum += w != 0 ? w * value : V{};",
+            "sum += w * value;",
+            "warp_coarse", "nan", "0 times a NaN; the adjoint pads with shares of 0",
         ),
         Mutant(
             "coarse_edge_is_forgotten", "threads", "csrc/cpu/warp_coarse.cpp",

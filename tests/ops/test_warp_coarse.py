@@ -95,6 +95,14 @@ def test_zero_is_the_identity():
     assert torch.equal(fastreg.warp_coarse(image, torch.zeros(1, 3, 3, 2, 9)), image)
 
 
+def test_nan_of_a_sparse_grid():
+    """Whose rows are fetched one by one: 70 voxels lie between two of the grid."""
+    u = torch.zeros(1, 2, 2, 3)
+    u[..., 2] = float("nan")
+    out = fastreg.warp_coarse(torch.rand(1, 1, 2, 141), u)
+    assert out.isnan().all((0, 1, 2)).nonzero().flatten().tolist() == list(range(71, 141))
+
+
 def test_nan_reaches_its_neighbours_only():
     image, u = make((1, 1, 7, 9), (4, 5), torch.float32, 0.1)
     with torch.no_grad():
