@@ -14,7 +14,8 @@ joined    each place takes the search's unless the descent's is clearly more lik
 The finest level then begins at the joined field, penalises the difference to it alone, and does not warp in advance: with two
 interpolations small motion lost. The levels between are left out; they gained nothing and would pull the field back.
 
-Not used: of images too small for such motion, whose structures are smaller than the cells (hippocampi, a cord: Dice lost up to .09);
+Not used: of images too small for such motion, whose structures are smaller than the cells (hippocampi, a cord: Dice lost up to .09), and of
+voxels so coarse that the cells are (a thorax of 5 mm: 1.7 mm instead of 1.35 in the lungs, though the chest wall gains);
 for a velocity, which cannot tear and is to stay invertible; before a matrix alone.
 """
 
@@ -32,6 +33,7 @@ from . import _check, _descent, _tree, ops
 
 RANGE = 40.0  # mm
 _SMALLEST = 100.0  # mm of the image's longest side, below which nothing slides that far
+_COARSEST = 4.3  # mm of the finest spacing, beyond which cells would be 26 mm and more
 _UNIT, _FINEST = 2.0, 1.5  # mm at least; of the finest spacing
 # (units a feature, features a cell, radius in features, every k-th voxel of a cell); before these a level of (2, 4, r, 2).
 _LEVELS = ((2, 3, 3, 1), (1, 5, 3, 2), (1, 4, 2, 2))
@@ -74,6 +76,9 @@ def range_of(
             return 0.0, without
         if longest < _SMALLEST:
             return 0.0, f"the longest side of the image, {longest:.3g} mm, is under {_SMALLEST:g} mm"
+        finest = min(s for n, s in zip(shape, spacing, strict=True) if n > 1)
+        if finest > _COARSEST:
+            return 0.0, f"voxels of {finest:.3g} mm are over {_COARSEST:g} mm"
         return RANGE, "automatic"
     (search_range,) = _check.per_axis("register", "search_range", search_range, 1)
     if search_range > longest:

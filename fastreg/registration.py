@@ -255,7 +255,7 @@ def register(
             where it is clearly better; "search": turned as well, by any angle. None or "none": as the images lie.
         search_range (float, optional): mm, at most the image's longest side: how far each place is searched before the finest level, for
             motion that no descent finds, as of organs that slide along a wall. Where it is used the level before the finest is left
-            out, and the finest penalises only what it adds. None: 40; but 0, for none, where the longest side is under 100 mm, with "velocity",
+            out, and the finest penalises only what it adds. None: 40; but 0, for none, where the longest side is under 100 mm or voxels are over 4.3 mm, with "velocity",
             symmetric, a matrix alone, or no iterations.
         similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
             "auto": "mind" where the signs of local correlations say that they are; "mse" for intensities that mean the

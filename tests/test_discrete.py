@@ -173,6 +173,7 @@ def test_what_is_too_small_or_cannot_take_it_is_as_without():
     image = texture((40, 44), 0, 1.5)
     for options, why in (
         ({}, "longest side"),
+        ({"spacing": 5.0}, "voxels"),
         ({"spacing": 4.0, "transform": "velocity"}, "velocity"),
         ({"spacing": 4.0, "transform": "affine"}, "affine"),
         ({"spacing": 4.0, "symmetric": True}, "symmetric"),
