@@ -39,6 +39,7 @@ KEY = ("device_name", "threads", "pair", "setting", "score")
 MASK = {"mask": "MASK"}
 SETTINGS = {
     "defaults": {},
+    "preset fast": {"preset": "fast"},
     "fast": {"iterations": (100, 100, 60, 0)},
     "faster": {"iterations": (50, 50, 20, 0)},
     "fewer iterations": {"iterations": 30},
@@ -49,6 +50,7 @@ SETTINGS = {
     "mind": {"similarity": "mind"},
     "weight 0.5": {"regularization": 0.5},
     "weight 1": {"regularization": 1.0},
+    "weight 2": {"regularization": 2.0},
     "weight 4": {"regularization": 4.0},
     "velocity": {"transform": "velocity"},
     "bspline": {"transform": "bspline"},
@@ -191,7 +193,17 @@ ALIKE = ("hippocampus", "lungs MR", "lungs CT", "brains")
 SECTIONS = {
     "fast": (("defaults", "fast", "faster", "fewer iterations"), ALIKE),
     "fine": (
-        ("defaults", "more iterations", "weight 0.5", "weight 1", "weight 4", "window 5", "window 15", "mse"),
+        (
+            "defaults",
+            "more iterations",
+            "weight 0.5",
+            "weight 1",
+            "weight 2",
+            "weight 4",
+            "window 5",
+            "window 15",
+            "mse",
+        ),
         ALIKE,
     ),
     "contrasts": (("defaults", "mse", "mind"), ("spine T1 to T2", *ALIKE)),

@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import common, fuzz, models, robustness, settings
+from bench import common, fuzz, models, presets, robustness, settings
 from bench.common import say
 from bench.experiments import tables as experiments
 from bench.markdown import grouped, measured, number, page, replaced, table
@@ -285,6 +285,7 @@ PAGES = {
     "real": ("Real scans, registered", real, "python -m bench.real"),
     "robustness": ("Random pairs, registered", robustness.sections, "python -m bench.robustness"),
     "settings": ("What the settings of register change", settings.sections, "python -m bench.settings"),
+    "presets": ("What the presets of register take and give", presets.sections, "python -m bench.presets"),
     "apply": ("Moving a volume by a field", applied, "python bench/apply.py"),
     "tools": ("Other tools' transforms, both ways", tools, ".ci/tools"),
     "fuzz": ("Ops on random inputs", fuzz.sections, ".ci/fuzz --store"),

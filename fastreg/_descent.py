@@ -210,18 +210,22 @@ class Similarity:
         # each variance gets a noise floor; they are sums, hence times the window's volume
         self.floor = _NOISE**2 * math.prod(min(window, n) for n in fixed.shape[2:])
         self.share = WEIGHT[kind]  # of the loss
+        self.intensities = 0.0  # of LCC: the share of it that mse takes
         self.prepared = nn.MINDLoss(radius=1, dilation=2).prepare(fixed) if kind == "mind" else None
 
+    def masked(self, weights):
+        """What counts of both images; weights: of the moved one, (1, 1, *shape), or None."""
+        if weights is None or self.mask is None:
+            return self.mask if weights is None else weights
+        return self.mask * weights
+
     def __call__(self, moved, ops=_fused, weights=None):
-        """weights: of the moved image, (1, 1, *shape), or None."""
-        mask = self.mask
-        if weights is not None:
-            mask = weights if mask is None else mask * weights
+        mask = self.masked(weights)
         if self.kind == "mind":
             return self.prepared(moved, mask=mask)
         if self.kind == "mse":
             return ops.mse_loss(self.fixed, moved, mask=mask)
-        return ops.lcc_loss(
+        value = ops.lcc_loss(
             self.fixed,
             moved,
             self.window,
@@ -230,6 +234,10 @@ class Similarity:
             smooth_dr=self.floor,
             denominator="clamp",
         )
+        if self.intensities > 0:
+            difference = WEIGHT["mse"] * ops.mse_loss(self.fixed, moved, mask=mask)
+            value = (1 - self.intensities) * value + self.intensities * difference
+        return value
 
     def compare(self, moving, move, by, ops=_fused, weights=None):
         """Of move(moving, by)."""

@@ -46,6 +46,7 @@ _SMOOTH, _ROUNDS = 0.5, 5  # cells; of making both directions inverse
 _JOIN = 2.0  # units: over which places are compared; 4 took the search's field into lungs, a wall away
 _CLEARLY = 0.9  # the share of the search's dissimilarity below which the descent's is taken
 _LEAST_SHARE = 0.02  # of the image, below which the search has found nothing new
+_LEAST_MOVE = 0.5  # units, on average, below which it has found what the descent refines better, from the level before the finest
 
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
@@ -222,7 +223,7 @@ def start(
     takes = _joined(sides, searched, descended)
     share = float(takes.mean())
     far = (takes * (searched - descended)).norm(dim=1) * unit
-    used = share >= _LEAST_SHARE
+    used = share >= _LEAST_SHARE and float(far.mean()) >= _LEAST_MOVE * unit
     record = {
         "used": used,
         "why": why if used else "the descent's field is as good everywhere",

@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import (
+    _adaptive,
     _affine,
     _channels,
     _check,
@@ -34,6 +35,7 @@ from ._repr import shapes
 __all__ = ["Registration", "register"]
 
 _SHORTEST = 12  # voxels an axis must keep to be halved once more
+_ITERATIONS = (100, 100, 60, 30)
 _AFFINE_VOXELS = 2_000_000  # levels beyond this size add nothing to twelve numbers
 _AFFINE_ITERATIONS = 100
 _AFFINE_STEP = 0.1  # voxels
@@ -51,7 +53,7 @@ class Registration:
         displacement (Tensor): (1, nd, *spatial) fp32, voxels of the fixed grid; all of the motion.
         moved (Tensor): (1, C, *spatial) fp32, warp(moving, displacement).
         levels (list[dict]): coarse to fine: shape, spacing_mm, iterations, loss_first, loss_last, similarity,
-            regularity, seconds.
+            regularity, regularization, strain and noise (what its weight was chosen by), intensities (their share of LCC), seconds.
         seconds (float): all of it, wall clock.
         affine (Tensor or None): (1, nd, nd + 1) fp32, voxels of the fixed grid: the affine part of the motion, a start that is
             one included. None: there is none, or the start is a field, in which it is not told apart.
@@ -101,14 +103,18 @@ def _pyramid(shape: Sequence[int], spacing: Sequence[float], levels: int | None)
     """Shapes, coarse to fine. A step doubles the smallest spacing and leaves axes about as coarse."""
     shapes = [tuple(shape)]
     spacing = list(spacing)
-    # an axis that starts out short (a stack of thick slices) stays, and does not hold the others up
+    # an axis that is short, or has become it, stays; while that is true of no more than half of those to be halved it holds none up
     follow = [a for a in range(len(shape)) if shape[a] >= 2 * _SHORTEST]
     while follow and (levels is None or len(shapes) < levels):
         size = list(shapes[-1])
         target = 2.0 * min(spacing[a] for a in follow)
         halved = [a for a in follow if spacing[a] < target / 1.4]
-        if any(size[a] < 2 * _SHORTEST for a in halved):
+        short = [a for a in halved if size[a] < 2 * _SHORTEST]
+        if 2 * len(short) > len(halved):
             break
+        if short:
+            follow = [a for a in follow if a not in short]
+            continue
         for a in halved:
             n = round((size[a] - 1) * spacing[a] / target) + 1
             spacing[a] *= (size[a] - 1) / (n - 1)
@@ -228,16 +234,17 @@ def register(
     transform: _descent.TransformName = "dense",
     affine: bool = False,
     window: int = 9,
-    regularization: float = 2.0,
+    regularization: float | Literal["auto"] = "auto",
     smoothing: float | None = None,
     levels: int | None = None,
-    iterations: int | Sequence[int] = (100, 100, 60, 30),
+    iterations: int | Sequence[int] = _ITERATIONS,
     learning_rate: float = 0.3,
     symmetric: bool = False,
     landmarks: tuple[Tensor, Tensor] | None = None,  # (K, nd) each
     landmark_weight: float = 1.0,
     labels: tuple[Tensor, Tensor] | None = None,  # (1, 1, *spatial) each
     label_weight: float = 1.0,
+    preset: _adaptive.PresetName = "default",
     progress: Callable[[int, int, int, int, float], object] | None = None,
 ) -> Registration:
     """Finds u such that ``moving(p + u(p))`` looks like ``fixed(p)``. Runs on the device of the images, in fp32.
@@ -258,8 +265,8 @@ def register(
             out, and the finest penalises only what it adds. None: 40; but 0, for none, where the longest side is under 100 mm or voxels are over 4.3 mm, with "velocity",
             symmetric, a matrix alone, or no iterations.
         similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
-            "auto": "mind" where the signs of local correlations say that they are; "mse" for intensities that mean the
-            same. Channels are rescaled to their range first.
+            "auto": "mind" where the signs of local correlations say that they are, else "lcc" with a share of "mse" where intensities
+            agree; "mse" for intensities that mean the same. Channels are rescaled to their range first.
         channel_weights (sequence, optional): how much each channel counts, all alike where None; only ratios matter. Of many
             channels, feature maps say, 4 are compared at a time: an iteration's memory does not grow with their number.
         transform (str): "dense" displacement; "velocity", stationary and integrated: invertible up to
@@ -267,7 +274,8 @@ def register(
         affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
             does not see it.
         window (int): LCC window, voxels of the level, odd.
-        regularization (float): weight of the mean squared strain (mm over mm).
+        regularization (float or str): weight of the mean squared strain (mm over mm). "auto": 1.5, and for the two finest levels up to 8
+            where the coarser ones find the image little strained, as the insides of one person are, and noise; 2 for "mind" and "mse", and where `search_range` was used.
         smoothing (float, optional): standard deviation, mm, of the Gaussian on the finest level's updates; for
             "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
             spacing of each level's displacement grid; 4 voxels between control points.
@@ -285,6 +293,8 @@ def register(
         labels (two Tensors, optional): (1, 1, *spatial) integers, label maps of fixed and moving; those that both have, but 0, are
             laid on each other. Masks do not hide them.
         label_weight (float): 1: no overlap of any label costs as much as images that have nothing in common.
+        preset (str): "fast": other defaults, for a quarter of the time or less: the finest level is left out and the others take at most 60, 60 and
+            40 iterations. What is given explicitly stands.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.
 
@@ -322,7 +332,9 @@ def register(
     if _check.flag(op, "affine", affine) and linear:
         _check.fail(op, "affine", f"be False with transform {transform!r}, which has nothing after it", True)
     window = _check.odd_window(op, window)
-    (regularization,) = _check.per_axis(op, "regularization", regularization, 1)
+    heavy = None
+    if regularization != "auto":
+        (heavy,) = _check.per_axis(op, "regularization", regularization, 1)
     if smoothing is not None:
         (smoothing,) = _check.per_axis(op, "smoothing", smoothing, 1)
         extent = max(s * n for s, n in zip(spacing, full, strict=True))
@@ -331,6 +343,9 @@ def register(
     (learning_rate,) = _check.per_axis(op, "learning_rate", learning_rate, 1, strict=True)
     if levels is not None:
         levels = _check.whole(op, "levels", levels, 1)
+    _check.choice(op, "preset", preset, tuple(_adaptive.PRESETS))
+    if iterations is _ITERATIONS:  # not given: what a caller writes out is another tuple
+        iterations = _adaptive.PRESETS[preset].get("iterations", iterations)
     if hasattr(iterations, "tolist"):  # numpy, torch
         iterations = iterations.tolist()
     numbers = iterations if isinstance(iterations, (tuple, list, range)) else [iterations]
@@ -373,6 +388,7 @@ def register(
             options = choice.taken, window, report, most[: len(rough)], transform if linear else "affine"
             fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric, shares)
             matrix = fit.matrix(fit.motion)
+        adapt = _adaptive.Adaptive(heavy, len(shapes), choice.taken, similarity == "auto")
         half = None
         if symmetric and affine:
             both = fit.matrix(fit.motion / 2), fit.matrix(-fit.motion / 2)
@@ -388,19 +404,21 @@ def register(
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             before = None if half is not None else matrix
-            rest = choice.taken, window, regularization, before, terms, symmetric, shares
+            rest = choice.taken, window, adapt.weight, before, terms, symmetric, shares
             level = _level(images, shape, spacing, field, transform, width, *rest)
             if searched.field is not None:
                 level.exempt = _fused.resize_displacement(searched.field, level.transform.base.shape[2:])
             report = progress and functools.partial(
                 progress, len(rough) + number + (0 <= at <= number), total
             )
+            told = adapt(level, number)
             field, record = _descent.descend(level, n_iterations, learning_rate, report)
             record = {
                 "transform": transform,
                 "shape": shape,
                 "spacing_mm": _descent.spacing_of(shape, full, spacing),
                 **record,
+                **told,
             }
             records.append({**record, "seconds": time.perf_counter() - begun})
         with torch.no_grad():

@@ -140,9 +140,8 @@ def test_the_choice_is_the_better_one():
     by_lcc = fastreg.register(fixed, folded(moving), similarity="lcc", **options)
     assert error(by_lcc.displacement, truth) > 1.5 * error(other.displacement, truth)
     same = fastreg.register(fixed, moving, **options)
-    assert torch.equal(
-        same.displacement, fastreg.register(fixed, moving, similarity="lcc", **options).displacement
-    )
+    assert same.similarity == "lcc"
+    assert error(same.displacement, truth) < 0.4 * before
 
 
 @pytest.mark.skipif(not DATA, reason="FASTREG_DATA, the folder with the scans, is not set")

@@ -9,10 +9,10 @@ from fastreg.training import Net
 NAMES = tuple(f.name for f in fields(Net) if f.name != "method")
 
 
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """--preset, --set and what makes the net's input; None where not given."""
+def add_arguments(parser: argparse._ActionsContainer, preset: str = "") -> None:
+    """--preset, --set and what makes the net's input; None where not given. preset: more of its help."""
     presets = "; ".join(f"{name}: {', '.join(cls.presets)}" for name, cls in models.MODELS.items())
-    parser.add_argument("--preset", help=f'arguments of the model, "paper" by default ({presets})')
+    parser.add_argument("--preset", help=f'arguments of the model, "paper" by default ({presets}){preset}')
     parser.add_argument(
         "--set",
         action="append",

@@ -48,7 +48,7 @@ HELP = {
     "affine": "find an affine part first",
     "search_range": "how far to search each place before the finest level, in mm, for large motion along walls; 0: not at all",
     "window": "side of the LCC window in voxels, odd",
-    "regularization": "weight of the smoothness of the displacement",
+    "regularization": "weight of the smoothness of the displacement; auto: by how strained the coarse levels find the image",
     "smoothing": "standard deviation in mm of the Gaussian that smooths updates; bspline: control point spacing",
     "levels": "number of resolutions, coarse to fine",
     "iterations": "at most, of every level or comma-separated from coarse to fine",
@@ -57,7 +57,10 @@ HELP = {
     "label_weight": "use --fixed-labels and --moving-labels, with this weight: those that both have are laid on each other. Otherwise they are scored only",
     "landmark_weight": "use --fixed-landmarks and --moving-landmarks, with this weight; 1.0 brings them nearly together. Otherwise they are scored only",
 }
-CHOICES = {"similarity": _similarity.SIMILARITIES, "transform": (*TRANSFORMS, *LINEAR)}
+CHOICES = {
+    "similarity": _similarity.SIMILARITIES,
+    "transform": (*TRANSFORMS, *LINEAR),
+}
 # that are not named as their parameter, and are off where not given
 FLAGS = {"landmark_weight": "--use-landmarks", "label_weight": "--use-labels"}
 # that are read from files, or otherwise made, and have no flag by which a number sets them
@@ -71,9 +74,17 @@ GIVEN = (
     "landmarks",
     "labels",
     "channel_weights",
+    "preset",
     "progress",
 )
-METAVARS = {"search_range": "MM", "window": "N", "smoothing": "MM", "levels": "N", "iterations": "N[,N...]"}
+METAVARS = {
+    "search_range": "MM",
+    "regularization": "X|auto",
+    "window": "N",
+    "smoothing": "MM",
+    "levels": "N",
+    "iterations": "N[,N...]",
+}
 
 
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -114,7 +125,8 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     group.add_argument("--method", choices=sorted(models.MODELS), help="the net")
     group.add_argument("--steps", type=int, metavar="N", help=f"of its optimiser (default: {STEPS})")
     group.add_argument("--seed", type=int, metavar="N", help="of its weights and noise (default: 0)")
-    nets.add_arguments(group)
+    without = "; without --method: default, or fast, which leaves out the finest level and takes a quarter of the time or less"
+    nets.add_arguments(group, preset=without)
     _moving.add_arguments(command)
     add_reading(command)
     add_common(command)
@@ -141,12 +153,21 @@ def add_parameters(parser: argparse.ArgumentParser, **also: str) -> argparse._Ac
         elif p.name in CHOICES:
             group.add_argument(flag, choices=CHOICES[p.name], **options)
         else:
-            group.add_argument(flag, type=numbers, metavar=METAVARS.get(p.name, "X"), **options)
+            kind = _weight if p.name == "regularization" else numbers
+            group.add_argument(flag, type=kind, metavar=METAVARS.get(p.name, "X"), **options)
     return group
 
 
 def _flag(name: str) -> str:
     return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _weight(text: str) -> Any:
+    """A number, or "auto"."""
+    return text if text == "auto" else numbers(text)
+
+
+_weight.__name__ = "number or auto"
 
 
 def _pasted(parameter: inspect.Parameter) -> str:
@@ -230,6 +251,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     """Registers a Case as the arguments say: an Outcome."""
     device = device_of(args)
     parameters = {p.name: getattr(args, p.name, p.default) for p in tunable() if p.name not in FLAGS}
+    parameters["preset"] = getattr(args, "preset", None) or "default"
     parameters |= {name: getattr(args, name) for name in FLAGS if hasattr(args, name)}
     start = _start_of(case, args)
     grid, field = (case.moving_grid, None) if start is None else start.of_image(case.moving_grid)
@@ -370,7 +392,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.method is not None and args.channel:
         raise InputError("--channel is for the pairwise optimiser, not for --method")
     if args.method is None:
-        for name in (*nets.NAMES, "steps", "seed"):
+        for name in (*(n for n in nets.NAMES if n != "preset"), "steps", "seed"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} goes with --method")
     with output_folder(args.out, outputs, replace=args.force) as folder:
