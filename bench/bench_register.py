@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from bench import bench_diffusion, bench_lcc_loss, bench_smooth, bench_warp, common
 from bench.common import ITERATION, Case, Provider, keeps
-from fastreg import _descent, registration
+from fastreg import _adaptive, _descent, registration
 
 DEFAULTS = {n: p.default for n, p in inspect.signature(registration.register).parameters.items()}
 SPACING = 1.0
@@ -58,9 +58,9 @@ def level_of(case, inputs):
     base = common.displacement((1, 1, *_control(case)), 3, inputs[0].device, torch.float32, amplitude=0.5)
     images, spacing = (*inputs, None, None), (SPACING,) * len(size)
     start = base.to(inputs[0].dtype)
-    # LCC is what "auto" takes of images of one kind
+    # LCC is what "auto" takes of images of one kind; the weight changes no work
     options = (
-        {**DEFAULTS, "similarity": "lcc"}[n]
+        {**DEFAULTS, "similarity": "lcc", "regularization": _adaptive.OTHER}[n]
         for n in ("transform", "smoothing", "similarity", "window", "regularization")
     )
     return registration._level(images, size, spacing, start, *options)

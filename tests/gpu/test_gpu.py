@@ -32,6 +32,7 @@ STEPS = {
     "warp_half": lambda f, m, u: fastreg.warp(m.bfloat16(), u).float().square().sum(),
     "warp_nearest": lambda f, m, u: (f * fastreg.warp(m, u, mode="nearest")).sum(),
     "warp_2d": lambda f, m, u: fastreg.warp(m[:, :, 0], u[:, :2, 0]).square().sum(),
+    "warp_coarse": lambda f, m, u: (f * fastreg.warp_coarse(m, u[..., ::2, ::3, ::2].contiguous())).sum(),
     "lcc_loss": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 9),
     "lcc_loss_masked": lambda f, m, u: fastreg.lcc_loss(f, fastreg.warp(m, u), 5, mask=(f[:, :1] > 0.2).float()),
     "lcc_loss_2d": lambda f, m, u: fastreg.lcc_loss(f[:, :, 0], m[:, :, 0], 7),
