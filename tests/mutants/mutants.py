@@ -397,6 +397,24 @@ MUTANTS = [
         "mind mind_loss", "reference", "squares outside repeat those of the last voxel",
     ),
     Mutant(
+        "mind_field_spoils_the_other_channel", "border", CPU,
+        "int64_t) { p[j] = outside[i++]; });",
+        "int64_t) { outside[i++] = p[j]; });",
+        "mind mind_loss", "inside", "the second channel of a field finds the columns that the first repeated",
+    ),
+    Mutant(
+        "mind_field_adjoints_forget_the_other_channel", "border", CPU,
+        "p[border] += p[j], p[j] = outside[i++];",
+        "p[border] += p[j], p[j] = A(0);",
+        "mind mind_loss", "inside", "columns outside for one channel are inside for the other",
+    ),
+    Mutant(
+        "mind_fields_at_the_border", "border", CPU,
+        "t.begin[i] + t.size[i] + r[i] <= a.size[i];",
+        "t.begin[i] + t.size[i] <= a.size[i];",
+        "mind mind_loss", "reference or inside", "patches of the last tile repeat the border, of each channel its own",
+    ),
+    Mutant(
         "mind_l1_ignores_the_mask", "mask", COMMON,
         "error += by * sign, g[k] = w * sign;",
         "error += by * sign, g[k] = sign;",

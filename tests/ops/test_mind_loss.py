@@ -208,6 +208,26 @@ def test_many_slabs(shape, options):
     check_against_reference(lambda x: fastreg.mind(x, **options), reference(options), inputs[:1])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of tiles of the CPU's kernels")
+@pytest.mark.parametrize(
+    "options",
+    [
+        OPTIONS,
+        F3RNET,
+        OPTIONS | {"radius": 1, "dilation": 5},
+        OPTIONS | {"radius": 3, "neighbourhood": "six"},
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 1, 28, 27, 5), (1, 2, 27, 30, 17), (1, 1, 132, 163)], ids=str)
+def test_tiles_inside_the_image(shape, options):
+    """Where no patch leaves the image along z and y, two channels share what is summed."""
+    mask = make_mask(shape)
+    inputs = pair(shape)
+    check_against_reference(
+        lambda f, m: fastreg.mind_loss(f, m, **options, mask=mask), loss_reference(options, mask=mask), inputs
+    )
+
+
 def test_mixed_dtypes_are_promoted():
     fixed, moved = pair(size((1, 1, 8, 8, 8), (1, 1, 3, 4, 5)))
     f, m = fixed.detach().bfloat16().requires_grad_(), moved.detach().float().requires_grad_()
