@@ -50,8 +50,12 @@ def strain(field: Tensor, spacing: Sequence[float], image: Tensor) -> float:
         return 0.0
     size = field.new_tensor(spacing).view(1, -1, *[1] * len(grid))
     image = _descent.resized(image, tuple(grid))
-    squares = sum((_along(field * size, a) / spacing[a]).square().sum(1) for a in axes)
-    edges = sum((_along(image, a) / spacing[a]).square().sum(1) for a in axes).sqrt()
+
+    def slopes(x: Tensor) -> Tensor:
+        """The sum of their squares, over channels and axes."""
+        return torch.stack([(_along(x, a) / spacing[a]).square().sum(1) for a in axes]).sum(0)
+
+    squares, edges = slopes(field * size), slopes(image).sqrt()
     edges = edges + 1e-6 * edges.max() + torch.finfo(edges.dtype).tiny
     return float((squares * edges).sum() / edges.sum()) / len(grid) ** 2
 

@@ -45,8 +45,9 @@ _ALPHA = 0.005  # of squared differences of neighbours' displacements, features;
 _SMOOTH, _ROUNDS = 0.5, 5  # cells; of making both directions inverse
 _JOIN = 2.0  # units: over which places are compared; 4 took the search's field into lungs, a wall away
 _CLEARLY = 0.9  # the share of the search's dissimilarity below which the descent's is taken
+ASKED = "asked for"
 _LEAST_SHARE = 0.02  # of the image, below which the search has found nothing new
-_LEAST_MOVE = 0.5  # units, on average, below which it has found what the descent refines better, from the level before the finest
+_LEAST_MOVE = 4.0  # mm, on average, below which it has found what the descent refines better, from the level before the finest
 
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
@@ -87,7 +88,7 @@ def range_of(
         _check.fail("register", "search_range", wanted, f"{search_range:g}")
     if search_range > 0 and without is not None:
         _check.fail("register", "search_range", f"be 0 or None with {without}", f"{search_range:g}")
-    return search_range, "asked for" if search_range > 0 else "search_range is 0"
+    return search_range, ASKED if search_range > 0 else "search_range is 0"
 
 
 def _pooled(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -223,7 +224,7 @@ def start(
     takes = _joined(sides, searched, descended)
     share = float(takes.mean())
     far = (takes * (searched - descended)).norm(dim=1) * unit
-    used = share >= _LEAST_SHARE and float(far.mean()) >= _LEAST_MOVE * unit
+    used = share >= _LEAST_SHARE and (why == ASKED or float(far.mean()) >= _LEAST_MOVE)
     record = {
         "used": used,
         "why": why if used else "the descent's field is as good everywhere",

@@ -85,7 +85,8 @@ def test_one_wrong_pair_among_landmarks_is_let_go_of():
     wrong[3] += torch.tensor([20.0, 15.0])
     others = [k for k in range(len(right)) if k != 3]
     plain, spoilt = (
-        register(fixed, moving, landmarks=(POINTS, m), **QUICK).displacement for m in (right, wrong)
+        register(fixed, moving, landmarks=(POINTS, m), regularization=2.0, **QUICK).displacement
+        for m in (right, wrong)
     )
     assert tre(spoilt, POINTS[others], right[others]) < tre(plain, POINTS[others], right[others]) + 0.2
     assert tre(spoilt, POINTS[3:4], right[3:4]) < 2
@@ -168,7 +169,7 @@ def test_landmarks_lead_instead_of_the_search():
     """Which compares the images alone, and would undo what the points say of large motion."""
     image = texture(SHAPE)
     options = {"spacing": 2.0, "iterations": 1}
-    assert register(image, image, **options).discrete["why"] == "automatic"
+    assert "range_mm" in register(image, image, **options).discrete  # it was searched
     found = register(image, image, landmarks=(POINTS, POINTS), **options).discrete
     assert found == {"used": False, "why": "landmarks or labels lead"}
     asked = register(image, image, landmarks=(POINTS, POINTS), search_range=10, **options)

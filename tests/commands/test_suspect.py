@@ -79,7 +79,7 @@ def test_a_good_pair_is_ok(scans, tmp_path, capsys):
 
 
 def test_what_leads_elsewhere_is_suspect(scans, tmp_path, capsys):
-    report = run(scans, tmp_path / "out", "--regularization", 60)
+    report = run(scans, tmp_path / "out", "--similarity", "lcc", "--regularization", 60)
     said = capsys.readouterr()
     assert report["status"] == "suspect"
     assert report["inconsistency"]["far"] > 0.2
