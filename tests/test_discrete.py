@@ -58,6 +58,8 @@ def test_sliding_is_found_and_was_not(kind):
     assert found.discrete["range_mm"] == _discrete.RANGE
     assert 0.3 < found.discrete["share"] <= 1
     assert found.discrete["moved_mm"] > 1
+    assert found.discrete["far_share"] > 0.1
+    assert found.discrete["far_gain"] > 0.1
     # the level before the finest is left out, and what is penalised is not all of the motion
     assert [tuple(level["shape"]) for level in found.levels][-1] == shape
     assert len(found.levels) == len(descended.levels) - 1
