@@ -27,6 +27,7 @@ from bench import common, real
 from bench.experiments.common import Unusable, scans, tensor
 from bench.markdown import grouped, measured, number, table
 from fastreg import metrics, ops
+from fastreg.data import phantom
 
 STORE = "settings.csv"
 FIELDS = [
@@ -56,6 +57,8 @@ SETTINGS = {
     "bspline": {"transform": "bspline"},
     "affine": {"affine": True},
     "mask": MASK,
+    "symmetric": {"symmetric": True},
+    "no search": {"search_range": 0},
 }
 TURN, SHIFT = 12.0, 6.0  # degrees about the first axis, voxels along the last two
 MARGIN = 3  # voxels that a mask has around what it is made from
@@ -71,9 +74,15 @@ class Scan:
     points: tuple = ()
     labels: tuple = ()
     mask: torch.Tensor | None = None
+    truth: torch.Tensor | None = None  # displacement, known where body is 1
+    body: torch.Tensor | None = None
 
     def score(self, u):
-        """TRE in mm, or mean Dice."""
+        """TRE in mm, mean Dice, or where all of the motion is known its mean error, mm, over the body."""
+        if self.truth is not None:
+            size = torch.tensor(self.spacing).view(1, -1, 1, 1, 1)
+            error = ((u - self.truth) * size).norm(dim=1, keepdim=True)
+            return "error", float(error[self.body].mean())
         if self.points:
             fixed, moving = self.points
             return "tre", metrics.tre(metrics.move_points(fixed, u), moving, self.spacing).mean
@@ -112,6 +121,13 @@ def hippocampus(k):
     return Scan(*(tensor(data["images"][i]) for i in (0, k)), (1.0, 1.0, 1.0), labels=labels, mask=mask)
 
 
+def sliding(amplitude):
+    """The thorax phantom, whose lungs slide along a wall that rests."""
+    p = phantom.thorax(amplitude=amplitude)
+    body = (p.fixed_labels > 0) | (p.fixed > -300)
+    return Scan(p.fixed, p.moving, p.spacing, truth=p.displacement, body=body)
+
+
 def turned(scan):
     """The pair with its moving image turned and shifted."""
     shape, angle = scan.moving.shape[2:], math.radians(TURN)
@@ -137,7 +153,7 @@ def blocked(scan):
 
 
 # What a pair was changed to show.
-ONLY = {"blocked": ("defaults", "mask")}
+ONLY = {"blocked": ("defaults", "mask"), **{f"{mm}mm": ("defaults", "no search") for mm in (20, 30, 40)}}
 LUNG = "lungmr_proton_0004"
 PAIRS = {
     **{f"hippocampus {k}": lambda k=k: hippocampus(k) for k in range(1, 8)},
@@ -149,6 +165,7 @@ PAIRS = {
     "lungs MR, blocked": lambda: blocked(of_real(LUNG)),
     "lungs CT": lambda: of_real("lungct_dirlab4dct_case1"),
     "brains": lambda: of_real("brainmr_vxm"),
+    **{f"thorax, {mm}mm": lambda mm=mm: sliding(float(mm)) for mm in (20, 30, 40)},
 }
 
 
@@ -211,6 +228,11 @@ SECTIONS = {
         ("defaults", "weight 4", "velocity", "bspline", "mind", "affine"),
         ("hippocampus, turned", "lungs MR, turned"),
     ),
+    "sliding": (
+        ("defaults", "no search"),
+        ("thorax, 20mm", "thorax, 30mm", "thorax, 40mm", "lungs MR", "lungs CT", "brains"),
+    ),
+    "both": (("defaults", "velocity", "symmetric"), ALIKE),
     "transforms": (("defaults", "velocity", "bspline", "affine"), ALIKE),
     "masks": (
         ("defaults", "mask"),
@@ -218,7 +240,7 @@ SECTIONS = {
     ),
     "all": (None, None),
 }
-NAMES = {"tre": "TRE, mm", "dice": "Dice"}
+NAMES = {"tre": "TRE, mm", "dice": "Dice", "error": "mean error in the body, mm"}
 
 
 def kind(pair):
