@@ -1,21 +1,20 @@
-"""Registers the real scans under FASTREG_DATA by the command line and judges the result.
+"""Registers the real scans under FASTREG_DATA by the command line, and by every other tool that is installed, and judges all alike.
 
-    FASTREG_DATA=... python -m bench.real [--pair NAME] [--work FOLDER] [--no-store] [-- ARGUMENT ...]
+    FASTREG_DATA=... python -m bench.real [--pair NAME] [--tool NAME] [--environments DIR] [--work FOLDER] [--no-store] [-- ARGUMENT ...]
 
-The scans are not part of this repository. Every pair is written as NIfTI (and CSV) and registered by a
-process of its own, with the command line's defaults but for what PAIRS says; wall clock includes starting
-Python, reading and writing. Rows go to bench/results/real.csv. Exit status: 0 all goals met, 1 one missed,
-2 no data or a failed run.
+The scans are not part of this repository. Every pair is written as NIfTI and registered by a process of its own, ours with the
+command line's defaults; CPU and wall seconds include starting Python, reading and writing, but no picture. The other tools
+(bench/registrars) are looked for in this Python and in the virtual environments DIR/*; they turn with the pairs, so that what else
+the machine does meets all of them. Every displacement is read by fastreg.convert and judged by the same lines below. Rows go to
+bench/results/real.csv. Exit status: 0 all goals met by fastreg, 1 one missed, 2 no data or a failed run of ours.
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,60 +24,82 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
-from bench import common  # noqa: E402
+import fastreg  # noqa: E402
+from bench import common, registrars  # noqa: E402
+from fastreg import convert, metrics  # noqa: E402
 
 THREADS = 2
+FOLDING = 1e-3
 
 
 @dataclass(frozen=True)
 class Pair:
-    """`fixed` and `moving` name arrays of the file; "{}" in `labels` and `landmarks` stands for those names.
-
-    goals: score -> what it must reach, or None where it is only reported. tre: mean, mm, at most; dice: mean over
-    the labels, at least; "dice of all": of their union.
+    """`fixed` and `moving` name arrays of the file, or of an array of several (`images`) rows; "{}" in labels and landmarks stands
+    for those names. landmarks: score -> (name for fixed, name for moving).
     """
 
     source: str
-    goals: dict
-    seconds: float
     fixed: str = "fixed"
     moving: str = "moving"
     labels: str = ""
-    landmarks: str = ""
-    folding: float = 1e-3
-    arguments: tuple = ()
+    landmarks: dict = field(default_factory=dict)
+
+    def array(self, data, key):
+        """The image `key`, or where pattern has "{}" what it stands for of that image."""
+        for name in (key, f"img_{key}"):
+            if name in data:
+                return data[name]
+        return data["images"][int(key)]
+
+    def labels_of(self, data, key):
+        """Labels without those that are not scored."""
+        name = self.labels.format(key)
+        labels = data[name] if name in data else data["segs"][int(key)]
+        return scored(data, labels)
 
 
+@dataclass(frozen=True)
+class Set:
+    """goals: score -> what its mean over the pairs must reach; tre: mm, at most; dice: mean over the labels, at least; "dice of
+    all": of their union.
+    """
+
+    pairs: dict
+    goals: dict
+
+
+LANDMARKS = {
+    "tre": ("fixed_lm", "moving_lm"),
+    "tre refined": ("fixed_lm", "moving_lm_refined"),
+    "tre dense": ("fixed_lm_dense", "moving_lm_dense"),
+}
 LUNGS = ("0004", "0006", "0011", "0012")
-PAIRS = {
-    "lungct_dirlab4dct_case1": Pair("lungct_dirlab4dct_case1", {"tre": 1.25}, 60.0, landmarks="{}_lm"),
-    "brainmr_vxm": Pair("brainmr_vxm", {"dice": 0.70}, 120.0, labels="{}_seg"),
-    "spinalmr_t1t2_sct": Pair(
-        "spinalmr_t1t2_sct",
-        {"dice": 0.90},
-        60.0,
-        fixed="t2",
-        moving="t1",
-        labels="{}_seg",
-        folding=3e-3,
-        arguments=("--similarity", "mind"),
+SETS = {
+    "lung CT": Set(
+        {"lungct_dirlab4dct_case1": Pair("lungct_dirlab4dct_case1", landmarks=LANDMARKS)},
+        {"tre": 1.00, "tre refined": 0.74, "tre dense": 0.40},
+    ),
+    "brain MR": Set({"brainmr_vxm": Pair("brainmr_vxm", labels="{}_seg")}, {"dice": 0.750}),
+    "hippocampus MR": Set(
+        {
+            f"hippocampusmr_msd04_{k}": Pair("hippocampusmr_msd04", "0", str(k), "segs {}")
+            for k in range(1, 15)
+        },
+        {"dice": 0.775},
     ),
     # Lungs of different people: five lobes, and the lungs as their union.
-    **{
-        f"lungmr_proton_{n}": Pair(
-            "lungmr_proton",
-            {"dice": None, "dice of all": None},
-            120.0,
-            fixed="0007",
-            moving=n,
-            labels="lobe_{}",
-        )
-        for n in LUNGS
-    },
+    "lung MR": Set(
+        {f"lungmr_proton_{n}": Pair("lungmr_proton", "0007", n, "lobe_{}") for n in LUNGS},
+        {"dice of all": 0.957, "dice": 0.912},
+    ),
+    "T1 to T2 cord": Set(
+        {"spinalmr_t1t2_sct": Pair("spinalmr_t1t2_sct", "t2", "t1", "{}_seg")}, {"dice": 0.925}
+    ),
 }
+PAIRS = {name: pair for group in SETS.values() for name, pair in group.pairs.items()}
 FIELDS = [
-    "date", "commit", "device", "device_name", "threads", "isa", "torch", "pair", "score", "before", "after",
-    "goal", "seconds", "limit", "folding", "folding_limit", "met", "preset", "arguments",
+    "date", "commit", "device", "device_name", "threads", "isa", "torch", "set", "pair", "tool", "version", "how", "score", "before",
+    "after", "cpu_seconds", "seconds", "peak_mb", "load", "folding", "arguments",
 ]  # fmt: skip
 
 
@@ -86,102 +107,106 @@ class Unusable(Exception):
     """One line for the user."""
 
 
-def scored(data, key):
-    """Labels without those that are not scored."""
-    labels = data[key]
+def scored(data, labels):
+    """Labels without those that the file says are too small to be scored."""
     wanted = json.loads(str(data["meta"])).get("labels_ge_1000vox")
-    if wanted is None:
-        return labels
-    return np.where(np.isin(labels, wanted), labels, 0).astype(labels.dtype)
+    return labels if wanted is None else np.where(np.isin(labels, wanted), labels, 0).astype(labels.dtype)
 
 
-def write(pair, source, folder):
-    """Writes a pair's files; returns the arguments of `fastreg register`."""
+def write(pair, data, folder):
+    """Writes a pair's two images; returns their paths."""
     import SimpleITK
 
-    data = np.load(source)
-    spacing = data["spacing"].astype(float)
-
-    def image(name, array):
-        volume = SimpleITK.GetImageFromArray(np.ascontiguousarray(array))
-        volume.SetSpacing(tuple(spacing[::-1]))
-        SimpleITK.WriteImage(volume, str(folder / name))
-        return str(folder / name)
-
-    def points(name, voxels):
-        # identity direction and zero origin: mm are voxels times spacing, x first
-        np.savetxt(folder / name, (voxels * spacing)[:, ::-1], "%.6f", ",", header="x,y,z", comments="")
-        return str(folder / name)
-
-    sides = {"fixed": pair.fixed, "moving": pair.moving}
-    arguments = []
-    for side, key in sides.items():
-        array = data[key] if key in data else data[f"img_{key}"]
-        arguments.append(image(f"{side}.nii.gz", array.astype(np.float32)))
-    for side, key in sides.items():
-        if pair.landmarks:
-            arguments += [f"--{side}-landmarks", points(f"{side}.csv", data[pair.landmarks.format(key)])]
-        if pair.labels:
-            arguments += [
-                f"--{side}-labels",
-                image(f"{side}_labels.nii.gz", scored(data, pair.labels.format(key))),
-            ]
-    return arguments
+    paths = []
+    for side, key in (("fixed", pair.fixed), ("moving", pair.moving)):
+        # identity direction and zero origin
+        volume = SimpleITK.GetImageFromArray(np.ascontiguousarray(pair.array(data, key), dtype=np.float32))
+        volume.SetSpacing(tuple(data["spacing"].astype(float)[::-1]))
+        paths.append(folder / f"{side}.nii.gz")
+        SimpleITK.WriteImage(volume, str(paths[-1]))
+    return paths
 
 
-def union_dice(folder):
-    """Dice of all labels as one, before and after."""
-    import SimpleITK
+def scores(pair, data, u):
+    """Score -> value for a displacement, (1, 3, *spatial) in voxels."""
+    out = {}
+    for score, names in pair.landmarks.items():
+        fixed, moving = (torch.from_numpy(data[name]) for name in names)
+        found = metrics.tre(metrics.move_points(fixed, u), moving, data["spacing"].tolist())
+        out[score] = found.mean
+    if pair.labels:
+        fixed, moving = (
+            torch.from_numpy(pair.labels_of(data, key).astype(np.int64))[None, None]
+            for key in (pair.fixed, pair.moving)
+        )
+        moved = fastreg.warp(moving.float(), u, mode="nearest", padding="zeros").long()
+        out["dice"] = metrics.dice(fixed, moved, fixed.unique()[1:].tolist()).mean
+        out["dice of all"] = metrics.dice((fixed > 0).long(), (moved > 0).long(), [1]).mean
+    return out
 
-    fixed, before, after = (
-        SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / name))) > 0
-        for name in ("fixed_labels.nii.gz", "moving_labels.nii.gz", "out/moved_labels.nii.gz")
-    )
-    return [2 * (fixed & moved).sum() / (fixed.sum() + moved.sum()) for moved in (before, after)]
+
+def ours(fixed, moving, out, extra):
+    """Registers a pair by the command line."""
+    command = [sys.executable, "-m", "fastreg", "register", fixed, moving, "-o", out / "found", "--quiet"]
+    command += ["--no-picture", "--threads", THREADS, "--device", "cpu", *extra]
+    out.mkdir(parents=True)
+    used = registrars.measured(command, THREADS, out, path=(ROOT,))
+    return [out / "found" / "displacement.nii.gz"], used
 
 
-def run(name, pair, source, folder, extra=()):
-    """Registers one pair; returns a row per score."""
+def run(group, name, data, folder, tools, extra=()):
+    """Registers one pair by each tool, ours first; returns a row per tool and score."""
+    pair, rows = PAIRS[name], []
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = write(pair, source, folder)
-    out = folder / "out"
-    command = [sys.executable, "-m", "fastreg", "register", *arguments, "-o", str(out), "--force", "--quiet"]
-    command += ["--threads", str(THREADS), "--device", "cpu", *pair.arguments, *extra]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(THREADS)}
-    start = time.perf_counter()
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise Unusable(f"{name}: fastreg register ended with status {done.returncode}: {lines[-1]}")
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    folding = float(report["folding"])
-    rows = []
-    for score, goal in pair.goals.items():
-        if score == "dice of all":
-            before, after = union_dice(folder)
-        else:
-            before, after = (float(report[score][when]["mean"]) for when in ("before", "after"))
-        good = goal is None or (after <= goal if score == "tre" else after >= goal)
-        rows.append(
-            {
-                **common.environment("cpu"),
-                "pair": name,
-                "score": score,
-                "before": f"{before:.4f}",
-                "after": f"{after:.4f}",
-                "goal": "" if goal is None else goal,
-                "seconds": f"{seconds:.1f}",
-                "limit": pair.seconds,
-                "folding": f"{folding:.3g}",
-                "folding_limit": pair.folding,
-                "met": "yes" if good and seconds <= pair.seconds and folding < pair.folding else "no",
-                "preset": " ".join(pair.arguments),
-                "arguments": " ".join(extra),
-            }
+    fixed, moving = write(pair, data, folder)
+    wanted = {*SETS[group].goals}
+    before = scores(pair, data, torch.zeros(1, 3, *pair.array(data, pair.fixed).shape))
+    for tool, (python, version) in tools.items():
+        own = tool == "fastreg"
+        try:
+            work = folder / tool
+            files, used = (
+                ours(fixed, moving, work, extra)
+                if own
+                else registrars.run(tool, python, fixed, moving, work, THREADS)
+            )
+            chain = convert.read_chain([str(f) for f in files], like=str(fixed), moving=None)
+            u = chain.displacement()[0]
+        except (RuntimeError, OSError, ValueError) as error:
+            if own:
+                raise Unusable(f"{name}: {error}") from error
+            print(f"{name}: {tool} failed: {error}", file=sys.stderr)
+            continue
+        u = u.nan_to_num(0.0).float()
+        after, folding = scores(pair, data, u), metrics.folding(u)
+        row = {
+            **common.environment("cpu"),
+            "set": group,
+            "pair": name,
+            "tool": tool,
+            "version": version,
+            "how": "" if own else registrars.REGISTRARS[tool].how,
+            "cpu_seconds": f"{used.cpu:.2f}",
+            "seconds": f"{used.wall:.2f}",
+            "peak_mb": f"{used.peak_mb:.0f}",
+            "load": f"{used.load:.2f}",
+            "folding": f"{folding:.3g}",
+            "arguments": " ".join(extra) if own else "",
+        }
+        for score in sorted(wanted):
+            rows.append(
+                {**row, "score": score, "before": f"{before[score]:.4f}", "after": f"{after[score]:.4f}"}
+            )
+        said = ", ".join(f"{s} {before[s]:.3f} -> {after[s]:.3f}" for s in sorted(wanted))
+        print(
+            f"{name:26} {tool:11} {said}; folding {100 * folding:.3g} %, {used.cpu:.1f} CPU s, {used.wall:.1f} s, {used.peak_mb:.0f} MB",
+            flush=True,
         )
     return rows
+
+
+def met(goal, score, value):
+    return value <= goal if score.startswith("tre") else value >= goal
 
 
 def main(argv=None):
@@ -189,41 +214,67 @@ def main(argv=None):
     parser.add_argument(
         "--pair", action="append", choices=list(PAIRS), help="only this pair; may be repeated"
     )
+    parser.add_argument(
+        "--tool",
+        action="append",
+        choices=["fastreg", *registrars.REGISTRARS],
+        help="only this one; may be repeated",
+    )
+    parser.add_argument(
+        "--environments", type=Path, metavar="DIR", help="folder of virtual environments with other tools"
+    )
     parser.add_argument("--work", type=Path, help="folder for inputs and outputs, kept (default: temporary)")
     parser.add_argument("--no-store", action="store_true", help="leave bench/results alone")
     parser.add_argument("extra", nargs="*", metavar="-- ARGUMENT", help="arguments for fastreg register")
     args = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
+    rows = []
     try:
         folder = os.environ.get("FASTREG_DATA")
         if not folder or not Path(folder).is_dir():
             what = f"is no folder: {folder}" if folder else "is not set"
             raise Unusable(f"FASTREG_DATA {what}; it names the folder with the scans (NAME.npz)")
-        wanted = {name: PAIRS[name] for name in args.pair or PAIRS}
-        sources = {name: Path(folder).resolve() / f"{pair.source}.npz" for name, pair in wanted.items()}
-        for source in sources.values():
-            if not source.exists():
-                raise Unusable(f"FASTREG_DATA holds no {source.name}")
+        there = {"fastreg": (sys.executable, fastreg.__version__), **registrars.found(args.environments)}
+        tools = {name: there[name] for name in args.tool or there if name in there}
+        missing = [name for name in args.tool or registrars.REGISTRARS if name not in there]
+        if missing:
+            print(f"not installed: {', '.join(missing)}", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="fastreg-real-") as temporary:
             work = (args.work or Path(temporary)).resolve()
-            rows = [
-                row
-                for name, pair in wanted.items()
-                for row in run(name, pair, sources[name], work / name, args.extra)
-            ]
+            for group, these in SETS.items():
+                for name, pair in these.pairs.items():
+                    if args.pair and name not in args.pair:
+                        continue
+                    source = Path(folder) / f"{pair.source}.npz"
+                    if not source.exists():
+                        raise Unusable(f"FASTREG_DATA holds no {source.name}")
+                    with np.load(source) as file:
+                        data = dict(file)
+                    new = run(group, name, data, work / name, tools, args.extra)
+                    if not args.no_store:
+                        common.append_rows(common.RESULTS / "real.csv", new, FIELDS)
+                    rows += new
     except Unusable as error:
         print(f"bench.real: {error}", file=sys.stderr)
         return 2
-    for r in rows:
-        unit = " mm" if r["score"] == "tre" else ""
+    good = True
+    for group, score, goal, value, folding in judged(rows):
+        reached = met(goal, score, value) and folding < FOLDING
+        good &= reached
         print(
-            f"{r['pair']:26} {r['score']} {r['before']} -> {r['after']}{unit} (goal {r['goal'] or 'none'}), "
-            f"{r['seconds']} s of {r['limit']:g}, folding {100 * float(r['folding']):.3g} %: "
-            f"{'met' if r['met'] == 'yes' else 'MISSED'}"
+            f"{group}: {score} {value:.3f} (goal {goal}), folding {100 * folding:.3g} %: {'met' if reached else 'MISSED'}"
         )
-    if not args.no_store:
-        common.append_rows(common.RESULTS / "real.csv", rows, FIELDS)
-    return 0 if all(r["met"] == "yes" for r in rows) else 1
+    return 0 if good else 1
+
+
+def judged(rows):
+    """Yields (set, score, goal, mean of fastreg, its worst share of folds) of the sets in rows."""
+    for group, these in SETS.items():
+        for score, goal in these.goals.items():
+            of = [r for r in rows if (r["set"], r["tool"], r["score"]) == (group, "fastreg", score)]
+            if of:
+                value = float(np.mean([float(r["after"]) for r in of]))
+                yield group, score, goal, value, max(float(r["folding"]) for r in of)
 
 
 if __name__ == "__main__":

@@ -101,13 +101,11 @@ def of_real(name):
     pair = real.PAIRS[name]
     data = scans(pair.source)
     sides = pair.fixed, pair.moving
-    images = [tensor(data[k] if k in data else data[f"img_{k}"]) for k in sides]
+    images = [tensor(pair.array(data, k)) for k in sides]
     spacing = tuple(float(s) for s in data["spacing"])
     if pair.landmarks:
-        return Scan(
-            *images, spacing, points=[torch.from_numpy(data[pair.landmarks.format(k)]) for k in sides]
-        )
-    arrays = [real.scored(data, pair.labels.format(k)).astype(np.int64) for k in sides]
+        return Scan(*images, spacing, points=[torch.from_numpy(data[k]) for k in pair.landmarks["tre"]])
+    arrays = [pair.labels_of(data, k).astype(np.int64) for k in sides]
     lung = data.get(f"lung_{pair.fixed}")
     mask = around((arrays[0] if lung is None else lung) > 0)
     return Scan(*images, spacing, labels=[torch.from_numpy(a)[None, None] for a in arrays], mask=mask)

@@ -20,6 +20,7 @@ from bench import common, fuzz, models, presets, robustness, settings
 from bench.common import say
 from bench.experiments import tables as experiments
 from bench.markdown import grouped, measured, number, page, replaced, table
+from bench.registrars import tables as registrars
 
 DOCS = common.ROOT.parent / "docs" / "results"
 README = common.ROOT.parent / "README.md"
@@ -190,33 +191,6 @@ def where(results):
     return {"": table(["op", "cpu", *PROOF], lines)}
 
 
-def real(results):
-    """Real scans registered as bench/real.py sets out, without further arguments, the newest of each pair."""
-    rows = [r for r in common.read_rows(results / "real.csv") if not r.get("arguments")]
-    rows = common.newest(rows, ("device_name", "threads", "pair", "score"))
-    units = {"tre": " mm"}
-    names = {"tre": "mean TRE", "dice": "mean Dice", "dice of all": "Dice of all labels"}
-    lines = []
-    for r in rows:
-        unit = units.get(r["score"], "")
-        lines.append(
-            [
-                r["pair"],
-                r.get("preset") or "defaults",
-                names.get(r["score"], r["score"]),
-                f"{number(r['before'])}{unit}",
-                f"{number(r['after'])}{unit}",
-                f"{r['goal']}{unit}" if r["goal"] else "",
-                f"{r['seconds']} (of {number(r['limit'])})",
-                f"{100 * float(r['folding']):.2g} %",
-                r["met"],
-                f"{r['device_name']}, {r['threads']} threads, {r['commit']}, {r['date'][:10]}",
-            ]
-        )
-    header = ["pair", "options", "score", "before", "after", "goal", "seconds", "folding", "goals met"]
-    return {"": table([*header, "measured on"], lines)} if rows else {}
-
-
 def tools(results):
     """Other tools' transforms beside ours: .ci/tools."""
     header = ["tool", "version", "", "transform", "median", "99th percentile", "largest", "", "measured on"]
@@ -282,7 +256,7 @@ PAGES = {
         experiments.sections,
         "python -m bench.experiments.<name>",
     ),
-    "real": ("Real scans, registered", real, "python -m bench.real"),
+    "real": ("Real scans, registered", registrars.sections, "python -m bench.real"),
     "robustness": ("Random pairs, registered", robustness.sections, "python -m bench.robustness"),
     "settings": ("What the settings of register change", settings.sections, "python -m bench.settings"),
     "presets": ("What the presets of register take and give", presets.sections, "python -m bench.presets"),

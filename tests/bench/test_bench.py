@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import bench.registrars  # noqa: E402
 import fastreg  # noqa: E402
 from bench import clock, common, markdown, memory, models, run, tables  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
+from bench.registrars import tables as registrars  # noqa: E402
 from fastreg import _ext  # noqa: E402
 
 N16 = (16, 16, 16)
@@ -351,34 +353,40 @@ def test_gpu_cases_are_left_to_the_gpu():
     assert [c.shape[-1] for c in run.headline(common.load("lcc_loss"), "cuda")] == [256] * 3
 
 
-def test_real_table(tmp_path):
-    fields = [
-        "date",
-        "commit",
-        "device_name",
-        "threads",
-        "pair",
-        "score",
-        "before",
-        "after",
-        "goal",
-        "seconds",
-        "limit",
+def test_real_tables(tmp_path):
+    base = {
+        "date": "2026-01-02", "commit": "abc", "device_name": "CPU", "threads": "2", "set": "brain MR", "pair": "brainmr_vxm", "score": "dice",
+        "tool": "fastreg", "version": "0.1", "how": "", "before": "0.5", "after": "0.74", "cpu_seconds": "12.5", "seconds": "7", "peak_mb": "900",
+        "load": "0.3", "folding": "0", "arguments": "",
+    }  # fmt: skip
+    peer = {**base, "tool": "greedy", "how": "NCC", "after": "0.72", "folding": "0.012", "cpu_seconds": "50"}
+    rows = [
+        {**base, "after": "0.60"},  # an older one of the same
+        base,
+        {**base, "after": "0.99", "arguments": "--window 5"},
+        peer,
+        {**base, "set": "lung MR", "pair": "lungmr_proton_0004"},  # one of four
+        {**base, "cpu_seconds": ""},  # of the time before CPU seconds were taken
     ]
-    base = dict(
-        zip(
-            fields,
-            ["2026-01-02", "abc", "CPU", 2, "lung", "tre", "3.89", "1.5", 1.25, "50", 60.0],
-            strict=True,
-        )
+    common.append_rows(tmp_path / "real.csv", rows, list(base))
+    text = registrars.sections(tmp_path)
+    assert (
+        "| brain MR | 1 | mean Dice | 0.500 | 0.750 | **0.740** | 0.720 (1.2 % folds) |" in text["Accuracy"]
     )
-    base.update(folding="0.0001", folding_limit=1e-3, met="no", arguments="")
-    rows = [base, {**base, "after": "1.2", "met": "yes"}, {**base, "after": "0.1", "arguments": "--window 5"}]
-    common.append_rows(tmp_path / "real.csv", rows, fields)
-    text = tables.real(tmp_path)[""]
-    assert "| lung | defaults | mean TRE | 3.89 mm | 1.20 mm | 1.25 mm |" in text
-    # Neither the older row nor the one that was tuned.
-    assert text.count("lung") == 1
+    assert "lung MR" not in text["Accuracy"]
+    assert "| brain MR | 12.5 / 900 | 50.0 / 900 |" in text["Cost"]
+    assert len(registrars.draw(tmp_path).axes) == 1
+
+
+def test_registrars_take_what_a_process_took(tmp_path):
+    script = "import sys; b = b'x' * 100_000_000; sum(range(2_000_000)); print('said', file=sys.stderr); sys.exit(int(sys.argv[1]))"
+    held = b"x" * 300_000_000  # what the caller holds is not the process's
+    used = bench.registrars.measured([sys.executable, "-c", script, "0"], 1, tmp_path)
+    assert 95 < used.peak_mb < 250
+    assert 0 < used.cpu
+    del held
+    with pytest.raises(RuntimeError, match="status 3, said"):
+        bench.registrars.measured([sys.executable, "-c", script, "3"], 1, tmp_path)
 
 
 def test_headlines(tmp_path):

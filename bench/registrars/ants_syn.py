@@ -1,0 +1,13 @@
+"""antspyx: SyN after its affine, mutual information, the iterations it comes with."""
+
+import shutil
+import sys
+
+import ants
+
+fixed, moving, out, _ = sys.argv[1:]
+found = ants.registration(
+    ants.image_read(fixed), ants.image_read(moving), "SyN", outprefix=f"{out}/syn", random_seed=1
+)
+for path, name in zip(found["fwdtransforms"], ("warp.nii.gz", "affine.mat"), strict=True):
+    shutil.move(path, f"{out}/{name}")
