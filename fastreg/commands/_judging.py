@@ -47,7 +47,8 @@ def judge(
         doubt(f"the images are less alike than before, by {result.similarity}: {before:.4f} -> {after:.4f}")
     inconsistency = None
     if parameters["transform"] not in LINEAR:
-        search = 0.0 if parameters["search_range"] == 0 else None
+        # what needed no search one way needs none on the way back, where it is half of the time
+        search = parameters["search_range"] if result.discrete["used"] else 0.0
         of = fixed, moving, u, spacing, result.similarity, *masks, search
         inconsistency = _inconsistency.measure(*of)
     return {"before": before, "after": after}, inconsistency
