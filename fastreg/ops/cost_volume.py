@@ -53,7 +53,8 @@ def cost_volume(
         The same bits on CPU whatever the thread count. A NaN in fixed reaches its cell, one in moving what reads it, none
         what the mask leaves out (m <= 0); a NaN weight makes its cell NaN.
         CPU: no copy of an image; a thread holds the costs of one cell and what its voxels reach of one channel,
-        (8 + 2 radius)^nd values at most. The backward runs through the offsets with a few images in memory.
+        (8 + 2 radius)^nd values at most. The backward holds that twice, and for halves an fp32 gradient of moving. On a GPU
+        it runs through the offsets with a few images in memory.
 
     Example:
         >>> fixed, moving = torch.zeros(2, 1, 1, 2, 6)

@@ -37,6 +37,36 @@ def mutants(Mutant):
             "cost_volume", "chunk or few", "the last offset has a gradient too",
         ),
         Mutant(
+            "cost_gradient_beyond_the_end_is_lost", "border", "csrc/cpu/cost_volume.cpp",
+            "row[0] += A(before), row[line - 1] += A(behind);",
+            "row[0] += A(before);",
+            "cost_volume", "reference", "the last voxel receives what was read beyond it",
+        ),
+        Mutant(
+            "cost_gradient_of_moving_has_no_weight", "mask", "csrc/cpu/cost_volume.cpp",
+            "before -= weight * t;",
+            "before -= t;",
+            "cost_volume", "reference", "the weight of the voxel of fixed, at moving",
+        ),
+        Mutant(
+            "cost_gradient_of_unused_lanes", "nan", "csrc/cpu/cost_volume.cpp",
+            "const V t = V(Bits(g * (value - m)) & keep);",
+            "const V t = g * (value - m);",
+            "cost_volume", "nan", "0 times a NaN that another offset reads",
+        ),
+        Mutant(
+            "cost_gradient_skips_layers", "threads", "csrc/cpu/cost_volume.cpp",
+            "unit % a.layers * a.apart,",
+            "unit % a.layers,",
+            "cost_volume", "reference or layers", "the layers of a pass are apart",
+        ),
+        Mutant(
+            "cost_gradient_counts_all_voxels", "stride", "csrc/cpu/cost_volume.cpp",
+            "x < last[2]; x += a.stride[2]) {",
+            "x < last[2]; ++x) {",
+            "cost_volume", "reference", "the mean is over the voxels that count",
+        ),
+        Mutant(
             "tree_motion_is_turned", "axes", "csrc/cpu/spanning_tree.cpp",
             "t[k] = a.previous[3 * from + k] - a.previous[3 * to + k];",
             "t[k] = a.previous[3 * to + k] - a.previous[3 * from + k];",

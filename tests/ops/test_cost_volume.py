@@ -80,9 +80,11 @@ def test_against_reference(shape, cell, radius, stride, dtype, masked):
 @pytest.mark.parametrize("radius", [1, 2, 3, 4, 5, 7, 8, 9, 13, 17])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_rows_of_offsets_of_any_length(dtype, radius):
-    fixed, moving = (t.detach() for t in make((1, 2, 2, 23), dtype))
-    ours = fastreg.cost_volume(fixed, moving, (2, 4), (0, radius))
-    assert_close(ours, truth(fixed.double(), moving.double(), None, (2, 4), (0, radius), (1, 1)))
+    check_against_reference(
+        lambda f, m: fastreg.cost_volume(f, m, (2, 4), (0, radius)),
+        lambda f, m: truth(f, m, None, (2, 4), (0, radius), (1, 1)),
+        make((1, 2, 2, 23), dtype),
+    )
 
 
 @pytest.mark.kernel
@@ -133,15 +135,53 @@ def test_gradient_of_one_input(frozen):
     assert_close(torch.autograd.grad(out, inputs[1 - frozen])[0], expected[1 - frozen], 1e-12)
 
 
-def test_the_backward_takes_a_few_offsets_at_a_time(monkeypatch):
+def test_the_reference_of_the_backward_takes_a_few_offsets_at_a_time(monkeypatch):
     inputs, weight = make((1, 2, 4, 5, 6)), torch.rand(1, 2, 3, 3, 27).double()
-    results = []
+    options = (2, 2, 2), (1, 1, 1), (1, 1, 1)
+    expected = torch.autograd.grad((truth(*inputs, None, *options) * weight).sum(), inputs)
+    module = importlib.import_module("fastreg.ops.cost_volume")
     for chunk in (1, 1000, 2**22):
-        monkeypatch.setattr(importlib.import_module("fastreg.ops.cost_volume"), "_CHUNK", chunk)
-        results.append(torch.autograd.grad((fastreg.cost_volume(*inputs, 2, 1) * weight).sum(), inputs))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        images = (t.detach() for t in inputs)
+        grads = module.cost_volume_bwd_ref(weight, *images, None, *options, True, True)
+        for a, b in zip(grads, expected, strict=True):
             assert_close(a, b, 1e-12)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape", [(1, 2, 11, 2, 4), (1, 2, 11, 5)], ids=str)
+@pytest.mark.parametrize("far", [1, 3, 12])
+def test_layers_of_cells_that_reach_the_same_voxels(shape, far):
+    """Neighbours, several cells away, all of them and far beyond: moving receives the sum."""
+    rest = len(shape) - 3
+    options = (2, *[3] * rest), (far, *[0] * rest), (1,) * (rest + 1)
+    check_against_reference(
+        lambda f, m: fastreg.cost_volume(f, m, *options[:2]),
+        lambda f, m: truth(f, m, None, *options),
+        make(shape),
+    )
+
+
+@pytest.mark.kernel
+def test_nan_reaches_the_gradients_of_what_read_it():
+    fixed, moving = make((1, 2, 4, 12), torch.float32)
+    with torch.no_grad():
+        moving[0, 1, 2, 5] = math.nan
+    mask = torch.ones(1, 1, 4, 12)
+
+    def where_not_finite():
+        cost = fastreg.cost_volume(fixed, moving, (2, 4), (1, 1), mask=mask)
+        grads = torch.autograd.grad(cost, (fixed, moving), torch.ones_like(cost))
+        return [g[0].isfinite().logical_not().nonzero().tolist() for g in grads]
+
+    readers = [[1, y, x] for y in (1, 2, 3) for x in (4, 5, 6)]
+    assert where_not_finite() == [readers, [[1, 2, 5]]]
+    mask[0, 0, 1:, 4:7] = 0  # nobody reads it
+    assert where_not_finite() == [[], []]
+    mask[0, 0, 0, 0] = math.nan  # of cell (0, 0): its voxels, and what they reach
+    own = [[c, y, x] for c in (0, 1) for y in range(2) for x in range(4)]
+    reached = [[c, y, x] for c in (0, 1) for y in range(3) for x in range(5)]
+    assert where_not_finite() == [own, reached]
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float64)], ids=str)
