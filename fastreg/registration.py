@@ -62,7 +62,7 @@ class Registration:
             (symmetric: between its two halves), but for places that folded.
         discrete (dict or None): of the search for large motion: used, why; where there was one range_mm, unit_mm, share (of the image,
             that began where it says), far_share and far_gain (the share that it moves over 8 mm otherwise than the coarse descent, and how
-            much more alike the images are there), moved_mm (mean distance from where that was) and seconds.
+            much more alike the images are there), moved_mm (mean distance from where that was); these four not where its first level found nothing far; and seconds.
         start (str): "none", "centres", "masses", "search" or "given": where it began.
         similarity (str): "lcc", "mind" or "mse": what was compared by.
         consistency (float or None): at most 1, how well the signs of local correlations agreed at the start; below 0.1 "auto" takes

@@ -253,6 +253,18 @@ def test_progress_counts_it():
     assert all(0 <= i < n and math.isfinite(loss) for _, _, i, n, loss in calls)
 
 
+def test_search_ends_where_its_first_level_finds_nothing_new():
+    """Unless it was asked for; then all four levels search."""
+    image = texture((80, 72), 0, 1.5)
+    for asked, levels in ((None, 1), (40, 4)):
+        calls = []
+        options = {"spacing": 2.0, "iterations": 3, "search_range": asked}
+        result = register(image.roll(1, -1), image, progress=lambda *a, c=calls: c.append(a), **options)
+        assert len([c for c in calls if c[3] == 4]) == levels
+        assert result.discrete["used"] == (asked is not None)
+        assert ("share" in result.discrete) == (asked is not None)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
