@@ -275,11 +275,11 @@ def register(
         affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
             does not see it.
         window (int): LCC window, voxels of the level, odd.
-        regularization (float or str): weight of the mean squared strain (mm over mm). "auto": 1.5, and for the two finest levels up to 8
+        regularization (float or str): weight of the mean squared strain (mm over mm). "auto": 1.5, and for the two finest levels 1, or up to 8
             where the coarser ones find the image little strained, as the insides of one person are, and noise; 2 for "mind" and "mse", and where `search_range` was used.
         smoothing (float, optional): standard deviation, mm, of the Gaussian on the finest level's updates; for
             "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
-            spacing of each level's displacement grid; 4 voxels between control points.
+            spacing of each level's displacement grid, of three levels and more 0.7 of it at a weight of 1 or less, all of it at 2; 4 voxels between control points.
         levels (int, optional): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
         iterations (int or sequence): at most, of every level or coarse to fine (the affine part takes up to 100 a
             level of its own, as "rigid" and "affine" do at most); where there are more levels than numbers the first serves the coarser ones, where fewer the
@@ -294,8 +294,8 @@ def register(
         labels (two Tensors, optional): (1, 1, *spatial) integers, label maps of fixed and moving; those that both have, but 0, are
             laid on each other. Masks do not hide them.
         label_weight (float): 1: no overlap of any label costs as much as images that have nothing in common.
-        preset (str): "fast": other defaults, for a third to half of the time: the finest level is left out and the others take at most 60, 60 and
-            40 iterations. What is given explicitly stands.
+        preset (str): "fast": other defaults, for at most a quarter of the time: nothing is searched, the finest level is left out and the others take at most
+            50, 50 and 20 iterations. What is given explicitly stands.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.
 
@@ -347,6 +347,8 @@ def register(
     _check.choice(op, "preset", preset, tuple(_adaptive.PRESETS))
     if iterations is _ITERATIONS:  # not given: what a caller writes out is another tuple
         iterations = _adaptive.PRESETS[preset].get("iterations", iterations)
+    if search_range is None:
+        search_range = _adaptive.PRESETS[preset].get("search_range")
     if hasattr(iterations, "tolist"):  # numpy, torch
         iterations = iterations.tolist()
     numbers = iterations if isinstance(iterations, (tuple, list, range)) else [iterations]
@@ -389,7 +391,7 @@ def register(
             options = choice.taken, window, report, most[: len(rough)], transform if linear else "affine"
             fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric, shares)
             matrix = fit.matrix(fit.motion)
-        adapt = _adaptive.Adaptive(heavy, len(shapes), choice.taken, similarity == "auto")
+        adapt = _adaptive.Adaptive(heavy, len(shapes), choice.taken, similarity == "auto", smoothing is None)
         half = None
         if symmetric and affine:
             both = fit.matrix(fit.motion / 2), fit.matrix(-fit.motion / 2)

@@ -52,11 +52,11 @@ def test_the_weight_follows_strain_and_noise():
         result = register(fixed, moving, iterations=30)
         last = result.levels[-1]
         asked = min(_adaptive._STRAIN, _adaptive._NOISE * last["noise"]) / last["strain"]
-        assert last["regularization"] == min(max(asked, _adaptive.LEAST), _adaptive._MOST)
+        assert last["regularization"] == min(max(asked, _adaptive._FLOOR), _adaptive._MOST)
         assert result.levels[0]["regularization"] == _adaptive.LEAST
         weights.append(last["regularization"])
         assert error(result.displacement, truth) < 0.5 * error(torch.zeros_like(truth), truth)
-    assert _adaptive.LEAST <= weights[2] < weights[1] <= _adaptive._MOST
+    assert _adaptive._FLOOR <= weights[2] < weights[1] <= _adaptive._MOST
     assert weights[0] < 0.8 * weights[1]
 
 
@@ -69,6 +69,24 @@ def test_a_weight_that_is_given_stands():
         register(fixed, moving, similarity="mind", iterations=1).levels[-1]["regularization"]
         == _adaptive.OTHER
     )
+
+
+def test_a_pyramid_too_short_to_find_a_weight_keeps_that_of_the_coarse_levels():
+    fixed, moving, _ = pair((1.0, 1.0, -1.0))
+    result = register(fixed, moving, levels=2, iterations=1)
+    assert [level["regularization"] for level in result.levels] == [_adaptive.LEAST] * 2
+    assert register(fixed, moving, levels=2, iterations=1, similarity="mind").levels[0]["regularization"] == 2
+
+
+def test_updates_are_smoothed_the_less_the_lighter_the_weight():
+    fixed, moving = texture((97, 97)), texture((97, 97), seed=1)  # displacements' grids of 2, 4 and 8 voxels
+    for weight, width in ((0.5, 1.4), (1.0, 1.4), (1.5, 1.4 * 1.5**0.5), (4.0, 2.0)):
+        options = {"regularization": weight, "levels": 3, "iterations": 3}
+        found = register(fixed, moving, **options).displacement
+        same = register(fixed, moving, smoothing=width, **options).displacement
+        torch.testing.assert_close(found, same)
+        other = register(fixed, moving, smoothing=1.05 * width, **options).displacement
+        assert (found - other).abs().max() > 1e-3
 
 
 def test_intensities_count_where_they_agree():
@@ -119,6 +137,9 @@ def test_presets_are_defaults():
     assert error(fast.displacement, truth) < 0.4 * error(torch.zeros_like(truth), truth)
     given = register(fixed, moving, preset="fast", iterations=(2, 1, 1))
     assert given.levels[-1]["iterations"] == 1
+    assert register(fixed, moving, preset="fast", spacing=3.0).discrete["why"] == "search_range is 0"
+    searched = register(fixed, moving, preset="fast", spacing=3.0, search_range=20)
+    assert searched.discrete["range_mm"] == 20
     written_out = register(fixed, moving, preset="fast", iterations=tuple([100, 100, 60, 30]))
     assert written_out.levels[-1]["iterations"] > 0
     with pytest.raises(ValueError, match="register: preset must be"):
