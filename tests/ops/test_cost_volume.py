@@ -259,7 +259,7 @@ def test_large_cells_keep_their_digits():
 def test_a_radius_that_no_memory_holds_is_told(radius):
     image = torch.zeros(1, 1, 64, 64, 64)
     # the CUDA launcher refuses what its indices cannot hold
-    with pytest.raises(ValueError, match="radius (must leave a result that fits into memory|is too large)"):
+    with pytest.raises(ValueError, match=r"radius (must leave a result that fits into memory|is too large)"):
         fastreg.cost_volume(image, image, 1, radius)
 
 
