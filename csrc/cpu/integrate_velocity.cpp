@@ -46,7 +46,8 @@ void locate_packed(const IntegrateArgs& a, const Row& row, int64_t x0, int count
   const A* __restrict u =
       static_cast<const A*>(a.u) + ((row.z * a.grid.out[1] + row.y) * a.grid.out[2] + x0) * kWidth<A, ND>;
   ask(u + a.grid.out[2] * kWidth<A, ND>, count * kWidth<A, ND>);
-  // All axes before the first is used: what has just been stored in pieces cannot be loaded as one vector yet.
+  // All axes before the first is used: what has just been stored in pieces cannot be loaded as one vector
+  // yet.
   alignas(64) A lines[ND][kBlock];
   for (int i = 0; i < count; ++i)
     for (int k = 0; k < ND; ++k) lines[k][i] = u[i * kWidth<A, ND> + k];

@@ -1,14 +1,15 @@
 // warp, compose: reading an image (compose: a displacement) at p + u(p), and the gradients.
 //
-// A row is located and read in blocks of 64 voxels: positions and weights as vectors, cells one by one. Numbers
-// for C = 1, 160^3, fp32, on one core of a Zen 5 (4.1 GHz, a plain copy moves 38 GB/s), u smooth over 16 voxels
-// and of 3 voxels: cells of neighbours then lie in several rows and planes, and what is read of the image last
-// was read a plane before, beyond the first caches. The next row is asked for ahead for that reason (`ask`).
+// A row is located and read in blocks of 64 voxels: positions and weights as vectors, cells one by one.
+// Numbers for C = 1, 160^3, fp32, on one core of a Zen 5 (4.1 GHz, a plain copy moves 38 GB/s), u smooth over
+// 16 voxels and of 3 voxels: cells of neighbours then lie in several rows and planes, and what is read of the
+// image last was read a plane before, beyond the first caches. The next row is asked for ahead for that
+// reason (`ask`).
 //   forward: 5 volumes read and written, 2 ms; measured 17 ms, 27 without asking ahead.
 //   both gradients: 9 volumes, 4 ms. Arithmetic: 4 loads of pairs, 8 loads, additions and stores, 16 numbers
-//   stored on the way from vectors to voxels: 60 instructions, 15 ms at 4 a cycle; counted 160 with AVX2, cells
-//   at the border included; measured 41 ms. One gradient after the other, each locating the voxels, and pairs
-//   of neighbours added at once: 76 ms.
+//   stored on the way from vectors to voxels: 60 instructions, 15 ms at 4 a cycle; counted 160 with AVX2,
+//   cells at the border included; measured 41 ms. One gradient after the other, each locating the voxels, and
+//   pairs of neighbours added at once: 76 ms.
 #include "cpu/affine_rows.h"
 #include "cpu/vector.h"
 #include "cpu/warp_rows.h"
@@ -118,7 +119,8 @@ void gather(const WarpArgs& a, const Row& row, int64_t x0, int count, const Posi
   }
 }
 
-// Adds a block's shares of one channel of grad to the corners in planes [lo, hi) of its gradient to the image.
+// Adds a block's shares of one channel of grad to the corners in planes [lo, hi) of its gradient to the
+// image.
 template <class T, int ND, class A>
 void scatter(const WarpArgs& a, int count, const Positions<A, ND>& p, int64_t lo, int64_t hi, const T* grad,
              A* out) {
@@ -214,13 +216,13 @@ void row_range(const WarpArgs& a, int32_t* range, int64_t begin, int64_t end) {
   }
 }
 
-// The gradients. A work unit owns a slab of planes of the image and, in the same share, rows of the output. It
-// visits, in one fixed order, its rows and those whose range meets its planes; each is located once, gathered
-// from where it is owned, and scattered to the planes of the slab, without atomics: every image voxel sums its
-// shares in the same order whatever the number of threads or slabs. What an affine needs of the gradient to
-// positions is summed row by row; that gradient is stored only where it is asked for.
-// Bytes: reads nd + 2C volumes, writes nd + C. Arithmetic a voxel and channel: 2^nd loads and about 4 (3D: 11)
-// lerps to gather, 2^nd additions to memory to scatter.
+// The gradients. A work unit owns a slab of planes of the image and, in the same share, rows of the output.
+// It visits, in one fixed order, its rows and those whose range meets its planes; each is located once,
+// gathered from where it is owned, and scattered to the planes of the slab, without atomics: every image
+// voxel sums its shares in the same order whatever the number of threads or slabs. What an affine needs of
+// the gradient to positions is summed row by row; that gradient is stored only where it is asked for. Bytes:
+// reads nd + 2C volumes, writes nd + C. Arithmetic a voxel and channel: 2^nd loads and about 4 (3D: 11) lerps
+// to gather, 2^nd additions to memory to scatter.
 template <class T, int ND>
 void bwd(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -358,8 +360,7 @@ struct WarpCall : WarpInputs {
     if (to_image) {
       range.resize(2 * rows);
       auto ranges = FASTREG_PICK(warp_row_range);
-      at::parallel_for(0, rows, 1,
-                       [&](int64_t b, int64_t e) { ranges(type, nd, args, range.data(), b, e); });
+      at::parallel_for(0, rows, 1, [&](int64_t b, int64_t e) { ranges(type, nd, args, range.data(), b, e); });
     } else {
       n_slabs = out[0] * out[1];
     }

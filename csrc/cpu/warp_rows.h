@@ -44,8 +44,8 @@ struct Positions {
   alignas(64) int32_t inside[kBlock];  // all 2^ND corners are voxels of the image and of planes [lo, hi)
 };
 
-// Asks for what `count` numbers from p on lie in: of the row after the one at work, which it then waits for no
-// longer. The processor's own prefetchers stop at every page, after six rows of 160 voxels in fp32.
+// Asks for what `count` numbers from p on lie in: of the row after the one at work, which it then waits for
+// no longer. The processor's own prefetchers stop at every page, after six rows of 160 voxels in fp32.
 template <bool write = false, class T>
 void ask(const T* p, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i, write);
@@ -235,8 +235,7 @@ void each_corner(const WarpArgs& a, const Positions<A, ND>& p, int i, int64_t lo
       along_x(2 * slow, weight, offset);
     } else {
       for (int y = 0; y < 2; ++y)
-        if (s.offset[1][y] >= 0)
-          along_x(4 * slow + 2 * y, weight * s.weight[1][y], offset + s.offset[1][y]);
+        if (s.offset[1][y] >= 0) along_x(4 * slow + 2 * y, weight * s.weight[1][y], offset + s.offset[1][y]);
     }
   }
 }

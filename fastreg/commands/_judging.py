@@ -48,7 +48,7 @@ def judge(
     inconsistency = None
     if parameters["transform"] not in LINEAR:
         # what needed no search one way needs none on the way back, where it is half of the time
-        search = parameters["search_range"] if result.discrete["used"] else 0.0
+        search = parameters["search_range"] if result.discrete and result.discrete["used"] else 0.0
         of = fixed, moving, u, spacing, result.similarity, *masks, search
         inconsistency = _inconsistency.measure(*of)
     return {"before": before, "after": after}, inconsistency
