@@ -49,26 +49,7 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
         T* out = static_cast<T*>(a.result) + (row.n * a.c + c) * n_out +
                  (row.z * a.out[1] + row.y) * a.out[2] + x0;
         alignas(64) A value[kBlock];
-        int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
-        if (all)
-          for (int i = 0; i < count; ++i) {
-            const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-            auto& c = corners.pair;
-            const A near = lerp(lerp(load(c[0][i][0]), load(c[0][i][1]), fx),
-                                lerp(load(c[1][i][0]), load(c[1][i][1]), fx), fy);
-            value[i] = near;
-            if constexpr (ND == 3) {
-              const A far = lerp(lerp(load(c[2][i][0]), load(c[2][i][1]), fx),
-                                 lerp(load(c[3][i][0]), load(c[3][i][1]), fx), fy);
-              value[i] = lerp(near, far, p.fraction[0][i]);
-            }
-            // Again where a corner, perhaps one of weight 0, was not finite.
-            all &= p.inside[i] & -int32_t(value[i] - value[i] == A(0));
-          }
-        if (!all)
-          for (int i = 0; i < count; ++i)
-            if (!p.inside[i] || !(value[i] - value[i] == A(0)))
-              value[i] = interpolate_anywhere<ND>(a, image, p, i);
+        interpolate_block<T, ND, A>(a, image, p, count, corners, value);
         if (a.compose) {
           const A* __restrict u = static_cast<const A*>(a.displacement) + (out - static_cast<T*>(a.result));
           for (int i = 0; i < count; ++i) value[i] += u[i];

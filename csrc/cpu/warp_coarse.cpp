@@ -226,26 +226,7 @@ void fwd(const WarpCoarseArgs& a, int64_t begin, int64_t end) {
         T* out = static_cast<T*>(a.result) + (row.n * a.c + c) * volume +
                  (row.z * a.out[1] + row.y) * a.out[2] + x0;
         alignas(64) A value[kBlock];
-        int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
-        if (all)
-          for (int i = 0; i < count; ++i) {
-            const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-            auto& v = corners.pair;
-            const A near = lerp(lerp(load(v[0][i][0]), load(v[0][i][1]), fx),
-                                lerp(load(v[1][i][0]), load(v[1][i][1]), fx), fy);
-            value[i] = near;
-            if constexpr (ND == 3) {
-              const A far = lerp(lerp(load(v[2][i][0]), load(v[2][i][1]), fx),
-                                 lerp(load(v[3][i][0]), load(v[3][i][1]), fx), fy);
-              value[i] = lerp(near, far, p.fraction[0][i]);
-            }
-            // Again where a corner, perhaps one of weight 0, was not finite.
-            all &= p.inside[i] & -int32_t(value[i] - value[i] == A(0));
-          }
-        if (!all)
-          for (int i = 0; i < count; ++i)
-            if (!p.inside[i] || !(value[i] - value[i] == A(0)))
-              value[i] = interpolate_anywhere<ND>(a, image, p, i);
+        interpolate_block<T, ND, A>(a, image, p, count, corners, value);
         for (int i = 0; i < count; ++i) store(out[i], value[i]);
       }
     }

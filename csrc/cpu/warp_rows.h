@@ -277,6 +277,32 @@ A interpolate_anywhere(const WarpArgs& a, const T* image, const Positions<A, ND>
   return sum;
 }
 
+// The image at the positions of a block. Inlined: the loop is vectorised for the caller's types.
+template <class T, int ND, class A>
+inline __attribute__((always_inline)) void interpolate_block(const WarpArgs& a, const T* image,
+                                                             const Positions<A, ND>& p, int count,
+                                                             Corners<T, ND>& corners, A* value) {
+  int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+  if (all)
+    for (int i = 0; i < count; ++i) {
+      const A fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+      auto& c = corners.pair;
+      const A near = lerp(lerp(load(c[0][i][0]), load(c[0][i][1]), fx),
+                          lerp(load(c[1][i][0]), load(c[1][i][1]), fx), fy);
+      value[i] = near;
+      if constexpr (ND == 3) {
+        const A far = lerp(lerp(load(c[2][i][0]), load(c[2][i][1]), fx),
+                           lerp(load(c[3][i][0]), load(c[3][i][1]), fx), fy);
+        value[i] = lerp(near, far, p.fraction[0][i]);
+      }
+      // Again where a corner, perhaps one of weight 0, was not finite.
+      all &= p.inside[i] & -int32_t(value[i] - value[i] == A(0));
+    }
+  if (!all)
+    for (int i = 0; i < count; ++i)
+      if (!p.inside[i] || !(value[i] - value[i] == A(0))) value[i] = interpolate_anywhere<ND>(a, image, p, i);
+}
+
 }  // namespace
 }  // namespace fastreg::FASTREG_ISA
 
