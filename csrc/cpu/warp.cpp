@@ -61,45 +61,6 @@ void fwd(const WarpArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Adds what a block of voxels sends back to its displacement from one channel: grad * (interpolant
-// differentiated along k).
-template <class T, int ND, class A>
-void gather(const WarpArgs& a, const Row& row, int64_t x0, int count, const Positions<A, ND>& p,
-            const T* image, const T* grad, Corners<T, ND>& corners, A (&sum)[ND][kBlock]) {
-  int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
-  if (all)
-    for (int i = 0; i < count; ++i) {
-      // An outside voxel adds 0 here, whatever was fetched for it.
-      const bool in = p.inside[i];
-      const A g = load(grad[i]), fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-      auto& c = corners.pair;
-      A d0 = load(c[0][i][1]) - load(c[0][i][0]), d1 = load(c[1][i][1]) - load(c[1][i][0]);
-      A e0 = load(c[0][i][0]) + fx * d0, e1 = load(c[1][i][0]) + fx * d1;
-      A dx = lerp(d0, d1, fy), dy = e1 - e0;
-      if constexpr (ND == 3) {
-        const A fz = p.fraction[0][i], near = lerp(e0, e1, fy);
-        d0 = load(c[2][i][1]) - load(c[2][i][0]), d1 = load(c[3][i][1]) - load(c[3][i][0]);
-        e0 = load(c[2][i][0]) + fx * d0, e1 = load(c[3][i][0]) + fx * d1;
-        const A dz = g * (lerp(e0, e1, fy) - near);
-        dx = lerp(dx, lerp(d0, d1, fy), fz), dy = lerp(dy, e1 - e0, fz);
-        sum[0][i] += in ? dz : A(0);
-      }
-      const A gy = g * dy, gx = g * dx;
-      sum[ND - 2][i] += in ? gy : A(0);
-      sum[ND - 1][i] += in ? gx : A(0);
-      all &= p.inside[i];
-    }
-  for (int i = 0; i < count && !all; ++i) {
-    if (p.inside[i] || is_nan(p, i)) continue;
-    const A g = load(grad[i]);
-    each_edge<ND>(a, p, i, {row.z, row.y, x0 + i}, [&](int k, A weight, int64_t lower, int64_t upper) {
-      const A low = lower < 0 ? A(0) : load(image[lower]);
-      const A high = upper < 0 ? A(0) : load(image[upper]);
-      sum[k][i] += g * weight * (high - low);
-    });
-  }
-}
-
 // Adds a block's shares of one channel of grad to the corners in planes [lo, hi) of its gradient to the
 // image.
 template <class T, int ND, class A>
@@ -235,12 +196,14 @@ void bwd(const WarpArgs& a, const int32_t* range, int64_t n_slabs, int64_t begin
                            static_cast<A*>(a.image_grad) + (n * a.c + c) * n_in);
         if (!owned) continue;
         alignas(64) A sum[ND][kBlock] = {};
+        A* rows[ND];
+        for (int k = 0; k < ND; ++k) rows[k] = sum[k];
         if (a.compose)
           for (int k = 0; k < ND; ++k)
             for (int i = 0; i < count; ++i) sum[k][i] = load(grad[k * n_out + i]);
         for (int64_t c = 0; c < a.c; ++c)
-          gather<T, ND>(a, row, x0, count, p, static_cast<const T*>(a.image) + (n * a.c + c) * n_in,
-                        grad + c * n_out, corners, sum);
+          gather<T, ND, A>(a, row, x0, count, p, static_cast<const T*>(a.image) + (n * a.c + c) * n_in,
+                           grad + c * n_out, corners, rows);
         for (int k = 0; k < ND && a.affine_sums; ++k) sums[k].add(sum[k], kBlock, x0);
         A* out = static_cast<A*>(a.result) + n * ND * n_out + at;
         for (int k = 0; k < ND && a.result; ++k) {

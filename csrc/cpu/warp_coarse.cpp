@@ -243,41 +243,7 @@ void slopes(const WarpCoarseArgs& a, const Row& row, int64_t x0, int count, cons
     const T* image = static_cast<const T*>(a.image) + (row.n * a.c + c) * volume;
     const T* grad = static_cast<const T*>(a.grad) + (row.n * a.c + c) * volume +
                     (row.z * a.out[1] + row.y) * a.out[2] + x0;
-    int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
-    A* __restrict gz = g[0], * __restrict gy = g[ND - 2], * __restrict gx = g[ND - 1];
-    if (all)
-#pragma GCC ivdep
-      for (int i = 0; i < count; ++i) {
-        // An outside voxel adds 0 here, whatever was fetched for it.
-        const bool in = p.inside[i];
-        const A up = load(grad[i]), fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
-        auto& v = corners.pair;
-        A d0 = load(v[0][i][1]) - load(v[0][i][0]), d1 = load(v[1][i][1]) - load(v[1][i][0]);
-        A e0 = load(v[0][i][0]) + fx * d0, e1 = load(v[1][i][0]) + fx * d1;
-        A dx = lerp(d0, d1, fy), dy = e1 - e0;
-        if constexpr (ND == 3) {
-          const A fz = p.fraction[0][i], near = lerp(e0, e1, fy);
-          d0 = load(v[2][i][1]) - load(v[2][i][0]), d1 = load(v[3][i][1]) - load(v[3][i][0]);
-          e0 = load(v[2][i][0]) + fx * d0, e1 = load(v[3][i][0]) + fx * d1;
-          const A dz = up * (lerp(e0, e1, fy) - near);
-          const A far_y = e1 - e0, far_x = lerp(d0, d1, fy);
-          dx = lerp(dx, far_x, fz), dy = lerp(dy, far_y, fz);
-          gz[i] += in ? dz : A(0);
-        }
-        const A uy = up * dy, ux = up * dx;
-        gy[i] += in ? uy : A(0);
-        gx[i] += in ? ux : A(0);
-        all &= p.inside[i];
-      }
-    for (int i = 0; i < count && !all; ++i) {
-      const A up = load(grad[i]);
-      if (!p.inside[i] && !is_nan(p, i))
-        each_edge<ND>(a, p, i, {row.z, row.y, x0 + i}, [&](int k, A weight, int64_t lower, int64_t upper) {
-          const A low = lower < 0 ? A(0) : load(image[lower]);
-          const A high = upper < 0 ? A(0) : load(image[upper]);
-          g[k][i] += up * weight * (high - low);
-        });
-    }
+    gather<T, ND, A>(a, row, x0, count, p, image, grad, corners, g);
   }
 }
 

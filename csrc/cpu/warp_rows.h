@@ -303,6 +303,47 @@ inline __attribute__((always_inline)) void interpolate_block(const WarpArgs& a, 
       if (!p.inside[i] || !(value[i] - value[i] == A(0))) value[i] = interpolate_anywhere<ND>(a, image, p, i);
 }
 
+// Adds what a block of voxels sends back to its displacement from one channel: grad * (interpolant
+// differentiated along k).
+template <class T, int ND, class A>
+void gather(const WarpArgs& a, const Row& row, int64_t x0, int count, const Positions<A, ND>& p,
+            const T* image, const T* grad, Corners<T, ND>& corners, A* const (&sum)[ND]) {
+  int32_t all = corners.fetch(a, image, p, count) ? -1 : 0;
+  A* __restrict sz = sum[0], * __restrict sy = sum[ND - 2], * __restrict sx = sum[ND - 1];
+  if (all)
+#pragma GCC ivdep
+    for (int i = 0; i < count; ++i) {
+      // An outside voxel adds 0 here, whatever was fetched for it.
+      const bool in = p.inside[i];
+      const A g = load(grad[i]), fx = p.fraction[ND - 1][i], fy = p.fraction[ND - 2][i];
+      auto& c = corners.pair;
+      A d0 = load(c[0][i][1]) - load(c[0][i][0]), d1 = load(c[1][i][1]) - load(c[1][i][0]);
+      A e0 = load(c[0][i][0]) + fx * d0, e1 = load(c[1][i][0]) + fx * d1;
+      A dx = lerp(d0, d1, fy), dy = e1 - e0;
+      if constexpr (ND == 3) {
+        const A fz = p.fraction[0][i], near = lerp(e0, e1, fy);
+        d0 = load(c[2][i][1]) - load(c[2][i][0]), d1 = load(c[3][i][1]) - load(c[3][i][0]);
+        e0 = load(c[2][i][0]) + fx * d0, e1 = load(c[3][i][0]) + fx * d1;
+        const A dz = g * (lerp(e0, e1, fy) - near);
+        dx = lerp(dx, lerp(d0, d1, fy), fz), dy = lerp(dy, e1 - e0, fz);
+        sz[i] += in ? dz : A(0);
+      }
+      const A gy = g * dy, gx = g * dx;
+      sy[i] += in ? gy : A(0);
+      sx[i] += in ? gx : A(0);
+      all &= p.inside[i];
+    }
+  for (int i = 0; i < count && !all; ++i) {
+    if (p.inside[i] || is_nan(p, i)) continue;
+    const A g = load(grad[i]);
+    each_edge<ND>(a, p, i, {row.z, row.y, x0 + i}, [&](int k, A weight, int64_t lower, int64_t upper) {
+      const A low = lower < 0 ? A(0) : load(image[lower]);
+      const A high = upper < 0 ? A(0) : load(image[upper]);
+      sum[k][i] += g * weight * (high - low);
+    });
+  }
+}
+
 }  // namespace
 }  // namespace fastreg::FASTREG_ISA
 
