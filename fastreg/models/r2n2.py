@@ -39,6 +39,17 @@ def _softmax(x):
     return torch.softmax(single(x).flatten(2), 2).view(x.shape)
 
 
+def _initialised(layer, activation, *, gain=True):
+    """The layer with weights as the authors' code draws them: before tanh Xavier's normal ones (with tanh's gain, 5/3, or none),
+    before leaky ReLU Kaiming's. With PyTorch's a net of tanh begins with nearly the same answer to every moving image.
+    """
+    if activation == "tanh":
+        nn.init.xavier_normal_(layer.weight, nn.init.calculate_gain("tanh") if gain else 1.0)
+    else:
+        nn.init.kaiming_normal_(layer.weight)
+    return layer
+
+
 class _Gates(nn.Module):
     """Convolutional GRU: the three convolutions of the input as one, two of the state as one.
 
@@ -71,13 +82,16 @@ class _Unit(nn.Module):
 
     def __init__(self, width, outputs, blocks, activation, norm):
         super().__init__()
-        self.activation, self.norm = activation, norm
+        self.activation, self.norm = ACTIVATIONS[activation], norm
         self.blocks = nn.ModuleList(
-            nn.ModuleList([conv(2, width, width), conv(2, width, width)]) for _ in range(blocks)
+            nn.ModuleList(_initialised(conv(2, width, width), activation) for _ in range(2))
+            for _ in range(blocks)
         )
         self.gates = _Gates(width)
         self.position = nn.Conv2d(width, 2, 1)
-        self.down = conv(2, width, outputs, stride=2)
+        for part in self.position.weight.data.split(1):
+            nn.init.xavier_normal_(part)
+        self.down = _initialised(conv(2, width, outputs, stride=2), activation)
 
     def forward(self, x, h, weight_noise, state_noise):
         act, norm = self.activation, self.norm
@@ -96,11 +110,12 @@ class _Shape(nn.Module):
     def __init__(self, width, activation):
         super().__init__()
         half = width // 2
-        self.activation = activation
-        self.first, self.second = conv(2, width, width), conv(2, half, half)
+        self.activation = ACTIVATIONS[activation]
+        self.first = _initialised(conv(2, width, width), activation, gain=False)
+        self.second = conv(2, half, half)
         self.hidden, self.out = nn.Linear(half, HIDDEN), nn.Linear(HIDDEN, 5)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for t in (self.hidden.bias, self.out.weight, self.out.bias):
+            nn.init.zeros_(t)
 
     def forward(self, x):
         value, attention = self.first(x).chunk(2, 1)
@@ -111,8 +126,8 @@ class _Shape(nn.Module):
 
 
 class R2N2(Model, released=RELEASED):
-    """R2N2 (Sandkuehler et al. 2019). Per step: a convolution of fixed and warped moving image, three recurrent units at 1/2, 1/4 and 1/8 of the size, and
-    the seven numbers of a Gaussian that is added to the displacement.
+    """R2N2 (Sandkuehler et al. 2019). Per step: a convolution of fixed and warped moving image, three recurrent units at 1/2, 1/4 and
+    1/8 of the size, and the seven numbers of a Gaussian that is added to the displacement.
 
     Args:
         steps (int): T.
@@ -128,10 +143,10 @@ class R2N2(Model, released=RELEASED):
         padding, checkpoint (str): see Model; a block is a step.
 
     The "paper" preset keeps two choices of the authors' code, noise="weights" and sigma_is="std"; the paper's text has
-    noise="outputs" and sigma_is="var".
+    noise="outputs" and sigma_is="var". Weights start as the authors' code has them, for either activation: the paper is silent.
 
-    Images are standardised (mean 0, deviation 1) and clamped to [-2, 2]. Any size; the identity before training. Prediction.fields: the displacements after each step;
-    Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
+    Images are standardised (mean 0, deviation 1) and clamped to [-2, 2]. Any size; the identity before training. Prediction.fields:
+    the displacements after each step; Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
     """
 
     # The clipping is the authors' code's.
@@ -168,11 +183,11 @@ class R2N2(Model, released=RELEASED):
         self.noise, self.weight, self.padding, self.checkpoint = noise, weight, padding, checkpoint
         self.activation = ACTIVATIONS[activation]
         self.normalized, self.norm = norm, F.instance_norm if norm else nn.Identity()
-        self.stem = conv(2, 4 if coordinates else 2, widths[0], 7, stride=2)
+        self.stem = _initialised(conv(2, 4 if coordinates else 2, widths[0], 7, stride=2), activation)
         self.units = nn.ModuleList(
-            _Unit(i, o, blocks, self.activation, self.norm) for i, o in itertools.pairwise(widths)
+            _Unit(i, o, blocks, activation, self.norm) for i, o in itertools.pairwise(widths)
         )
-        self.shape = _Shape(widths[-1], self.activation)
+        self.shape = _Shape(widths[-1], activation)
 
     def _encode(self, fixed):
         """The part of the first convolution that sees fixed image and coordinates: the same in each step."""
