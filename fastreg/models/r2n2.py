@@ -20,9 +20,15 @@ from .blocks import conv, single
 from .recipe import PaperInput, Recipe
 
 ACTIVATIONS = {"tanh": torch.tanh, "leaky_relu": F.leaky_relu}
-NOISES = ("weights", "outputs", "none")
+NOISES = ("paper", "released", "none")
 HIDDEN = 1024
-RELEASED = {"blocks": 6, "activation": "leaky_relu", "norm": True, "coordinates": False}
+RELEASED = {
+    "blocks": 6,
+    "activation": "leaky_relu",
+    "norm": True,
+    "coordinates": False,
+    "noise": "released",
+}
 MIN_SIGMA = 1e-5
 
 
@@ -50,15 +56,21 @@ def _initialised(layer, activation, *, gain=True):
     return layer
 
 
+def _noisy(t):
+    """Times N(1, sqrt 2): the mean and deviation of dropout's factor at a keep rate of one half."""
+    return t * (1 + math.sqrt(2) * torch.randn_like(t))
+
+
 class _Gates(nn.Module):
     """Convolutional GRU: the three convolutions of the input as one, two of the state as one.
 
-    h' = (1 - z) h + z tanh(W x + U (r h) + b), r and z sigmoids of W x + U h + b. Under training noise, if its place is
-    the weights, those of the state are multiplied by N(1, deviation), drawn anew each step.
+    h' = (1 - z) h + z tanh(W x + U (r h) + b), r and z sigmoids of W x + U h + b. Noise of training, drawn anew each step:
+    on W and U of the candidate (the tanh) and on h' ("paper"), or on all three U ("released").
     """
 
-    def __init__(self, width):
+    def __init__(self, width, noise):
         super().__init__()
+        self.noise = noise
         self.input = conv(2, width, 3 * width)
         self.state = conv(2, width, 2 * width, bias=False)
         self.reset = conv(2, width, width, bias=False)
@@ -67,37 +79,45 @@ class _Gates(nn.Module):
                 nn.init.xavier_normal_(part)
         self.input.bias.data.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(width))
 
-    def forward(self, x, h, noise):
-        r, z, new = self.input(x).chunk(3, 1)
+    def forward(self, x, h):
+        noise = self.noise if self.training else "none"
+        weight = self.input.weight
+        if noise == "paper":
+            *gates, candidate = weight.chunk(3)
+            weight = torch.cat([*gates, _noisy(candidate)])
+        r, z, new = F.conv2d(x, weight, self.input.bias, padding=1).chunk(3, 1)
         if h is None:
-            return torch.sigmoid(z) * torch.tanh(new)
-        r_h, z_h = F.conv2d(h, noise(self.state.weight), padding=1).chunk(2, 1)
-        r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
-        new = torch.tanh(new + F.conv2d(r * h, noise(self.reset.weight), padding=1))
-        return torch.lerp(h, new, z)
+            h = torch.sigmoid(z) * torch.tanh(new)
+        else:
+            state = _noisy(self.state.weight) if noise == "released" else self.state.weight
+            reset = self.reset.weight if noise == "none" else _noisy(self.reset.weight)
+            r_h, z_h = F.conv2d(h, state, padding=1).chunk(2, 1)
+            r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
+            h = torch.lerp(h, torch.tanh(new + F.conv2d(r * h, reset, padding=1)), z)
+        return _noisy(h) if noise == "paper" else h
 
 
 class _Unit(nn.Module):
     """Residual blocks, GRU, a proposed position with its weight, halving (GR2U)."""
 
-    def __init__(self, width, outputs, blocks, activation, norm):
+    def __init__(self, width, outputs, blocks, activation, norm, noise):
         super().__init__()
         self.activation, self.norm = ACTIVATIONS[activation], norm
         self.blocks = nn.ModuleList(
             nn.ModuleList(_initialised(conv(2, width, width), activation) for _ in range(2))
             for _ in range(blocks)
         )
-        self.gates = _Gates(width)
+        self.gates = _Gates(width, noise)
         self.position = nn.Conv2d(width, 2, 1)
         for part in self.position.weight.data.split(1):
             nn.init.xavier_normal_(part)
         self.down = _initialised(conv(2, width, outputs, stride=2), activation)
 
-    def forward(self, x, h, weight_noise, state_noise):
+    def forward(self, x, h):
         act, norm = self.activation, self.norm
         for first, second in self.blocks:
             x = act(x + norm(second(act(norm(first(x))))))
-        h = state_noise(self.gates(x, h, weight_noise))
+        h = self.gates(x, h)
         y = act(h + x)
         left, right = _softmax(self.position(y)).unbind(1)
         weight = 2 - (left - right).abs().sum((1, 2))
@@ -137,13 +157,13 @@ class R2N2(Model, released=RELEASED):
         coordinates (bool): the pixels' coordinates as input channels.
         sigma_max (float): the largest extent, where the image spans [-1, 1].
         sigma_is (str): extents are deviations ("std", released) or variances ("var", the paper's formula).
-        noise (str): in training, multiplicative N(1, sqrt 2): on the "weights" of the state (released), on "outputs" (states, and
-            shape parameters before they are brought into range: paper) or "none".
+        noise (str): in training, multiplicative N(1, sqrt 2), drawn anew each step: on the weights of the GRU's candidate and on its
+            output ("paper"), on all weights that its state meets ("released") or "none".
         weight (float): of the isotropic total variation of the displacement, in units where the image spans [-1, 1].
         padding, checkpoint (str): see Model; a block is a step.
 
-    The "paper" preset keeps two choices of the authors' code, noise="weights" and sigma_is="std"; the paper's text has
-    noise="outputs" and sigma_is="var". Weights start as the authors' code has them, for either activation: the paper is silent.
+    The "paper" preset keeps a choice of the authors' code, sigma_is="std", where the paper's text has "var". Weights start as the
+    authors' code has them, for either activation: the paper is silent.
 
     Images are standardised (mean 0, deviation 1) and clamped to [-2, 2]. Any size; the identity before training. Prediction.fields:
     the displacements after each step; Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
@@ -166,7 +186,7 @@ class R2N2(Model, released=RELEASED):
         coordinates: bool = True,
         sigma_max: float = 0.3,
         sigma_is: SigmaIs = "std",
-        noise: str = "weights",
+        noise: str = "paper",
         weight: float = 0.1,
         padding: Padding = "zeros",
         checkpoint: str = "none",
@@ -180,12 +200,12 @@ class R2N2(Model, released=RELEASED):
         if steps < 1:
             self.fail(ValueError, f"steps must be at least 1, got {steps}")
         self.steps, self.coordinates, self.sigma_max, self.sigma_is = steps, coordinates, sigma_max, sigma_is
-        self.noise, self.weight, self.padding, self.checkpoint = noise, weight, padding, checkpoint
+        self.weight, self.padding, self.checkpoint = weight, padding, checkpoint
         self.activation = ACTIVATIONS[activation]
         self.normalized, self.norm = norm, F.instance_norm if norm else nn.Identity()
         self.stem = _initialised(conv(2, 4 if coordinates else 2, widths[0], 7, stride=2), activation)
         self.units = nn.ModuleList(
-            _Unit(i, o, blocks, activation, self.norm) for i, o in itertools.pairwise(widths)
+            _Unit(i, o, blocks, activation, self.norm, noise) for i, o in itertools.pairwise(widths)
         )
         self.shape = _Shape(widths[-1], activation)
 
@@ -207,24 +227,18 @@ class R2N2(Model, released=RELEASED):
             weights += [weight[:, 2:]]
         return F.conv2d(torch.cat(inputs, 1), torch.cat(weights, 1), self.stem.bias, stride=2, padding=3)
 
-    def _noisy(self, where):
-        if self.noise != where or not self.training:
-            return lambda t: t
-        return lambda t: t * (1 + math.sqrt(2) * torch.randn_like(t))
-
     def _step(self, of_fixed, warped, *states):
-        noisy = self._noisy("weights"), self._noisy("outputs")
         x = of_fixed + F.conv2d(warped, self.stem.weight[:, 1:2], stride=2, padding=3)
         x = self.activation(self.norm(x))
         new, positions, weights = [], [], []
         for unit, h in zip(self.units, states, strict=True):
-            x, h, position, weight = unit(x, h, *noisy)
+            x, h, position, weight = unit(x, h)
             new.append(h)
             positions.append(position)
             weights.append(weight)
         weights = torch.stack(weights, 1)[..., None]
         position = (torch.stack(positions, 1) * weights).sum(1) / weights.sum(1)
-        raw = noisy[1](self.shape(x))
+        raw = self.shape(x)
         sigma = torch.sigmoid(raw[:, :2]) * self.sigma_max + MIN_SIGMA
         parameters = [position, sigma, torch.sigmoid(raw[:, 4:]) * math.pi, torch.tanh(raw[:, 2:4])]
         return torch.cat(parameters, 1), *new

@@ -409,26 +409,13 @@ def test_voxelmorph_takes_the_options_of_mind():
     assert abs(seen[0] - seen[1]) > 0.1 * seen[1]
 
 
-def test_normalised_r2n2_needs_more_than_a_pixel_at_the_end():
-    model = R2N2(norm=True, steps=1, widths=(2, 2, 4, 4)).eval()
-    image = torch.rand(1, 1, 16, 17)
-    assert model(image, image).displacement.shape == (1, 2, 16, 17)
-    with pytest.raises(ValueError, match="with norm, images must be larger than 16 pixels"):
-        model(image[..., :16], image[..., :16])
-
-
 def test_bad_arguments():
     for build_it, match in (
         (lambda: RRN(regularizer="l1"), "regularizer"),
         (lambda: RRN(radius=-1), "radius"),
         (lambda: RRN(window=4), "window odd"),
         (lambda: RRN(refine=(1, 2)), "refine 6"),
-        (lambda: R2N2(activation="relu"), "activation"),
-        (lambda: R2N2(sigma_is="stdev"), "sigma_is"),
-        (lambda: R2N2(steps=0), "steps"),
-        (lambda: R2N2(widths=(4, 4, 4, 5)), "widths"),
         (lambda: LinDef(encoder=(4, 4)), "encoder"),
-        (lambda: R2N2(noise="images"), "noise"),
         (lambda: LinDef(order="three_pass"), "order"),
         (lambda: F3RNet(variant="best"), "variant"),
         (lambda: PRDFE(variant="best"), "variant"),
@@ -560,60 +547,6 @@ def test_prdfe_variants_differ():
     for k, a in enumerate(results):
         for b in results[k + 1 :]:
             assert (a - b).abs().max() > 1e-4
-
-
-def test_r2n2_is_its_parameters():
-    from fastreg import gaussian_displacement
-
-    model = build("r2n2")
-    fixed, moving = pair("r2n2", 2)
-    prediction = model(fixed, moving)
-    assert prediction.parameters.shape == (2, 3, 7)
-    again = gaussian_displacement(prediction.parameters, fixed.shape[2:])
-    torch.testing.assert_close(again, prediction.displacement, rtol=1e-4, atol=1e-5)
-    _, _, sx, sy, alpha, vx, vy = prediction.parameters.unbind(2)
-    assert all((0 < s).all() and (s <= 0.3 + 1e-4).all() for s in (sx, sy))
-    assert (0 <= alpha).all()
-    assert (torch.stack([vx, vy]).abs() < 1).all()
-
-
-@pytest.mark.parametrize("noise", ["weights", "outputs"])
-def test_r2n2_noise_is_of_training_only(noise):
-    fixed, moving = pair("r2n2")
-    model = build("r2n2", noise=noise)
-    assert torch.equal(model(fixed, moving).displacement, model(fixed, moving).displacement)
-    model.train()
-    first, second = model(fixed, moving), model(fixed, moving)
-    assert not torch.equal(first.displacement, second.displacement)
-    assert first.displacement.isfinite().all()
-    # Recomputed with the noise that was drawn.
-    kept, again = (
-        gradients(build("r2n2", noise=noise, checkpoint=c).train(), fixed, moving) for c in ("none", "blocks")
-    )
-    assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
-
-
-def test_r2n2_counts_pixels_sampled_inside():
-    from fastreg.models.r2n2 import _inside
-
-    u = torch.zeros(1, 2, 4, 5)
-    u[:, 0] = 1
-    assert torch.equal(_inside(u)[0, 0], torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None].expand(4, 5))
-
-
-def test_r2n2_averages_images_alike():
-    """However many of their pixels are sampled inside, and counted: a batch's loss is the mean of its images'."""
-    model = build("r2n2")
-    fixed, moving = pair("r2n2", 2)
-    mask = torch.ones_like(fixed)
-    mask[1, ..., 3:] = 0
-    with torch.no_grad():
-        whole = model.loss(fixed, moving, model(fixed, moving), mask)
-        alone = [
-            model.loss(f, m, model(f, m), weights)
-            for f, m, weights in zip(fixed.split(1), moving.split(1), mask.split(1), strict=True)
-        ]
-    torch.testing.assert_close(whole, torch.stack(alone).mean(), rtol=1e-6, atol=0)
 
 
 def test_rrn_fields_are_refined_level_by_level():

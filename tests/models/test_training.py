@@ -92,7 +92,7 @@ def test_continues_bit_for_bit(noisy):
 
     def build():
         torch.manual_seed(0)
-        return R2N2(steps=2, widths=(2, 2, 4, 4), noise="weights") if noisy else net()
+        return R2N2(steps=2, widths=(2, 2, 4, 4), noise="released") if noisy else net()
 
     recipe = Recipe(learning_rate=1e-3, amsgrad=True, clip_gradient=0.05, plateau=1)
     whole = Training(build(), samples(3), recipe)
