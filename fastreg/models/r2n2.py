@@ -21,6 +21,7 @@ from .recipe import PaperInput, Recipe
 
 ACTIVATIONS = {"tanh": torch.tanh, "leaky_relu": F.leaky_relu}
 NOISES = ("paper", "released", "none")
+POOLS = ("sum", "mean")
 HIDDEN = 1024
 RELEASED = {
     "blocks": 6,
@@ -127,10 +128,10 @@ class _Unit(nn.Module):
 class _Shape(nn.Module):
     """Extents, angle and motion of the Gaussian from the coarsest map."""
 
-    def __init__(self, width, activation):
+    def __init__(self, width, activation, pool):
         super().__init__()
         half = width // 2
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.pool = ACTIVATIONS[activation], pool
         self.first = _initialised(conv(2, width, width), activation, gain=False)
         self.second = conv(2, half, half)
         self.hidden, self.out = nn.Linear(half, HIDDEN), nn.Linear(HIDDEN, 5)
@@ -140,7 +141,8 @@ class _Shape(nn.Module):
     def forward(self, x):
         value, attention = self.first(x).chunk(2, 1)
         value = self.second(self.activation(value))
-        pooled = self.activation(single(value) * _softmax(attention)).sum((2, 3))
+        attended = self.activation(single(value) * _softmax(attention))
+        pooled = attended.mean((2, 3)) if self.pool == "mean" else attended.sum((2, 3))
         with torch.autocast(x.device.type, enabled=False):
             return self.out(self.activation(self.hidden(pooled)))
 
@@ -159,11 +161,13 @@ class R2N2(Model, released=RELEASED):
         sigma_is (str): extents are deviations ("std", released) or variances ("var", the paper's formula).
         noise (str): in training, multiplicative N(1, sqrt 2), drawn anew each step: on the weights of the GRU's candidate and on its
             output ("paper"), on all weights that its state meets ("released") or "none".
+        pool (str): of the attended map into the vector that shape and motion are read from, "sum" (released) or "mean" (the paper's
+            word, average pooling; attention sums to 1 already, so that a mean is smaller by the number of pixels).
         weight (float): of the isotropic total variation of the displacement, in units where the image spans [-1, 1].
         padding, checkpoint (str): see Model; a block is a step.
 
-    The "paper" preset keeps a choice of the authors' code, sigma_is="std", where the paper's text has "var". Weights start as the
-    authors' code has them, for either activation: the paper is silent.
+    The "paper" preset keeps two choices of the authors' code, sigma_is="std" and pool="sum", where the paper's text has "var" and
+    "mean". Weights start as the authors' code has them, for either activation: the paper is silent.
 
     Images are standardised (mean 0, deviation 1) and clamped to [-2, 2]. Any size; the identity before training. Prediction.fields:
     the displacements after each step; Prediction.parameters: (N, T, 7), x, y, sx, sy, alpha, vx, vy in [-1, 1]. 3,593,611 parameters.
@@ -187,6 +191,7 @@ class R2N2(Model, released=RELEASED):
         sigma_max: float = 0.3,
         sigma_is: SigmaIs = "std",
         noise: str = "paper",
+        pool: str = "sum",
         weight: float = 0.1,
         padding: Padding = "zeros",
         checkpoint: str = "none",
@@ -194,6 +199,7 @@ class R2N2(Model, released=RELEASED):
         super().__init__()
         self.choice("activation", activation, ACTIVATIONS)
         self.choice("noise", noise, NOISES)
+        self.choice("pool", pool, POOLS)
         self.choice("sigma_is", sigma_is, SIGMA_IS)
         if len(widths) != 4 or widths[-1] % 2:
             self.fail(ValueError, f"widths must be 4, the last one even, got {widths}")
@@ -207,7 +213,7 @@ class R2N2(Model, released=RELEASED):
         self.units = nn.ModuleList(
             _Unit(i, o, blocks, activation, self.norm, noise) for i, o in itertools.pairwise(widths)
         )
-        self.shape = _Shape(widths[-1], activation)
+        self.shape = _Shape(widths[-1], activation, pool)
 
     def _encode(self, fixed):
         """The part of the first convolution that sees fixed image and coordinates: the same in each step."""

@@ -1,4 +1,4 @@
-"""R2N2: weights it starts with, noise, its parameters, its loss."""
+"""R2N2: weights it starts with, noise, pooling, its parameters, its loss."""
 
 import math
 
@@ -175,6 +175,13 @@ def test_noise_of_the_presets():
 # What it says
 
 
+def test_pooling():
+    """A mean is the sum over the pixels of the coarsest map, 3 x 2 for 37 x 26."""
+    fixed, moving = pair("r2n2", 2)
+    mean, total = (pooled(build("r2n2", pool=p), fixed, moving) for p in ("mean", "sum"))
+    torch.testing.assert_close(6 * mean, total)
+
+
 def test_is_its_parameters():
     model = build("r2n2")
     fixed, moving = pair("r2n2", 2)
@@ -201,6 +208,7 @@ def test_with_normalisation_it_needs_more_than_a_pixel_at_the_end():
     [
         {"activation": "relu"},
         {"noise": "weights"},
+        {"pool": "max"},
         {"sigma_is": "stdev"},
         {"steps": 0},
         {"widths": (4, 4, 4, 5)},
