@@ -3,5 +3,6 @@
 from .pairs import Case, Pair, Pairs, find_pairs, read_case
 from .preprocessing import Preprocessing
 from .sample import Sample
+from .series import fixed_of_series
 
-__all__ = ["Case", "Pair", "Pairs", "Preprocessing", "Sample", "find_pairs", "read_case"]
+__all__ = ["Case", "Pair", "Pairs", "Preprocessing", "Sample", "find_pairs", "fixed_of_series", "read_case"]

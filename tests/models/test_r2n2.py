@@ -1,5 +1,6 @@
-"""R2N2: weights it starts with, noise, pooling, its parameters, its loss."""
+"""R2N2: weights it starts with, noise, pooling, its parameters, its loss; which image of a series is the fixed one."""
 
+import doctest
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from test_models import build, gradients, pair
 from torch import nn
 
+import fastreg
 from fastreg import gaussian_displacement, smooth
+from fastreg.data import fixed_of_series, series
 from fastreg.models import R2N2, r2n2
 
 # The weights it starts with
@@ -242,3 +245,33 @@ def test_averages_images_alike():
             for f, m, weights in zip(fixed.split(1), moving.split(1), mask.split(1), strict=True)
         ]
     torch.testing.assert_close(whole, torch.stack(alone).mean(), rtol=1e-6, atol=0)
+
+
+# Its data
+
+
+def test_fixed_image_of_a_series():
+    images = torch.tensor([0, 1, 2, 10], dtype=torch.uint8).view(4, 1, 1).expand(4, 3, 3)
+    assert fixed_of_series(images) == 2  # mean 3.25
+    assert fixed_of_series(images, torch.tensor([0.0, 0.0, 1.0, 0.4])) == 3
+    assert fixed_of_series(images, torch.tensor([1, 0, 1, 0])) == 0  # all as near
+    assert doctest.testmod(series, extraglobs={"torch": torch, "fastreg": fastreg}).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "phases", "error", "match"),
+    [
+        (torch.rand(1, 1, 4, 4), None, ValueError, "a series of at least 2 along axis 0, got .1, 1, 4, 4."),
+        (torch.rand(0, 1, 4, 4), None, ValueError, "at least 2"),
+        (torch.rand(4), None, ValueError, "at least 2"),
+        (torch.rand(3, 0), None, ValueError, "at least 2"),
+        (torch.rand(3, 4, 4), torch.rand(2), ValueError, r"phases must have shape \(3,\), got \(2,\)"),
+        (torch.rand(3, 4, 4), torch.tensor([0, 1, torch.nan]), ValueError, "must be finite"),
+        (torch.full((3, 4, 4), torch.inf), None, ValueError, "must be finite"),
+        ([1, 2], None, TypeError, "images must be a tensor, got list"),
+        (torch.rand(3, 4, 4), [0, 1, 2], TypeError, "phases must be a tensor, got list"),
+    ],
+)
+def test_what_is_no_series(images, phases, error, match):
+    with pytest.raises(error, match=match):
+        fixed_of_series(images, phases)
