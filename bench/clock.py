@@ -81,7 +81,7 @@ def running(clock):
     with contextlib.ExitStack() as stack:
         for module in stock_ops.MODULES:
             stack.enter_context(mock.patch.object(module, "ops", _Clocked(module.ops, clock)))
-        similarities = models.voxelmorph.SIMILARITIES
+        similarities = models.base.SIMILARITIES
         timed = {name: clocked(f, clock) for name, f in similarities.items()}
         stack.enter_context(mock.patch.dict(similarities, timed))
         yield

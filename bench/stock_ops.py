@@ -20,7 +20,7 @@ from bench import (
 from bench.bench_lcc_loss import box, correlation
 from bench.bench_warp import identity, scale
 from bench.common import Case
-from fastreg.models import f3rnet, lindef, prdfe, r2n2, rrn, voxelmorph
+from fastreg.models import base, f3rnet, lindef, prdfe, r2n2, rrn, voxelmorph
 from fastreg.ops.gaussian_displacement import gaussian_displacement_ref
 
 MODULES = (f3rnet, lindef, prdfe, r2n2, rrn, voxelmorph)
@@ -157,5 +157,5 @@ def installed(layers=False):
             for layer in LAYERS if layers else ():
                 if hasattr(module, layer.__name__):
                     stack.enter_context(mock.patch.object(module, layer.__name__, layer))
-        stack.enter_context(mock.patch.dict(voxelmorph.SIMILARITIES, similarities))
+        stack.enter_context(mock.patch.dict(base.SIMILARITIES, similarities))
         yield

@@ -24,6 +24,7 @@ CHECKPOINTS = ("none", "blocks")
 # Each minimised; what a model's `similarity` may name.
 SIMILARITIES: dict[str, Callable[..., torch.Tensor]] = {
     "lcc": ops.lcc_loss,
+    "mi": ops.mi_loss,
     "mind": ops.mind_loss,
     "mse": ops.mse_loss,
 }
@@ -85,6 +86,8 @@ class Model(nn.Module):
     recipe = Recipe()
     paper_input: PaperInput | None = None
     default_intensity = "percentiles"
+    similarity: str
+    similarity_options: dict[str, Any]
 
     def __init_subclass__(cls, **presets: dict[str, Any]) -> None:
         super().__init_subclass__()
@@ -130,6 +133,22 @@ class Model(nn.Module):
         if not (mind is None or (isinstance(mind, dict) and mind.keys() <= known)):
             cls.fail(TypeError, f"mind must be a dict of {', '.join(sorted(known))}, got {mind!r}")
         return dict(default if mind is None else mind)
+
+    def compare_by(self, similarity: str, window: int, mind: dict[str, Any] | None) -> None:
+        """What `compared` is: one of SIMILARITIES; window of "lcc", options of "mind"."""
+        self.choice("similarity", similarity, SIMILARITIES)
+        if mind is not None and similarity != "mind":
+            self.fail(ValueError, f'mind is for similarity="mind", got similarity={similarity!r}')
+        if window < 1 or window % 2 == 0:
+            self.fail(ValueError, f"window must be odd, got {window}")
+        options = {"lcc": {"window": window}, "mind": self.mind_options(mind, {})}
+        self.similarity, self.similarity_options = similarity, options.get(similarity, {})
+
+    def compared(
+        self, fixed: torch.Tensor, moved: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The similarity of `compare_by`, a scalar to be minimised."""
+        return SIMILARITIES[self.similarity](fixed, moved, mask=mask, **self.similarity_options)
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor, *, fixed_features: Any = None) -> Prediction:
         """Prediction of the motion from fixed to moving.
@@ -217,6 +236,7 @@ class Model(nn.Module):
         """The paper's loss of a prediction: a scalar with gradient.
 
         mask (Tensor or None): (N, 1, *spatial), 0 or more: weights of the similarity (of the fixed image's voxels).
+        Value and gradient a voxel do not depend on the size of the images, but where a model says otherwise.
         """
         total: Any = sum(self.terms(fixed, moving, prediction, mask).values())
         return total

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from fastreg import ops
 from fastreg.ops.warp import Padding
 
-from .base import SIMILARITIES, Model, Prediction
+from .base import Model, Prediction
 from .blocks import FlowHead, activated, concat_conv, conv
 from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
+REGULARIZERS = ("diffusion", "tv")
 
 
 class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
@@ -22,9 +23,9 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
     Args:
         encoder, decoder (sequence): channels; VM-2 by default, VM-1: decoder (32, 32, 32, 32, 8, 8).
         ndim (int): 3 or 2.
-        similarity (str): "lcc" (window 9), "mse" or "mind" (MIND-SSC).
-        mind (dict or None): options of fastreg.mind_loss, for similarity "mind".
-        weight (float): of the diffusion of the displacement in voxels.
+        similarity (str): "lcc", "mse", "mind" (MIND-SSC) or "mi" (32 Gaussian windows; intensities in [0, 1]).
+        window (int): of the LCC. mind (dict or None): options of fastreg.mind_loss, for similarity "mind".
+        regularizer (str): "diffusion" or "tv", of the displacement in voxels. weight (float): of it.
         padding, checkpoint (str): see Model.
 
     Prediction.fields is empty. 259,675 parameters (VM-1), 300,547 (VM-2).
@@ -41,7 +42,9 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         decoder: Sequence[int] = (32, 32, 32, 32, 32, 16, 16),
         ndim: int = 3,
         similarity: str = "lcc",
+        window: int = 9,
         mind: dict[str, Any] | None = None,
+        regularizer: str = "diffusion",
         weight: float = 1.0,
         padding: Padding = "zeros",
         checkpoint: str = "none",
@@ -49,11 +52,9 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
         super().__init__()
         if len(encoder) != 4 or len(decoder) not in (6, 7):
             self.fail(ValueError, f"encoder must have 4 widths, decoder 6 or 7, got {encoder} and {decoder}")
-        self.choice("similarity", similarity, SIMILARITIES)
-        if mind is not None and similarity != "mind":
-            self.fail(ValueError, f'mind is for similarity="mind", got similarity={similarity!r}')
-        self.ndim, self.similarity, self.weight = ndim, similarity, weight
-        self.mind = self.mind_options(mind, {}) if similarity == "mind" else {}
+        self.choice("regularizer", regularizer, REGULARIZERS)
+        self.compare_by(similarity, window, mind)
+        self.ndim, self.regularizer, self.weight = ndim, regularizer, weight
         self.padding, self.checkpoint = padding, checkpoint
         e, d = encoder, decoder
         inputs = (2, *e[:3])
@@ -83,7 +84,8 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
     ) -> dict[str, Tensor]:
         u = prediction.displacement
         moved = ops.warp(moving, u, padding=self.padding)
+        regularizer = ops.total_variation if self.regularizer == "tv" else ops.diffusion
         return {
-            "similarity": SIMILARITIES[self.similarity](fixed, moved, mask=mask, **self.mind),
-            "regularity": self.weight * ops.diffusion(u),
+            "similarity": self.compared(fixed, moved, mask),
+            "regularity": self.weight * regularizer(u),
         }
