@@ -3,6 +3,7 @@ the spatial gradients of a deformable map, which are summed up, and an affine ma
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +18,41 @@ from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
 DILATIONS = (1, 1, 2, 3, 5)
-REDUCTION = 16  # of the squeeze
+SQUEEZE = 16  # features by channels of it
 ORDERS = ("two_pass", "single_pass", "legacy")
+REDUCTIONS = ("mean", "sum", "keras")
 
 
 class LinDef(Model):
     """LinDef (Christodoulidis et al. 2018). Five dilated convolutions whose outputs all go on to a decoder of gradients Phi in (0, 2), whose sums along each
     axis are the deformable map G_N (Phi = 1: the identity), and to a mean over space that gives the affine map G_A.
 
+    The loss is ``similarity(R, D) + alpha |A - I| + beta |Phi - 1|`` for the fixed image R and the moved one D.
+
     Args:
-        affine (bool): False: the deformable part alone.
+        affine (bool): False: the deformable part alone. deformable (bool): False: the affine part alone.
         order (str): "two_pass" (paper): S is resampled by G_N, the result by G_A; "single_pass": S once, at
             G_N(G_A(p)), the same map with less blur; "legacy": S once at G_A(G_N(p)), as the authors' code has it.
-        alpha, beta (float): of the absolute deviation of the affine matrix (in [-1, 1] coordinates) and of Phi from the
-            identity, summed over elements, averaged over the batch.
+        similarity (str): "mse" (paper), "lcc", "mind" (MIND-SSC) or "mi" (32 Gaussian windows; intensities in [0, 1]).
+        window (int): of the LCC. mind (dict or None): options of fastreg.mind_loss, for similarity "mind".
+        alpha, beta (float): of the absolute deviation of the affine matrix (12 numbers, in [-1, 1] coordinates, summed) and of
+            Phi (three numbers a voxel, summed up to the reduction) from the identity; averaged over the batch.
+        reduction (str): "mean": similarity and the deviation of Phi a voxel, so that what they pull with against each other
+            does not depend on the image's size. "sum": both summed over the voxels, the paper's norms as they are printed;
+            the loss, and what alpha weighs beside it, then grow with the image. "keras": the similarity a voxel, the
+            deviation of Phi summed, as a mean squared error beside a Keras regulariser: beta then grows with the image, and
+            at the paper's size and beta Phi stays at 1 (docs/methods/lindef.md).
         encoder, decoder (5 widths each): the paper's by default.
         padding, checkpoint (str): see Model.
 
-    Any size; the identity before training. Prediction.fields: Phi and the displacement of G_N;
+    Any size; the identity before training. Prediction.fields: Phi and the displacement of G_N, none with deformable=False;
     Prediction.displacement: of the whole map in one, also with "two_pass". 1,767,875 parameters; 1,764,383 without the
-    affine part.
+    affine part, 420,228 without the deformable one.
+
+    Where the paper is silent: it speaks of up-sampling in the decoder, but its encoder never shrinks the maps, so there is
+    none here; widths, dilations and the squeeze's 16 are those that give its 290 features and field of 25 voxels; the slope
+    of the LeakyReLU is 0.2; G_N is the running sum minus 1, so that Phi = 1 is the identity; A acts on [-1, 1] coordinates.
+    "Avoid self-crossings": each coordinate grows along its own axis, which does not keep the Jacobian determinant positive.
     """
 
     # The authors look every 100 batches, and 300 of their epochs in 16 hours can be no more than that.
@@ -48,9 +64,14 @@ class LinDef(Model):
         self,
         *,
         affine: bool = True,
+        deformable: bool = True,
         order: str = "two_pass",
+        similarity: str = "mse",
+        window: int = 9,
+        mind: dict[str, Any] | None = None,
         alpha: float = 1e-6,
         beta: float = 1e-6,
+        reduction: str = "mean",
         encoder: Sequence[int] = (32, 64, 128, 32, 32),
         decoder: Sequence[int] = (128, 64, 32, 32, 32),
         padding: Padding = "border",
@@ -59,19 +80,25 @@ class LinDef(Model):
         super().__init__()
         if len(encoder) != 5 or len(decoder) != 5:
             self.fail(ValueError, f"encoder and decoder must have 5 widths, got {encoder} and {decoder}")
+        if not (affine or deformable):
+            self.fail(ValueError, "affine and deformable must not both be False")
         self.choice("order", order, ORDERS)
-        self.affine, self.order, self.alpha, self.beta = affine, order, alpha, beta
+        self.choice("reduction", reduction, REDUCTIONS)
+        self.compare_by(similarity, window, mind)
+        self.affine, self.deformable, self.order = affine, deformable, order
+        self.alpha, self.beta, self.reduction = alpha, beta, reduction
         self.padding, self.checkpoint = padding, checkpoint
         inputs = (2, *encoder[:-1])
         self.encoder = nn.ModuleList(
             conv(3, i, o, dilation=d) for i, o, d in zip(inputs, encoder, DILATIONS, strict=True)
         )
         features = 2 + sum(encoder)
-        squeezed = max(1, features // REDUCTION)
-        self.squeeze, self.excite = nn.Linear(features, squeezed), nn.Linear(squeezed, features)
-        inputs = (features, *decoder[:-1])
-        self.decoder = nn.ModuleList(conv(3, i, o) for i, o in zip(inputs, decoder, strict=True))
-        self.head = FlowHead(3, decoder[-1], deviation=0)
+        if deformable:
+            squeezed = max(1, features // SQUEEZE)
+            self.squeeze, self.excite = nn.Linear(features, squeezed), nn.Linear(squeezed, features)
+            inputs = (features, *decoder[:-1])
+            self.decoder = nn.ModuleList(conv(3, i, o) for i, o in zip(inputs, decoder, strict=True))
+            self.head = FlowHead(3, decoder[-1], deviation=0)
         self.linear = nn.Linear(features, 12) if affine else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)
@@ -80,6 +107,9 @@ class LinDef(Model):
     def predict(self, fixed: Tensor, moving: Tensor) -> Prediction:
         # Two blocks: each layer as one would keep what the next one keeps anyway.
         x, step = self.block(self._encoded, torch.cat([moving, fixed], 1))
+        if not self.deformable:
+            matrix = _to_voxels(step, fixed.shape[2:])
+            return Prediction(ops.affine_displacement(matrix, fixed.shape[2:]), [], matrix)
         phi = 2 * torch.sigmoid(self.head(self.block(self._decoded, x)))
         u = ops.integrate_gradients(phi)
         if step is None:
@@ -95,12 +125,14 @@ class LinDef(Model):
         return Prediction(whole, [phi, u], matrix)
 
     def _encoded(self, pair):
-        """The decoder's first map, and the affine step."""
+        """The decoder's first map and the affine step; None for a part that the net has not."""
         features = chain(self.encoder, pair, SLOPE)
         mean = features.mean((2, 3, 4), dtype=torch.promote_types(features.dtype, torch.float32))
         with torch.autocast(mean.device.type, enabled=False):
-            scale = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
             step = self.linear(mean).view(-1, 3, 4) if self.affine else None
+            if not self.deformable:
+                return None, step
+            scale = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
         return self._excited(features, scale), step
 
     def _decoded(self, x):
@@ -119,18 +151,23 @@ class LinDef(Model):
     def terms(
         self, fixed: Tensor, moving: Tensor, prediction: Prediction, mask: Tensor | None = None
     ) -> dict[str, Tensor]:
-        phi, u = prediction.fields
-        if self.affine and self.order == "two_pass":
-            moved = ops.warp(moving, u, padding=self.padding)
-            moved = ops.warp(moved, None, affine=prediction.affine, padding=self.padding)
+        voxels = fixed.shape[2:].numel()
+        a_voxel = {"mean": (1, 1 / voxels), "sum": (voxels, 1), "keras": (1, 1)}
+        of_similarity, of_phi = a_voxel[self.reduction]
+        moved, matrix = moving, prediction.affine
+        if self.affine and self.deformable and self.order != "two_pass":
+            moved = ops.warp(moved, prediction.displacement, padding=self.padding)
         else:
-            moved = ops.warp(moving, prediction.displacement, padding=self.padding)
-        terms = {
-            "similarity": ops.mse_loss(fixed, moved, mask=mask),
-            "regularity": self.beta * (phi - 1).abs().sum() / len(phi),
-        }
+            if self.deformable:
+                moved = ops.warp(moved, prediction.fields[1], padding=self.padding)
+            if self.affine:
+                moved = ops.warp(moved, None, affine=matrix, padding=self.padding)
+        terms = {"similarity": of_similarity * self.compared(fixed, moved, mask)}
+        if self.deformable:
+            phi = prediction.fields[0]
+            terms["regularity"] = self.beta * of_phi * (phi - 1).abs().sum() / len(phi)
         if self.affine:
-            step = _to_unit(prediction.affine, phi.shape[2:])
+            step = _to_unit(matrix, fixed.shape[2:])
             terms["affine"] = self.alpha * step.abs().sum() / len(step)
         return terms
 

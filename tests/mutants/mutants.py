@@ -699,6 +699,12 @@ MUTANTS = [
         "training", "continues or patience", "a resumed training waits anew",
     ),
     Mutant(
+        "lindef_sums_beside_a_mean", "reduction", ALL,
+        '"mean": (1, 1 / voxels)',
+        '"mean": (1, 1)',
+        "losses", "depend or deform", "the larger the image, the less Phi can move",
+    ),
+    Mutant(
         "training_draws_the_same_noise", "seed", ALL,
         "torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1009 + self.rank) % 2**63)",
         "torch.manual_seed((self.seed * 1_000_003 * 1009 + self.rank) % 2**63)",
