@@ -353,7 +353,8 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
     torch.manual_seed(seed % 2**63)
     model, preprocessing = net.model(case.fixed_grid.nd).to(device), net.preprocessing()
     sample, grid = sample_of(case, preprocessing, warn=warn)
-    recipe = replace(model.recipe, batch_size=1, steps=STEPS if args.steps is None else args.steps)
+    steps = STEPS if args.steps is None else args.steps
+    recipe = replace(model.recipe, batch_size=1, steps=steps, watch="loss")
     if hasattr(args, "learning_rate"):
         if isinstance(args.learning_rate, tuple) or not 0 < args.learning_rate < math.inf:
             raise InputError(f"--learning-rate must be one positive number, got {args.learning_rate}")

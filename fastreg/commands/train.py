@@ -60,7 +60,13 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--batch-size", type=int, metavar="N", help="pairs a step, over all processes (default: the paper's)"
     )
     group.add_argument(
-        "--patience", type=int, metavar="N", help="end after N epochs without a better mean loss"
+        "--patience", type=int, metavar="N", help="end after N epochs in which what is watched is no better"
+    )
+    group.add_argument(
+        "--watch",
+        metavar="TERM",
+        help="for the end and for the learning rate's: loss, a term of it (similarity, ...), each the mean of an epoch, "
+        "or validation, the loss of the pairs validated on (default: the paper's)",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of weights, order and noise (default: 0)")
     group.add_argument("--amp", action="store_true", default=None, help="bf16 convolutions")

@@ -56,7 +56,15 @@ class LinDef(Model):
     """
 
     # The authors look every 100 batches, and 300 of their epochs in 16 hours can be no more than that.
-    recipe = Recipe(learning_rate=1e-3, batch_size=2, plateau=50, patience=100, epoch=100, steps=30_000)
+    recipe = Recipe(
+        learning_rate=1e-3,
+        batch_size=2,
+        plateau=50,
+        patience=100,
+        epoch=100,
+        steps=30_000,
+        watch="validation",
+    )
     paper_input = PaperInput((0, 1300), (64, 192, 192))
     divisor = 1
 

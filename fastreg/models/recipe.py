@@ -8,8 +8,10 @@ class Recipe:
     """How a model is trained.
 
     learning_rate, amsgrad: of Adam. batch_size: pairs of a step, over all processes. clip_gradient: greatest norm, or None.
-    plateau: epochs without a better mean loss after which the learning rate is divided by ten, or None. patience: the same, and
-    training ends. epoch: steps of one; None: all pairs once. steps: number of optimiser steps.
+    plateau: epochs without a better value of what is watched, after which the learning rate is divided by ten, or None. patience:
+    the same, and training ends. epoch: steps of one; None: all pairs once. steps: number of optimiser steps.
+    watch: what plateau and patience look at when an epoch ends: "loss", or a term of it ("similarity"): the mean over the epoch's
+    steps; "validation": the loss of the pairs that are validated on. tolerance: what is better by no more than that is no better.
     """
 
     learning_rate: float = 1e-4
@@ -20,6 +22,8 @@ class Recipe:
     patience: int | None = None
     epoch: int | None = None
     steps: int = 25_000
+    watch: str = "loss"
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)

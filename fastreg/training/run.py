@@ -58,7 +58,7 @@ class Run:
         model, recipe, seed, amp, compile: as for Training.
         pairs: any sequence of Sample, or fastreg.data.Pairs of files.
         validation: the same; None: the pairs themselves; or a function of the model that returns numbers by name, among them
-            "loss" (lower is better).
+            "loss" (lower is better). A recipe that watches "validation" asks for it at each epoch's end too.
         resume: "auto": goes on from last.pt where the folder has one; True: it must have one; False: it must not. Or what
             `resumable` has read.
         replace (bool): a run that is there makes room once the new one has done a step; with resume=False.
@@ -110,7 +110,13 @@ class Run:
         if self.first and not self.begun:
             _refuse_taken(folder, replace)
         self.training = Training(
-            model, pairs, _recipe(recipe, model, saved), seed=seed, amp=amp, compile=compile
+            model,
+            pairs,
+            _recipe(recipe, model, saved),
+            validation=lambda _: self._look(),
+            seed=seed,
+            amp=amp,
+            compile=compile,
         )
         if isinstance(pairs, Pairs) and preprocessing is None:
             preprocessing = pairs.preprocessing
@@ -120,6 +126,7 @@ class Run:
         )
         validated = pairs if validation is None else validation
         self.validation = validated if callable(validated) else Validation(validated, validate_most)
+        self._seen: tuple[int, dict[str, float]] | None = None  # step, and what validation found then
         self.best_loss, self.seconds, self.minutes = math.inf, 0.0, minutes
         self.save_every = save_every
         self.validate_every = validate_every or max(10, self.training.recipe.steps // 20)
@@ -280,7 +287,8 @@ class Run:
                     log.write(row)
                     names = ("loss", "similarity", "regularity", "folding", "memory_mb")
                     after({name: row[name] for name in names if row.get(name) is not None})
-                    validated = training.step % self.validate_every == 0
+                    watched = self._seen is not None and self._seen[0] == training.step
+                    validated = watched or training.step % self.validate_every == 0
                     if validated or training.step % self.save_every == 0:
                         save()
                     if validated:
@@ -320,10 +328,18 @@ class Run:
             over = bool(flag)
         return over
 
+    def _look(self) -> dict[str, float]:
+        """What validation finds at this step: looked at once, whoever asks."""
+        step = self.training.step
+        if self._seen is None or self._seen[0] != step:
+            found = dict(self.validation(self.training.model))
+            if "loss" not in found:
+                refuse(ValueError, PLACE, f"a validation must return a loss, got {', '.join(found)}")
+            self._seen = step, found
+        return self._seen[1]
+
     def _validate(self, tell: bool) -> dict[str, float]:
-        found = dict(self.validation(self.training.model))
-        if "loss" not in found:
-            refuse(ValueError, PLACE, f"a validation must return a loss, got {', '.join(found)}")
+        found = self._look()
         row: dict[str, Any] = {"step": self.training.step, **found}
         if row["loss"] < self.best_loss:
             self.best_loss = row["loss"]

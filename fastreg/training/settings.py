@@ -21,7 +21,7 @@ from .build import Net
 from .distributed import ranks
 from .run import FILES, LAST, PICTURE, Resume, Run, resumable, shared_batch
 
-RECIPE = ("steps", "learning_rate", "batch_size", "patience")
+RECIPE = ("steps", "learning_rate", "batch_size", "patience", "watch")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Settings(Net):
     learning_rate: float | None = None
     batch_size: int | None = None
     patience: int | None = None
+    watch: str | None = None
     amp: bool = False
     compile: bool = False
     validate_every: int | None = None
@@ -124,7 +125,7 @@ class Settings(Net):
 
 # What a run cannot change half-way; the rest of its settings may differ when it is resumed. Where the pairs lie may, as data
 # moves; that they are the same ones Run sees by their names.
-KEPT = (*(f.name for f in fields(Net)), "task", "seed", "learning_rate", "batch_size", "amp")
+KEPT = (*(f.name for f in fields(Net)), "task", "seed", "learning_rate", "batch_size", "watch", "amp")
 
 
 def _absolute(settings: Mapping[str, Any]) -> dict[str, str]:

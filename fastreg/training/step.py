@@ -9,7 +9,7 @@ and step number are the whole state.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -97,6 +97,8 @@ class Training:
         pairs: a sequence of Sample (len, [k]); a batch's samples must have one shape. What they hold is moved to the
             model's device.
         recipe (Recipe): None: the model's own, where it has one.
+        validation: a function of the model that returns its loss on other pairs, or numbers by name with one of them "loss" (as a
+            Validation does): called at each epoch's end, in the first process, where the recipe's plateau or patience watches it.
         seed (int): of the order of pairs and of what a model draws (R2N2's noise).
         amp (bool): bf16 convolutions under torch.autocast. compile (bool): torch.compile.
 
@@ -111,6 +113,7 @@ class Training:
         pairs: Sequence[Sample],
         recipe: Recipe | None = None,
         *,
+        validation: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
         seed: int = 0,
         amp: bool = False,
         compile: bool = False,
@@ -121,6 +124,15 @@ class Training:
         self.recipe = recipe or recipe_of(model)
         self.seed, self.amp, self.compile = seed, amp, compile
         self.rank, self.world = ranks()
+        waits = self.recipe.plateau is not None or self.recipe.patience is not None
+        self.validation = validation if waits and self.recipe.watch == "validation" else None
+        if waits and self.recipe.watch == "validation" and validation is None:
+            refuse(
+                ValueError,
+                PLACE,
+                "the recipe watches the loss of pairs to validate on, and there are none; "
+                'pass validation=, or a recipe with watch="loss"',
+            )
         if self.recipe.batch_size < 1 or self.recipe.batch_size % self.world:
             refuse(
                 ValueError,
@@ -137,7 +149,7 @@ class Training:
             parameters, lr=self.recipe.learning_rate, amsgrad=self.recipe.amsgrad, fused=True
         )
         self.step = 0
-        # Of the epochs: sum of losses and steps of the running one, the best mean, epochs since.
+        # Of the epochs: sum of what is watched and steps of the running one, the best mean, epochs since.
         self.epoch_sum, self.epoch_steps, self.best, self.stale, self.waited = 0.0, 0, math.inf, 0, 0
 
     def _wrapped(self) -> nn.Module:
@@ -200,6 +212,7 @@ class Training:
         Raises:
             NotFinite: before the weights are touched.
         """
+        self._end_epoch()  # what a validation that failed has left
         names, fixed, moving, mask = self._batch()
         # What a model draws at random hangs on nothing but seed, step and process.
         torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1009 + self.rank) % 2**63)
@@ -208,6 +221,10 @@ class Training:
             self._loss = self._wrapped()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             terms, displacement = self._loss(fixed, moving, mask)
+        watch = self.recipe.watch
+        if watch not in ("validation", "loss", *terms):
+            known = ", ".join(dict.fromkeys(("loss", *terms)))
+            refuse(ValueError, PLACE, f"the recipe must watch validation or a term of {known}, got {watch}")
         loss = sum(terms.values())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -233,7 +250,7 @@ class Training:
             told["folding"] = float((ops.jacobian_determinant(displacement.detach()) <= 0).float().mean())
         self.optimizer.step()
         self.step += 1
-        self._count(told["loss"])
+        self._count(told["loss" if watch == "validation" else watch])
         return {"names": names, **told}
 
     def _mean(self, values: Sequence[torch.Tensor]) -> list[float]:
@@ -243,15 +260,31 @@ class Training:
             stacked /= self.world
         return stacked.tolist()
 
-    def _count(self, loss: float) -> None:
-        """An epoch's mean loss decides on the learning rate and on the end."""
-        self.epoch_sum, self.epoch_steps = self.epoch_sum + loss, self.epoch_steps + 1
+    def _validated(self) -> float:
+        """The first process's, so that all wait for as long."""
+        value: Any = math.nan
+        if self.rank == 0 and self.validation is not None:
+            found = self.validation(self.model)
+            value = found["loss"] if isinstance(found, Mapping) else found
+        if self.world > 1:
+            told = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+            dist.broadcast(told, 0)
+            value = told
+        return float(value)
+
+    def _count(self, value: float) -> None:
+        """What is watched, of a step."""
+        self.epoch_sum, self.epoch_steps = self.epoch_sum + value, self.epoch_steps + 1
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """An epoch's mean, or what validation finds then, decides on the learning rate and on the end."""
         if self.epoch_steps < self.per_epoch:
             return
-        mean = self.epoch_sum / self.epoch_steps
+        value = self.epoch_sum / self.epoch_steps if self.validation is None else self._validated()
         self.epoch_sum, self.epoch_steps = 0.0, 0
-        if mean < self.best:
-            self.best, self.stale, self.waited = mean, 0, 0
+        if value < self.best - self.recipe.tolerance:
+            self.best, self.stale, self.waited = value, 0, 0
             return
         self.stale, self.waited = self.stale + 1, self.waited + 1
         if self.recipe.plateau is not None and self.stale >= self.recipe.plateau:

@@ -9,20 +9,24 @@ from torch import nn
 
 from fastreg import evaluation, io, metrics
 from fastreg._files import Name
+from fastreg._refusals import refuse
 from fastreg.data.pairs import Case, Pairs, read_case, sample_of
 from fastreg.data.sample import Sample
 from fastreg.outcome import draw
 
-from .step import displacement_of, terms_of
+from .step import PLACE, displacement_of, terms_of
 
 
 class Validation:
     """Means over pairs of the loss and of what landmarks and labels say.
 
-    pairs: a Pairs, whose files may name landmarks and labels, or any sequence of Sample. At most `most` of them are looked at.
+    pairs: a Pairs, whose files may name landmarks and labels, or any sequence of Sample, not empty. At most `most` of them are
+    looked at.
     """
 
     def __init__(self, pairs: Sequence[Sample], most: int = 8) -> None:
+        if len(pairs) == 0:
+            refuse(ValueError, PLACE, "there must be at least one pair to validate on")
         self.pairs = pairs
         # Evenly over the list: the first pairs of a folder share one fixed image.
         self.which = range(len(pairs))[:: max(1, len(pairs) // most)][:most]

@@ -130,6 +130,44 @@ def test_goes_on_bit_for_bit(tmp_path, model):
     assert [t["step"] for t in more] == [7]
 
 
+def test_a_watched_validation_is_a_row_an_epoch(tmp_path):
+    """Looked at once a step, whoever asks for it; a run that goes on waits as long as it would have."""
+    recipe = Recipe(learning_rate=1e-2, epoch=2, steps=20, plateau=1, patience=2, watch="validation")
+
+    def going(folder, seen):
+        losses = {2: 3.0, 3: 9.0, 4: 2.0}
+
+        def validation(model):
+            seen.append(one.training.step)
+            return {"loss": losses.get(one.training.step, 5.0)}
+
+        one = run(tmp_path / folder, recipe=recipe, validation=validation)
+        return one
+
+    seen = []
+    whole = going("whole", seen)
+    whole.train()
+    assert seen == [2, 3, 4, 6, 8]
+    assert [int(r["step"]) for r in rows(tmp_path / "whole" / "validation.csv")] == seen
+    assert checkpoint.load(tmp_path / "whole" / "best.pt")["counted"]["step"] == 4
+    for told in going("parts", []):
+        if told["step"] == 7:
+            break
+    last = going("parts", seen := [])
+    last.train()
+    assert (seen, last.training.step, last.done) == ([8], 8, True)
+    assert same(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    rates = [float(r["learning_rate"]) for r in rows(tmp_path / "parts" / "log.csv")]
+    assert rates == pytest.approx([1e-2] * 5 + [1e-3] * 2 + [1e-4])
+
+
+def test_nothing_to_validate_on_is_told(tmp_path):
+    recipe = Recipe(patience=2, watch="validation")
+    with pytest.raises(ValueError, match="there must be at least one pair to validate on"):
+        run(tmp_path / "run", recipe=recipe, validation=[])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_and_pairs_of_ones_own(tmp_path):
     pairs = Pairs()
     one = run(tmp_path / "run", Own(), pairs, validation=lambda model: {"loss": 1.0, "mine": 2.0})

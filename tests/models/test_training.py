@@ -9,7 +9,7 @@ import torch
 from torchrun import run_two
 
 from fastreg.models import R2N2, VoxelMorph
-from fastreg.training import RECIPES, NotFinite, Recipe, Sample, Training
+from fastreg.training import RECIPES, NotFinite, Recipe, Sample, Training, Validation
 
 
 def net(**options):
@@ -154,6 +154,83 @@ def test_plateau_and_patience():
     assert not training.done
 
 
+def watching(values, recipe=None, **options):
+    """A training of epochs of two steps whose validation finds one value after the other."""
+    left, asked = iter(values), []
+
+    def validation(model):
+        asked.append(training.step)
+        return next(left)
+
+    recipe = recipe or Recipe(learning_rate=1e-2, plateau=2, patience=3, watch="validation")
+    training = Training(net(), samples(2), recipe, validation=validation, **options)
+    return training, asked
+
+
+def test_plateau_and_patience_look_at_validation():
+    """Whatever becomes of the training loss: once an epoch, of the weights that it ends with."""
+    training, asked = watching([2.0, 1.0, 1.5, {"loss": 1.5, "dice": 0.9}, math.nan])
+    rates = []
+    while not training.done:
+        training.advance()
+        rates.append(training.optimizer.param_groups[0]["lr"])
+    assert asked == [2, 4, 6, 8, 10]
+    assert training.best == 1.0
+    assert rates == pytest.approx([1e-2] * 7 + [1e-3] * 3)
+
+
+def test_what_is_watched_is_kept_when_it_goes_on():
+    """Also where validation itself has failed: the epoch is not lost, and is asked about again."""
+    values = [2.0, 1.0, 1.5, 1.4, 1.2]
+    whole, _ = watching(values)
+    for _ in range(7):
+        whole.advance()
+    part, _ = watching(values[:2])
+    for _ in range(5):
+        part.advance()
+    with pytest.raises(StopIteration):
+        part.advance()
+    kept = torch.load(_saved(part.state()), weights_only=True)
+    again, asked = watching(values[2:])
+    again.restore(kept)
+    again.advance()
+    assert asked == [6]
+    for training in (whole, again):
+        while not training.done:
+            training.advance()
+    assert asked == [6, 8, 10]
+    assert torch.equal(weights(again.model), weights(whole.model))
+    assert again.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] < 1e-2
+
+
+def test_a_term_is_watched_up_to_a_tolerance():
+    """RRN's LCC: flat is what gains less than that."""
+    recipe = Recipe(learning_rate=1e-9, epoch=2, watch="similarity", patience=3, tolerance=1e-3)
+    training = Training(net(), samples(1), recipe)
+    told = [training.advance() for _ in range(2)]
+    assert training.best == pytest.approx(sum(t["similarity"] for t in told) / 2)
+    assert training.best != pytest.approx(sum(t["loss"] for t in told) / 2)
+    while not training.done:
+        training.advance()
+    assert training.step == 8
+
+
+def test_what_cannot_be_watched_is_told():
+    recipe = Recipe(patience=3, watch="validation")
+    with pytest.raises(ValueError, match=r"watches the loss of pairs to validate on, and there are none"):
+        Training(net(), samples(), recipe)
+    with pytest.raises(ValueError, match="there must be at least one pair to validate on"):
+        Training(net(), samples(), recipe, validation=Validation([]))
+    # Nobody waits for it.
+    Training(net(), samples(), replace(recipe, patience=None)).advance()
+    training = Training(net(), samples(), Recipe(watch="ncc"))
+    with pytest.raises(
+        ValueError, match="must watch validation or a term of loss, similarity, regularity, got ncc"
+    ):
+        training.advance()
+    assert torch.equal(weights(training.model), weights(net()))
+
+
 def test_epochs_are_continued():
     training, again = (Training(net(), samples(2), Recipe(plateau=3, patience=5)) for _ in range(2))
     for loss in (3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0):  # an epoch of mean 2, two no better, half of one
@@ -164,7 +241,10 @@ def test_epochs_are_continued():
 
 
 def test_recipes_are_those_of_the_papers():
-    assert RECIPES["lindef"] == Recipe(1e-3, batch_size=2, plateau=50, patience=100, epoch=100, steps=30_000)
+    assert RECIPES["lindef"] == Recipe(
+        1e-3, batch_size=2, plateau=50, patience=100, epoch=100, steps=30_000, watch="validation"
+    )
+    assert (RECIPES["rrn"].watch, RECIPES["rrn"].steps) == ("similarity", 500 * RECIPES["rrn"].epoch)
     assert RECIPES["r2n2"].amsgrad
     assert RECIPES["r2n2"].clip_gradient == 1.0
     assert {m: r.learning_rate for m, r in RECIPES.items() if m not in ("lindef", "r2n2")} == {
@@ -219,7 +299,7 @@ def test_masks_weigh_as_in_the_models_loss():
 def test_lindefs_plateau_comes_before_its_end():
     """Of all ordered pairs of 56 images an epoch would be 1540 steps, and patience longer than training."""
     recipe = RECIPES["lindef"]
-    training = Training(net(), samples(2) * 1540, recipe)
+    training = Training(net(), samples(2) * 1540, recipe, validation=lambda model: 1.0)
     assert training.per_epoch * recipe.patience < recipe.steps
 
 
@@ -245,8 +325,11 @@ from fastreg.training import Recipe, Training
 gc.disable()
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
-training = Training(net(), masked(), Recipe(learning_rate=1e-2, batch_size=2))
+recipe = Recipe(learning_rate=1e-2, batch_size=2, plateau=9, watch="validation")
+# The first process alone is asked, and all know what it has found.
+training = Training(net(), masked(), recipe, validation=lambda model: 3.0 + dist.get_rank())
 told = [training.advance() for _ in range(3)]
+assert training.best == 3.0
 if dist.get_rank() == 0:
     gradients = torch.cat([p.grad.flatten() for p in training.model.parameters()])
     torch.save({"gradients": gradients, "weights": weights(training.model), "losses": [t["loss"] for t in told]}, sys.argv[1])

@@ -699,6 +699,12 @@ MUTANTS = [
         "training", "continues or patience", "a resumed training waits anew",
     ),
     Mutant(
+        "training_watches_itself", "plateau", ALL,
+        "value = self.epoch_sum / self.epoch_steps if self.validation is None else self._validated()",
+        "value = self.epoch_sum / self.epoch_steps",
+        "training run", "watch or patience", "the training loss decides though validation is watched",
+    ),
+    Mutant(
         "lindef_sums_beside_a_mean", "reduction", ALL,
         '"mean": (1, 1 / voxels)',
         '"mean": (1, 1)',
