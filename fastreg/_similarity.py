@@ -62,12 +62,13 @@ def choose(
     mask: Tensor | None,  # weights of the one, (1, 1, *spatial)
     moving_mask: Tensor | None,  # and of the other
     shapes: Sequence[tuple[int, ...]],  # of the levels, coarse to fine
+    shares: Sequence[float] | None = None,  # of the channels; None: alike
 ) -> Choice:
     """What is asked for, and for "auto" LCC or MIND. Costs some box filters on images of at most a million voxels."""
     if asked == "mind":
         return Choice(asked)
     with torch.no_grad():
-        consistency = _consistency(fixed, moving, mask, moving_mask, shapes)
+        consistency = _consistency(fixed, moving, mask, moving_mask, shapes, shares)
     taken = ("mind" if consistency < LEAST else "lcc") if asked == "auto" else asked
     return Choice(taken, consistency)
 
@@ -103,11 +104,13 @@ def _consistency(
     moving_mask: Tensor | None,
     shapes: Sequence[tuple[int, ...]],
 ) -> float:
-    """Of all channels, in proportion to the windows with a sign."""
+    """Of all channels, in proportion to their shares and to the windows with a sign."""
     found = math.nan
     shapes = [s for s in shapes if math.prod(s) <= _VOXELS] or shapes[:1]
+    shares: Sequence[float] | None,
     # The second finest: small motion is within its windows. At the finest one signs are lost over a few voxels.
     for shape in shapes[-2:]:
+    shares = shares or [1.0] * fixed.shape[1]
         masks = [_descent.resized(m, shape) for m in (mask, moving_mask) if m is not None]
         weights = math.prod(masks[1:], start=masks[0]) if masks else None
         channels = zip(fixed.split(1, 1), moving.split(1, 1), strict=True)
@@ -116,7 +119,8 @@ def _consistency(
         ]
         clear = sum(n for _, n in measured)
         if clear:
-            found = sum(n * least for least, n in measured) / clear
+            counts = [share * n for share, (_, n) in zip(shares, measured, strict=True)]
+            found = sum(c * least for c, (least, _) in zip(counts, measured, strict=True)) / sum(counts)
         if clear >= _ENOUGH:
             break
     return found

@@ -327,6 +327,10 @@ def register(
     full = tuple(fixed.shape[2:])
     nd = len(full)
     spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
+    if shares is not None and 0 in shares:  # nothing may look at these
+        counted = [i for i, share in enumerate(shares) if share > 0]
+        fixed, moving = fixed[:, counted], moving[:, counted]
+        shares = _channels.shares_of([shares[i] for i in counted], len(counted))
     _check.choice(op, "similarity", similarity, _similarity.SIMILARITIES)
     _check.choice(op, "transform", transform, (*_descent.TRANSFORMS, *_descent.LINEAR))
     linear = transform in _descent.LINEAR
@@ -374,7 +378,7 @@ def register(
             search = 0.0, "landmarks or labels lead"  # which the search does not know of
         rescaled = (_descent.rescaled(fixed, mask), _descent.rescaled(moving, moving_mask))
         images = (*rescaled, mask, moving_mask)
-        choice = _similarity.choose(similarity, *images, _pyramid(full, spacing, None))
+        choice = _similarity.choose(similarity, *images, _pyramid(full, spacing, None), shares)
         records: list[dict[str, Any]] = []
         matrix, field = None, torch.zeros(1, nd, *[1] * nd, dtype=torch.float32, device=fixed.device)
         rough = (

@@ -141,6 +141,32 @@ def test_a_channel_that_says_nothing_is_outweighed():
     )
 
 
+@pytest.mark.parametrize("weights", [[2, 0], [1, 1, 0], [1, 3, 0]])
+def test_a_channel_of_weight_0_is_not_looked_at(weights):
+    """Not by what chooses the similarity or the start either."""
+    n = len(weights) - 1
+    fixed, moving, _ = pair(SHAPE, (3.0, -3.0), channels=n)
+    other = texture(SHAPE, seed=8)
+    both = torch.cat([fixed, other], 1), torch.cat([moving, other.abs().roll(20, -1)], 1)
+    options = {"start": "auto", "iterations": 5}
+    alone = register(fixed, moving, channel_weights=weights[:-1], **options)
+    result = register(*both, channel_weights=weights, **options)
+    assert result.consistency == alone.consistency
+    assert torch.equal(result.displacement, alone.displacement)
+    assert torch.equal(result.moved, fastreg.warp(both[1], result.displacement))
+
+
+def test_consistency_is_by_weight():
+    fixed, moving, _ = pair(SHAPE, (1.0, 1.0))
+    both = torch.cat([fixed, fixed], 1), torch.cat([moving, (moving - moving.mean()).abs()], 1)
+    found = [
+        register(*both, channel_weights=w, iterations=0).consistency for w in ([1, 0], [9, 1], [1, 9], [0, 1])
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0.9
+    assert found[3] < 0.1
+
+
 @pytest.mark.parametrize(
     ("kind", "match", "weights"),
     [
