@@ -51,7 +51,7 @@ class Registration:
 
     Attributes:
         displacement (Tensor): (1, nd, *spatial) fp32, voxels of the fixed grid; all of the motion.
-        moved (Tensor): (1, C, *spatial) fp32, warp(moving, displacement).
+        moved (Tensor): (1, C, *spatial) fp32, warp(moving, displacement), NaN under a mask continued from around it.
         levels (list[dict]): coarse to fine: shape, spacing_mm, iterations, loss_first, loss_last, similarity,
             regularity, regularization, strain and noise (what its weight was chosen by), intensities (their share of LCC), seconds.
         seconds (float): all of it, wall clock.
@@ -319,8 +319,11 @@ def register(
     began = time.perf_counter()
     op = "register"
     _check.flag(op, "symmetric", symmetric)
+    given, given_mask = moving, moving_mask
     fixed, mask = _scan("fixed", fixed, "mask", mask, symmetric)
     moving, moving_mask = _scan("moving", moving, "moving_mask", moving_mask, True)
+    # as it is given, hidden places too: what is returned moved
+    whole = moving if given_mask is None else _scan("moving", given, "moving_mask", given_mask, False)[0]
     _check.same_shape(op, "moving", moving, "fixed", fixed)
     _check.same_device(op, "moving", moving, "fixed", fixed)
     shares = _channels.shares_of(channel_weights, fixed.shape[1])
@@ -369,7 +372,7 @@ def register(
     device = fixed.device.type
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         mask, moving_mask = (None if m is None else m.clone() for m in (mask, moving_mask))
-        whole, begin = moving, _start.of(start, (fixed, moving, mask, moving_mask), spacing)
+        begin = _start.of(start, (fixed, moving, mask, moving_mask), spacing)
         if begin is not None:
             moving, mask, moving_mask = begin.resampled(moving, mask, moving_mask)
         terms: Terms = _terms.landmarks_of(landmarks, landmark_weight, fixed, spacing, begin and begin.back)

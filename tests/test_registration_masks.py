@@ -45,6 +45,22 @@ def test_the_moving_mask_goes_along():
     assert result.affine[0, 1, 2] == pytest.approx(8, abs=0.3)
 
 
+def test_what_is_hidden_is_moved_too():
+    """What the mask hides is not looked at; the image that is returned shows it."""
+    fixed, moving, _ = pair(SHAPE, (3.0, -3.0))
+    mask = torch.ones_like(moving)
+    mask[..., 20:30, 20:30] = 0
+    implant = moving.masked_fill(mask == 0, 9.0)
+    result = register(fixed, implant, moving_mask=mask, iterations=10)
+    assert torch.equal(result.moved, fastreg.warp(implant, result.displacement))
+    hole = moving.masked_fill(mask == 0, float("nan"))
+    same = register(fixed, hole, moving_mask=mask, iterations=10)
+    assert torch.equal(same.displacement, result.displacement)
+    assert same.moved.isfinite().all()
+    known = fastreg.warp(mask, result.displacement) == 1
+    assert torch.equal(same.moved[known], result.moved[known])
+
+
 def test_nan_outside_the_masks_is_no_error():
     fixed, moving, truth = pair(SHAPE, (2.0, -2.0))
     mask = torch.ones_like(fixed)
