@@ -112,16 +112,25 @@ class Adaptive:
     """Of one registration: called with each level before it descends, coarse to fine."""
 
     def __init__(
-        self, regularization: float | None, n_levels: int, similarity: str, intensities: bool, width: bool
+        self,
+        regularization: float | None,
+        plan: Sequence[int],
+        similarity: str,
+        intensities: bool,
+        width: bool,
     ) -> None:
-        """regularization: given, or None: to be found. similarity: of the levels. intensities: whether they may join LCC.
-        width: whether that of the Gaussian on updates follows the weight."""
+        """regularization: given, or None: to be found. plan: iterations of the levels. similarity: of the levels. intensities: whether they
+        may join LCC. width: whether that of the Gaussian on updates follows the weight."""
         self.lcc = similarity == "lcc"
         self.intensities = intensities and self.lcc
-        self.width = width and n_levels > 2
+        self.width = width and len(plan) > 2
+        self.given = regularization is not None
         self.weight = (LEAST if self.lcc else OTHER) if regularization is None else regularization
         # of the two finest levels, by what at least two before found: the coarsest alone sees too little of the strain
-        self.at = max(n_levels - 2, 2) if regularization is None and self.lcc else n_levels
+        self.known = [
+            not self.given and self.lcc and n >= len(plan) - 2 and sum(k > 0 for k in plan[:n]) >= 2
+            for n in range(len(plan))
+        ]
         self.strain: float | None = None
         self.noise: float | None = None
 
@@ -130,9 +139,9 @@ class Adaptive:
         field = level.transform.base
         # (level, where it starts) of each direction that is compared
         sides = [(level, field)] if level.back is None else [(level, field), (level.back, -field)]
-        if number >= self.at and level.exempt is not None:
+        if level.exempt is not None and not self.given:
             self.weight = OTHER
-        elif number >= self.at and self.strain is None:
+        elif self.known[number] and self.strain is None:
             images = [one.fixed for side, _ in sides for *_, one in _parts(side.similarity)]
             self.strain = strain(field, level.transform.spacing, torch.cat(images, 1))
             self.noise = max(sum(noise(*side) for side in sides) / len(sides), 0.0)

@@ -352,7 +352,8 @@ def register(
     if levels is not None:
         levels = _check.whole(op, "levels", levels, 1)
     _check.choice(op, "preset", preset, tuple(_adaptive.PRESETS))
-    if iterations is _ITERATIONS:  # not given: what a caller writes out is another tuple
+    preset_plan = iterations is _ITERATIONS  # not given: what a caller writes out is another tuple
+    if preset_plan:
         iterations = _adaptive.PRESETS[preset].get("iterations", iterations)
     if search_range is None:
         search_range = _adaptive.PRESETS[preset].get("search_range")
@@ -366,7 +367,9 @@ def register(
         _check.fail(op, "progress", "be callable", type(progress).__name__, TypeError)
 
     shapes = _pyramid(full, spacing, levels)
-    plan = ([plan[0]] * len(shapes) + plan[1:])[-len(shapes) :]
+    numbers, plan = plan, ([plan[0]] * len(shapes) + plan[1:])[-len(shapes) :]
+    if preset_plan and not any(plan):  # the only level is not left out
+        plan[-1] = next(n for n in reversed(numbers) if n > 0)
     search = _discrete.range_of(search_range, full, spacing, transform, symmetric, plan)
     # The caller's no_grad, inference mode or autocast would each break the descent.
     device = fixed.device.type
@@ -398,7 +401,7 @@ def register(
             options = choice.taken, window, report, most[: len(rough)], transform if linear else "affine"
             fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric, shares)
             matrix = fit.matrix(fit.motion)
-        adapt = _adaptive.Adaptive(heavy, len(shapes), choice.taken, similarity == "auto", smoothing is None)
+        adapt = _adaptive.Adaptive(heavy, plan, choice.taken, similarity == "auto", smoothing is None)
         half = None
         if symmetric and affine:
             both = fit.matrix(fit.motion / 2), fit.matrix(-fit.motion / 2)

@@ -128,6 +128,23 @@ def test_an_axis_that_becomes_short_does_not_hold_the_others_up():
     assert _pyramid((40, 56, 40), (1.0,) * 3, None) == [(21, 29, 21), (40, 56, 40)]  # most of them have
 
 
+def test_levels_without_iterations_tell_nothing():
+    """A field that nobody sought has no strain, which is not that of a stiff body."""
+    fixed, moving, _ = pair((1.5, -1.5, 1.5), (56, 52, 60))
+    for plan in ((0, 0, 3), (3, 0, 3), (0, 3, 3)):
+        last = register(fixed, moving, iterations=plan).levels[-1]
+        assert (last["strain"], last["regularization"]) == (None, _adaptive.LEAST)
+    assert register(fixed, moving, iterations=3).levels[-1]["strain"] > 0
+
+
+def test_fast_of_an_image_of_one_level_registers_it():
+    fixed, moving, truth = pair((1.0, -1.5, 1.5), (20, 22, 18))
+    result = register(fixed, moving, preset="fast")
+    assert [level["iterations"] for level in result.levels] == [20]
+    assert error(result.displacement, truth) < 0.6 * error(torch.zeros_like(truth), truth)
+    assert not register(fixed, moving, preset="fast", iterations=0).displacement.any()
+
+
 def test_presets_are_defaults():
     fixed, moving, truth = pair((1.0, -1.5, 1.5))
     fast = register(fixed, moving, preset="fast")
