@@ -264,7 +264,7 @@ def register(
         search_range (float, optional): mm, at most the image's longest side: how far each place is searched before the finest level, for
             motion that no descent finds, as of organs that slide along a wall. Where it is used the level before the finest is left
             out, and the finest penalises only what it adds. None: 40; but 0, for none, where the longest side is under 100 mm or voxels are over 4.3 mm, with "velocity",
-            symmetric, a matrix alone, or no iterations.
+            symmetric, a matrix alone, landmarks or labels, or no iterations.
         similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
             "auto": "mind" where the signs of local correlations say that they are, else "lcc" with a share of "mse" where intensities
             agree; "mse" for intensities that mean the same. Channels are rescaled to their range first.
@@ -327,13 +327,13 @@ def register(
     _check.same_shape(op, "moving", moving, "fixed", fixed)
     _check.same_device(op, "moving", moving, "fixed", fixed)
     shares = _channels.shares_of(channel_weights, fixed.shape[1])
-    full = tuple(fixed.shape[2:])
-    nd = len(full)
-    spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
     if shares is not None and 0 in shares:  # nothing may look at these
         counted = [i for i, share in enumerate(shares) if share > 0]
         fixed, moving = fixed[:, counted], moving[:, counted]
         shares = _channels.shares_of([shares[i] for i in counted], len(counted))
+    full = tuple(fixed.shape[2:])
+    nd = len(full)
+    spacing = tuple(_check.per_axis(op, "spacing", spacing, nd, strict=True))
     _check.choice(op, "similarity", similarity, _similarity.SIMILARITIES)
     _check.choice(op, "transform", transform, (*_descent.TRANSFORMS, *_descent.LINEAR))
     linear = transform in _descent.LINEAR
@@ -341,7 +341,10 @@ def register(
         _check.fail(op, "affine", f"be False with transform {transform!r}, which has nothing after it", True)
     window = _check.odd_window(op, window)
     heavy = None
-    if regularization != "auto":
+    if isinstance(regularization, str):
+        if regularization != "auto":
+            _check.fail(op, "regularization", "be 'auto' or a number", repr(regularization))
+    else:
         (heavy,) = _check.per_axis(op, "regularization", regularization, 1)
     if smoothing is not None:
         (smoothing,) = _check.per_axis(op, "smoothing", smoothing, 1)

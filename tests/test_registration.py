@@ -463,6 +463,12 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         (ValueError, "window must be odd and positive, got 6", (IMAGE, IMAGE), {"window": 6}),
         (TypeError, "window must be an int, got 7.0", (IMAGE, IMAGE), {"window": 7.0}),
         (ValueError, "regularization must be a number >= 0", (IMAGE, IMAGE), {"regularization": -1.0}),
+        (
+            ValueError,
+            "regularization must be 'auto' or a number, got 'Auto'",
+            (IMAGE, IMAGE),
+            {"regularization": "Auto"},
+        ),
         (ValueError, "smoothing must be a number >= 0", (IMAGE, IMAGE), {"smoothing": -1.0}),
         (ValueError, "levels must be at least 1", (IMAGE, IMAGE), {"levels": 0}),
         (ValueError, "iterations must be at least 0", (IMAGE, IMAGE), {"iterations": -1}),
