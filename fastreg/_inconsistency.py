@@ -2,7 +2,8 @@
 that was found in the other direction, on its own, coarsely and briefly.
 
 Of two descents that do not know of each other both are wrong in the same way only by chance. It sees what landed in a wrong place of
-the same look, and not what both descents miss alike: a wall along which organs slide, an organ that is in one image only.
+the same look, and not what both descents miss alike: a wall along which organs slide, an organ that is in one image only. Where the brief
+descent does not come back it may itself have failed: before a result is called suspect the way back is found as well as the way there.
 """
 
 import math
@@ -132,22 +133,30 @@ def measure(
     mask: Tensor | None = None,
     moving_mask: Tensor | None = None,
     search_range: float | None = None,
+    *,
+    thorough: bool = False,
+    **led: Any,
 ) -> Map:
     """Of u (1, nd, *spatial), voxels, that registers moving to fixed, (1, C, *spatial), on one device. mask, moving_mask: their weights;
-    search_range: of `register`, which large motion wants for the way back too."""
+    search_range: of `register`, which large motion wants for the way back too. thorough: with all iterations, at most a million voxels
+    whatever the level. led: what else `register` was led by: channel_weights, affine, landmarks, labels and their weights.
+    """
     from .registration import _pyramid, register
 
     full = tuple(fixed.shape[2:])
     shapes = _pyramid(full, spacing, None)
-    shape = ([s for s in shapes[:-1] if math.prod(s) <= _VOXELS] or shapes[:1])[-1]
+    some = shapes if thorough else shapes[:-1]
+    shape = ([s for s in some if math.prod(s) <= _VOXELS] or shapes[:1])[-1]
     size = _descent.spacing_of(shape, full, tuple(spacing))
     masks = [None if m is None else _descent.resized(m.float(), shape) for m in (mask, moving_mask)]
     a, b = (
         _descent.resized(_descent.rescaled(image, m), shape)
         for image, m in ((fixed, mask), (moving, moving_mask))
     )
-    options: dict[str, Any] = {"similarity": similarity, "iterations": ITERATIONS, "spacing": size}
-    options["search_range"] = search_range
+    options: dict[str, Any] = {"similarity": similarity, "spacing": size, "search_range": search_range}
+    options |= _back(led, full, shape)
+    if not thorough:
+        options["iterations"] = ITERATIONS
     back = register(b, a, mask=masks[1], moving_mask=masks[0], **options).displacement
     with torch.no_grad():
         u = ops.resize_displacement(u, shape)
@@ -161,6 +170,28 @@ def measure(
         if masks[1] is not None:
             seen &= ops.warp(masks[1], u, padding="border") > 0.5
     return Map(off.masked_fill(~seen, math.nan).cpu(), size)
+
+
+def _back(led: Mapping[str, Any], full: tuple[int, ...], shape: tuple[int, ...]) -> dict[str, Any]:
+    """What led the way there for the way back, on the grid of `shape`; what does not reach that is left out."""
+    found = dict(led)
+    if "landmarks" in led:
+        fixed, moving = led["landmarks"]
+        last = moving.new_tensor(full) - 1
+        inside = ((moving >= -0.5) & (moving <= last + 0.5)).all(1)
+        ratio = (last.new_tensor(shape) - 1) / last.clamp(min=1)
+        found["landmarks"] = tuple(p[inside] * ratio for p in (moving, fixed))
+        if not inside.any():
+            found = {k: v for k, v in found.items() if not k.startswith("landmark")}
+    if "labels" in led:
+        maps = list(reversed(led["labels"]))
+        for axis, (f, n) in enumerate(zip(full, shape, strict=True)):
+            at = torch.linspace(0, f - 1, n, device=maps[0].device).round().long()
+            maps = [one.index_select(2 + axis, at) for one in maps]
+        found["labels"] = tuple(maps)
+        if not set.intersection(*({*one.unique().tolist()} - {0} for one in maps)):
+            found = {k: v for k, v in found.items() if not k.startswith("label")}
+    return found
 
 
 def _shown(image: Tensor) -> Tensor:

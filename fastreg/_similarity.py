@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _descent, ops
+from . import _channels, _descent, ops
 
 SimilarityName = Literal["auto", "lcc", "mind", "mse"]
 SIMILARITIES = get_args(SimilarityName)
@@ -82,6 +82,7 @@ def fits(
     mask: Tensor | None,
     moving_mask: Tensor | None,
     shapes: Sequence[tuple[int, ...]],
+    shares: Sequence[float] | None = None,  # of the channels; None: alike
 ) -> tuple[float, float]:
     """What a similarity makes of a pair before and after u, at the finest level of at most a million voxels; less is better."""
     shape = ([s for s in shapes if math.prod(s) <= _VOXELS] or shapes[:1])[-1]
@@ -89,12 +90,15 @@ def fits(
     a, b = (
         _descent.resized(_descent.rescaled(i, m), shape) for i, m in ((fixed, mask), (moving, moving_mask))
     )
-    compare = _descent.Similarity(asked, a, masks[0], window)
+    compare = _channels.similarity(asked, a, masks[0], window, shares)
+
+    def made(u: Tensor) -> float:
+        weights = _descent.moved_weights(masks[1], u, None)
+        return float(compare.compare(b, lambda few, u: _descent.warped(few, u, None), u, weights=weights))
+
     with torch.no_grad():
         u = ops.resize_displacement(u, shape)
-        moved = ops.warp(b, u, padding="border")
-        weights = _descent.moved_weights(masks[1], u, None)
-        return float(compare(b, weights=masks[1])), float(compare(moved, weights=weights))
+        return made(torch.zeros_like(u)), made(u)
 
 
 def _consistency(
@@ -103,14 +107,14 @@ def _consistency(
     mask: Tensor | None,
     moving_mask: Tensor | None,
     shapes: Sequence[tuple[int, ...]],
+    shares: Sequence[float] | None,
 ) -> float:
     """Of all channels, in proportion to their shares and to the windows with a sign."""
     found = math.nan
+    shares = shares or [1.0] * fixed.shape[1]
     shapes = [s for s in shapes if math.prod(s) <= _VOXELS] or shapes[:1]
-    shares: Sequence[float] | None,
     # The second finest: small motion is within its windows. At the finest one signs are lost over a few voxels.
     for shape in shapes[-2:]:
-    shares = shares or [1.0] * fixed.shape[1]
         masks = [_descent.resized(m, shape) for m in (mask, moving_mask) if m is not None]
         weights = math.prod(masks[1:], start=masks[0]) if masks else None
         channels = zip(fixed.split(1, 1), moving.split(1, 1), strict=True)

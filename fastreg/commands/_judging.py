@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 
-from fastreg import _inconsistency, _similarity
+from fastreg import _channels, _inconsistency, _similarity
 from fastreg._descent import LINEAR
 from fastreg.registration import Registration, _pyramid
 
 Doubt = Callable[[str], None]
 
+# That a similarity may lose: of what it was; of any, or images that are alike before and after would be suspect.
+_GIVEN_UP, _ALIKE = 0.01, 1e-4
+# Of the parameters, what the way back needs too.
+_LED = ("channel_weights", "affine", "landmark_weight", "label_weight")
 _FEWEST = 9  # voxels along each axis, of a cube of which fewer count: less than one window
 
 
@@ -32,23 +36,32 @@ def judge(
     masks: tuple[torch.Tensor | None, torch.Tensor | None],
     spacing: Sequence[float],
     parameters: Mapping[str, Any],
+    used: Mapping[str, Any],
     doubt: Doubt,
 ) -> tuple[dict[str, float], _inconsistency.Map | None]:
-    """(the similarity before and after, how consistent the motion is with the way back) of the first channel.
+    """(the similarity before and after, how consistent the motion is with the way back).
 
-    images, masks: as `register` took them, the start being theirs.
+    images, masks, used: as `register` took them, the start being theirs.
     """
-    fixed, moving = images[0][:, :1], images[1][:, :1]
+    fixed, moving = images
     u, shapes = result.displacement, _pyramid(tuple(fixed.shape[2:]), spacing, None)
+    shares = _channels.shares_of(parameters.get("channel_weights"), fixed.shape[1])
     compared = result.similarity, parameters["window"], fixed, moving, u, *masks
-    before, after = _similarity.fits(*compared, shapes)
-    # of its own regularisation a descent may give some of it up
-    if after > before + 0.01 * abs(before):
+    before, after = _similarity.fits(*compared, shapes, shares)
+    # for its own regularisation a descent may give some of it up
+    if after > before + max(_GIVEN_UP * abs(before), _ALIKE):
         doubt(f"the images are less alike than before, by {result.similarity}: {before:.4f} -> {after:.4f}")
     inconsistency = None
     if parameters["transform"] not in LINEAR:
         # what needed no search one way needs none on the way back, where it is half of the time
         search = parameters["search_range"] if result.discrete and result.discrete["used"] else 0.0
+        led = {name: parameters[name] for name in _LED if name in parameters} | used
         of = fixed, moving, u, spacing, result.similarity, *masks, search
-        inconsistency = _inconsistency.measure(*of)
+        try:
+            inconsistency = _inconsistency.measure(*of, **led)
+            if inconsistency.far > _inconsistency.SUSPECT:
+                again = _inconsistency.measure(*of, thorough=True, **led)
+                inconsistency = min(inconsistency, again, key=lambda one: one.far)
+        except ValueError as error:  # what was found one way is no less a result
+            doubt(f"from the moving image back to the fixed one there is no way: {error}")
     return {"before": before, "after": after}, inconsistency

@@ -308,7 +308,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     if choice.unlike and choice.taken == "lcc":
         doubt(f"{choice.why}: --similarity mind, or auto, suits these images, and lcc was asked for")
     judged, inconsistency = _judging.judge(
-        result, images, masks, case.fixed_grid.spacing_zyx, parameters, doubt
+        result, images, masks, case.fixed_grid.spacing_zyx, parameters, used, doubt
     )
     u, affine = result.displacement.detach().cpu(), result.affine
     if start is not None:

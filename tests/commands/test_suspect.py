@@ -1,13 +1,16 @@
 """fastreg register: a result that may be worse than nothing says so."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from fastreg import cli, evaluation, io, smooth
+import fastreg
+from fastreg import _inconsistency, cli, evaluation, io, smooth
 from fastreg.commands import _judging
+from fastreg.commands import register as command
 from fastreg.data import phantom
 from fastreg.data.pairs import Case
 
@@ -128,12 +131,83 @@ def test_a_descent_that_makes_it_worse_is_suspect(scans):
         (None, None),
         (1.0, 1.0, 1.0),
         {"window": 9, "transform": "rigid"},
+        {},
         told.append,
     )
     assert judged["before"] == 0 < judged["after"]
     assert off is None
     assert len(told) == 1
     assert told[0].startswith("the images are less alike than before, by mse: 0.0000 -> ")
+
+
+@pytest.mark.parametrize("similarity", ["lcc", "mind", "mse"])
+def test_images_that_are_alike_before_and_after_are_not_suspect(similarity):
+    image = smooth(torch.rand(1, 1, 40, 44, generator=torch.Generator().manual_seed(0)), 2.0)
+
+    class Result:
+        displacement = torch.full((1, 2, 40, 44), 0.01)
+        discrete = None
+
+    Result.similarity = similarity
+    told = []
+    parameters = {"window": 9, "transform": "rigid"}
+    _judging.judge(Result, (image, image), (None, None), (1.0, 1.0), parameters, {}, told.append)
+    assert told == []
+
+
+def textured(seed, shape=(72, 80)):
+    generator = torch.Generator().manual_seed(seed)
+    return sum(smooth(torch.randn(1, 1, *shape, generator=generator), s) * s for s in (2.0, 4.0, 8.0))
+
+
+def judged(fixed, moving, used=(), **options):
+    """What is told of what register found, and what it makes of the way back."""
+    used = dict(used)
+    result = fastreg.register(fixed, moving, **used, **options)
+    parameters = {p.name: p.default for p in command.tunable() if p.name not in command.FLAGS}
+    told = []
+    judge = result, (fixed, moving), (None, None), (1.0, 1.0), parameters | options, used, told.append
+    return told, _judging.judge(*judge)
+
+
+def test_the_way_back_has_an_affine_part_where_the_way_there_had():
+    moving = textured(0)
+    turn = torch.tensor([[math.cos(0.4), -math.sin(0.4)], [math.sin(0.4), math.cos(0.4)]])
+    centre = torch.tensor([35.5, 39.5])
+    matrix = torch.cat([turn, (centre - turn @ centre)[:, None]], 1)[None]
+    fixed = fastreg.warp(moving, None, affine=matrix, padding="border")
+    told, (alike, off) = judged(fixed, moving, affine=True)
+    assert alike["after"] < alike["before"]
+    assert off.far < 0.1
+    assert told == []
+
+
+def test_the_way_back_knows_the_landmarks():
+    """Stripes, which the images alone would lay on those beside them."""
+    x = torch.arange(96.0)
+    stripes = torch.sin(2 * math.pi * x / 12).expand(1, 1, 72, 96).contiguous()
+    moving = stripes.roll(10, -1)
+    points = torch.cartesian_prod(torch.arange(6.0, 70, 10), torch.arange(6.0, 80, 6))
+    used = {"landmarks": (points, points + torch.tensor([0.0, 10.0]))}
+    led = {"landmark_weight": 5.0, "similarity": "lcc"}
+    _, (_, off) = judged(stripes, moving, used, **led)
+    assert off.far < _inconsistency.SUSPECT
+    away = {"landmarks": (points, points + torch.tensor([0.0, 80.0]))}
+    assert "landmarks" in _inconsistency._back(used | led, (72, 96), (36, 48))
+    assert _inconsistency._back(away, (72, 96), (36, 48)).keys() <= {"landmarks"}
+
+
+def test_all_channels_that_count_are_judged():
+    """The first says nothing."""
+    moving, noise = textured(0), [textured(s) for s in (1, 2)]
+    u = 5 * torch.sin(torch.linspace(0, math.pi, 80)).expand(1, 2, 72, 80)
+    fixed = fastreg.warp(moving, u.contiguous(), padding="border")
+    fixed, moving = torch.cat([noise[0], fixed], 1), torch.cat([noise[1], moving], 1)
+    options = {"channel_weights": [0.02, 1.0], "similarity": "lcc"}
+    told, (alike, off) = judged(fixed, moving, **options)
+    assert alike["after"] < 0.9 * alike["before"] < 0
+    assert off.far < 0.1
+    assert told == []
 
 
 def case(fixed, moving, names=None):
