@@ -12,8 +12,11 @@ from fastreg._console import warn
 from fastreg._files import InputError
 from fastreg.data.pairs import Case
 from fastreg.io._reading import Reading
+from fastreg.outcome import intensities
 
 from .options import reading_of
+
+_REACH = 0.95  # of what counts, that a channel covers
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -82,13 +85,22 @@ def _maps(path: str, case: Case, reading: Reading) -> tuple[torch.Tensor, io.Geo
     if volumes.geometry.nd != case.fixed_grid.nd:
         raise InputError(f"{path}: must be {case.fixed_grid.nd}D as the scans, got {volumes.geometry.nd}D")
     parts = [part for volume in volumes for part in volume]
-    return torch.from_numpy(np.stack(parts).astype(np.float32))[None], volumes.geometry
+    return torch.cat([intensities(part) for part in parts], 1), volumes.geometry
+
+
+def _tell_reach(path: str, inside: torch.Tensor, reached: torch.Tensor) -> None:
+    """Says that a channel ends where the scans count, which have one mask for all channels."""
+    share = float(inside[reached].double().mean())
+    if share < _REACH:
+        warn(
+            f"{path}: covers {100 * share:.3g} % of the fixed image; beyond it its border goes on, and counts"
+        )
 
 
 def channels(
-    case: Case, args: argparse.Namespace, start: _start.Start | None
+    case: Case, args: argparse.Namespace, start: _start.Start | None, reached: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, Any]]:
-    """(those of the fixed grid, of the moving ones laid there, what `register` is told of them)."""
+    """(those of the fixed grid, of the moving ones laid there, what `register` is told of them); reached: where the moving image is."""
     fixed, moving, weights = [], [], [1.0]
     asked = getattr(args, "channel", ())
     if asked and case.fixed_grid.plane is not None:
@@ -106,10 +118,12 @@ def channels(
             still, inside = io.resample(still, grid, case.fixed_grid, outside=None)
             if not inside.any():
                 raise InputError(f"{channel[0]}: does not reach the fixed image")
+            _tell_reach(channel[0], inside, reached)
         lies, field = (other, None) if start is None else start.of_image(other)
         moves, inside = io.resample(moves, lies, case.fixed_grid, field, outside=None)
         if not inside.any():
             raise InputError(f"{channel[1]}: does not reach the fixed image where the moving one begins")
+        _tell_reach(channel[1], inside, reached)
         fixed.append(still)
         moving.append(moves)
         weights += [weight / still.shape[1]] * still.shape[1]

@@ -279,7 +279,7 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
             raise InputError("no voxel counts in both images: their masks, or NaN, leave nothing in common")
     _judging.few_voxels(weights, moving_weights, doubt)
     used = _using.landmarks(case, args, start, device) | _using.labels(case, args, start, device)
-    fixed_channels, moving_channels, weighed = _using.channels(case, args, start)
+    fixed_channels, moving_channels, weighed = _using.channels(case, args, start, laid[1])
     parameters |= weighed
     _begin(args, case, device)
     if start is not None and not args.quiet:
