@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastreg import _similarity, _start, convert, io, models, outcome_inverse, report_page
+from fastreg._adaptive import PRESETS
 from fastreg._console import bar, progress, seen, telling, warn
 from fastreg._descent import LINEAR, TRANSFORMS, filled
 from fastreg._files import InputError, output_folder, refuse_own_inputs
@@ -187,7 +188,7 @@ def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int, int, int
         yield None
         return
     shown: Any = None
-    level_shown: int | None = None
+    level_shown, levels = -1, 0
     ended: str | None = None
     begin = last = time.perf_counter()
 
@@ -198,10 +199,17 @@ def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int, int, int
             with telling():
                 print(ended)
 
+    def left_out(before: int) -> None:
+        for level in range(level_shown + 1, before) if shown is None and not args.quiet else ():
+            with telling():
+                print(f"level {level + 1} of {levels}: left out")
+
     def told(level: int, n_levels: int, iteration: int, n_iterations: int, loss: float) -> None:
-        nonlocal shown, level_shown, ended, begin, last
+        nonlocal shown, level_shown, levels, ended, begin, last
+        levels = n_levels
         if level != level_shown:
             end()
+            left_out(level)
             level_shown, begin = level, last  # its first iteration is over
             name = f"level {level + 1}/{n_levels}"
             shown = bar(quiet=args.quiet, always=args.progress, total=n_iterations, desc=name)
@@ -209,12 +217,13 @@ def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int, int, int
             shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
             shown.update(iteration + 1 - shown.n)
         last = time.perf_counter()
-        ended = f"level {level + 1} of {n_levels}: {iteration + 1} iterations, loss {loss:.4f}, {last - begin:.1f} s"
+        ended = f"level {level + 1} of {n_levels}: {iteration + 1} iteration{'s' * (iteration > 0)}, loss {loss:.4f}, {last - begin:.1f} s"
 
     try:
         yield told
     finally:
         end()
+    left_out(levels)
 
 
 def _begin(args: argparse.Namespace, case: Case, device: torch.device, what: str = "registering") -> None:
@@ -245,6 +254,12 @@ def _start_of(case: Case, args: argparse.Namespace) -> _start.Start | None:
         return _start.Start(asked, grid, matrix)
     images = intensities(case.fixed_seen), intensities(case.moving_seen), case.weights, case.moving_weights
     return _start.find(asked, grid, case.moving_grid, *images)
+
+
+def _as_used(parameters: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """With what the preset stands for, where it was not given."""
+    preset = PRESETS[parameters["preset"]]
+    return parameters | {name: value for name, value in preset.items() if not hasattr(args, name)}
 
 
 def solve(case: Case, args: argparse.Namespace) -> Outcome:
@@ -310,6 +325,8 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     judged, inconsistency = _judging.judge(
         result, images, masks, case.fixed_grid.spacing_zyx, parameters, used, doubt
     )
+    if parameters["transform"] in TRANSFORMS and not any(level["iterations"] for level in result.levels):
+        warn("no level had an iteration: the displacement is that of the start")
     u, affine = result.displacement.detach().cpu(), result.affine
     if start is not None:
         u, affine = start.then(u), start.after(affine)
@@ -319,11 +336,11 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
             "asked": parameters["similarity"],
             "taken": choice.taken,
             "consistency": choice.consistency,
-            "why": choice.why,
+            "why": choice.why if parameters["similarity"] == "auto" else "asked for",
             **judged,
         },
         "overlap": overlap,
-        "parameters": parameters,
+        "parameters": _as_used(parameters, args),
         "affine_voxels_zyx": None if affine is None else affine[0].tolist(),
         "discrete": result.discrete,
         "levels": result.levels,
