@@ -16,6 +16,7 @@ INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "in
 TYPES = ("same", *INTEGERS, "float32", "float64")
 # Scans have more values than FEW; of those with more the ones with at most MANY may be labels: atlases have hundreds.
 FEW, MANY = 32, 1024
+_TABLE = 1 << 16  # values: where they lie closer together they are counted, which is faster than sorting
 
 
 def labels_in(array: np.ndarray) -> int:
@@ -31,19 +32,19 @@ def labels_in(array: np.ndarray) -> int:
     whole = _whole_numbers(lines[len(lines) // 2 : len(lines) // 2 + 1])
     if whole is None or len(whole) > MANY:
         return 0
-    found: set[Any] = set()
+    found = whole
     step = max(1, (1 << 20) // lines.shape[1])
     for start in range(0, len(lines), step):
         whole = _whole_numbers(lines[start : start + step])
-        if whole is None or len(found := found.union(whole.tolist())) > MANY:
+        if whole is None or len(found := np.union1d(found, whole)) > MANY:
             return 0
     if len(found) <= FEW:
         return len(found)
     some = lines[:: max(1, lines.size // (1 << 22))]
-    _, rank, counts = np.unique(some, return_inverse=True, return_counts=True)
-    rank = rank.reshape(some.shape)
+    rank = _ranks(some, found)
+    commonest = np.bincount(rank.ravel()).argmax()
     left, right = rank[:, :-1], rank[:, 1:]
-    counted = (left != counts.argmax()) | (right != counts.argmax())
+    counted = (left != commonest) | (right != commonest)
     apart = np.abs(left - right)[counted]
     same, next_to = (apart == 0).sum(), (apart == 1).sum()
     return len(found) if 2 * same > apart.size and 2 * next_to < apart.size - same else 0
@@ -53,7 +54,26 @@ def _whole_numbers(array: np.ndarray) -> np.ndarray | None:
     """The distinct values; None where one is not a whole number."""
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         return None
-    return np.unique(array)
+    low, high = array.min(), array.max()
+    if not float(high) - float(low) < _TABLE:
+        return np.unique(array)
+    return np.flatnonzero(np.bincount(_above(array, low).ravel())).astype(array.dtype) + low
+
+
+def _ranks(array: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which of the distinct, ascending values each number is."""
+    if not float(values[-1]) - float(values[0]) < _TABLE:
+        return np.searchsorted(values, array)
+    table = np.zeros(int(values[-1]) - int(values[0]) + 1, np.int16)
+    table[_above(values, values[0])] = np.arange(len(values))
+    return table[_above(array, values[0])]
+
+
+def _above(array: np.ndarray, low: Any) -> np.ndarray:
+    """How far whole numbers are above the least of them, as indices."""
+    if array.dtype.kind == "i":  # whose own type may not hold it
+        return np.subtract(array, low, dtype=np.int64).astype(np.intp, copy=False)
+    return (array - low).astype(np.intp)
 
 
 def interpolation_of(array: np.ndarray, path: Name, wanted: str | None, warn: Warn) -> tuple[str, bool]:

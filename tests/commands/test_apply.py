@@ -93,6 +93,13 @@ def smooth(shape=(24, 24, 24)):
         (RNG.integers(-1000, 2000, (24, 24, 24)).astype(np.int16), 0),
         (smooth(), 0),
         (np.arange(2000, dtype=np.int32).repeat(10).reshape(20, 1000), 0),
+        (np.array([-128, 127, 3], np.int8)[RNG.integers(0, 3, (5, 6, 7))], 3),
+        (regions(100).astype(np.int8), 101),
+        (regions(100).astype(np.int64) * 2**40, 101),
+        (regions(100) - np.float32(2**20), 101),
+        (np.array([np.inf, 1.0])[RNG.integers(0, 2, (5, 6))], 2),
+        (np.array([np.nan, 1.0])[RNG.integers(0, 2, (5, 6))], 0),
+        (np.array([2**64 - 1, 0], np.uint64)[RNG.integers(0, 2, (5, 6))], 2),
     ],
 )
 def test_what_looks_like_labels(array, found):
