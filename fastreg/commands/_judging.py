@@ -55,7 +55,7 @@ def judge(
     if parameters["transform"] not in LINEAR:
         # what needed no search one way needs none on the way back, where it is half of the time
         search = parameters["search_range"] if result.discrete and result.discrete["used"] else 0.0
-        led = {name: parameters[name] for name in _LED if name in parameters} | used
+        led = {name: parameters[name] for name in _LED if name in parameters} | dict(used)
         of = fixed, moving, u, spacing, result.similarity, *masks, search
         try:
             inconsistency = _inconsistency.measure(*of, **led)
