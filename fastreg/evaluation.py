@@ -12,26 +12,35 @@ from fastreg.data import landmarks
 from fastreg.data.pairs import Case
 
 _NEIGHBOURS = 6  # that a pair of landmarks is compared with
+_ON_VOXEL = 0.02  # of a voxel: what rounding in a file of mm leaves of a landmark that was one
 
 
 def scores(case: Case, u: torch.Tensor, *, surfaces: bool = False) -> dict[str, Any]:
     """Scores of u (1, nd, *fixed grid), voxels, on the CPU.
 
     Returns:
-        dict: "tre" ({"unit", "landmarks", "before", "after"}: of metrics.TRE) where the case has landmarks; "dice" ({"before",
-        "after"}: {"mean", label: ...}) and "moved_labels" (ndarray) where it has labels; with surfaces "assd" (the same, mm).
+        dict: "tre" ({"unit", "landmarks", "before", "after"}: of metrics.TRE; "snapped": that of DIR-Lab's convention, where the
+        moving image's landmarks are voxels) where the case has landmarks; "dice" ({"before", "after"}: {"mean", label: ...}) and
+        "moved_labels" (ndarray) where it has labels; with surfaces "assd" (the same, mm).
     """
     found: dict[str, Any] = {}
     grid = case.fixed_grid
     if case.fixed_landmarks is not None and case.moving_landmarks is not None:
         fixed = torch.from_numpy(grid.to_index(case.fixed_landmarks))
         moving = torch.from_numpy(grid.to_index(case.moving_landmarks))
+        moved = metrics.move_points(fixed, u)
         found["tre"] = {
             "unit": "mm",
             "landmarks": len(fixed),
             "before": metrics.tre(fixed, moving, grid.spacing_zyx)._asdict(),
-            "after": metrics.tre(metrics.move_points(fixed, u), moving, grid.spacing_zyx)._asdict(),
+            "after": metrics.tre(moved, moving, grid.spacing_zyx)._asdict(),
         }
+        own = case.moving_grid
+        voxels = torch.from_numpy(own.to_index(case.moving_landmarks))
+        if (voxels - voxels.round()).abs().max() < _ON_VOXEL:
+            landed = torch.from_numpy(own.to_index(grid.to_physical(moved.numpy())))
+            snapped = metrics.tre(landed, voxels.round(), own.spacing_zyx, snap=True)
+            found["tre"]["snapped"] = snapped._asdict()
     if case.fixed_labels is None:
         return found
     fixed, moving = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +18,16 @@ __all__ = [
     "TRE",
     "Dice",
     "Distance",
+    "Jacobian",
+    "Slice",
     "assd",
     "dice",
     "folding",
     "hd95",
     "inverse_residual",
+    "jacobian",
     "move_points",
+    "per_slice",
     "sdlogj",
     "tre",
 ]
@@ -44,13 +48,35 @@ class Distance(NamedTuple):
 
 
 class TRE(NamedTuple):
-    """Landmark distances, in the unit of the spacing; sd is that of the population."""
+    """Landmark distances, in the unit of the spacing; sd is that of the population, per_axis the mean of the absolute
+    differences along each axis.
+    """
 
     mean: float
     sd: float
     q25: float
     median: float
     q75: float
+    max: float
+    per_axis: tuple[float, ...]
+
+
+class Slice(NamedTuple):
+    """mean and max: of the errors of one slice's images."""
+
+    mean: float
+    max: float
+
+
+class Jacobian(NamedTuple):
+    """Of the determinant of the Jacobian. folding: share of voxels at which it is <= 0; folded_voxels: their number; sdj: its standard
+    deviation (of the population); sdlogj: that of its logarithm.
+    """
+
+    folding: float
+    folded_voxels: int
+    sdj: float
+    sdlogj: float
 
 
 def _check_labels(op: str, fixed_labels: Tensor, moved_labels: Tensor) -> None:
@@ -226,16 +252,19 @@ def _surfaces(
     return Distance(mean, per_label)
 
 
-def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) -> TRE:
+def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float], *, snap: bool = False) -> TRE:
     """Target registration error: statistics of the distances ``||(a - b) * spacing||`` of landmarks.
 
     Args:
         points_a (Tensor): (P, nd) in voxels, P >= 1.
         points_b (Tensor): (P, nd) in voxels, row i matching row i of points_a.
         spacing (number or sequence): voxel size, one or one per axis, in the points' axis order.
+        snap (bool): points_a count as the nearest voxel (halves go to the even one), which is DIR-Lab's convention for landmarks
+            that were found and are given as voxels: points_a are then the moved ones, in voxels of the image of points_b.
 
     Returns:
-        TRE: mean, standard deviation (of the population) and quartiles, in the unit of the spacing.
+        TRE: mean, standard deviation (of the population), quartiles and maximum of the distances, and the mean of the
+        absolute differences along each axis, in the unit of the spacing.
 
     Raises:
         TypeError: a tensor is missing.
@@ -243,9 +272,11 @@ def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) ->
 
     Example:
         >>> points = torch.tensor([[10.0, 20.0, 30.0], [5.0, 6.0, 7.0]])
-        >>> found = points + torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
-        >>> fastreg.metrics.tre(points, found, spacing=(2.5, 1.0, 1.0))
-        TRE(mean=2.75, sd=0.25, q25=2.625, median=2.75, q75=2.875)
+        >>> found = points + torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.25]])
+        >>> fastreg.metrics.tre(found, points, spacing=(2.5, 1.0, 1.0))
+        TRE(mean=2.875, sd=0.375, q25=2.6875, median=2.875, q75=3.0625, max=3.25, per_axis=(1.25, 0.0, 1.625))
+        >>> fastreg.metrics.tre(found, points, spacing=(2.5, 1.0, 1.0), snap=True).max
+        3.0
     """
     for name, value in (("points_a", points_a), ("points_b", points_b)):
         tensor("tre", name, value)
@@ -256,9 +287,74 @@ def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float]) ->
         fail("tre", "points_b", f"have the shape {shape} of points_a", tuple(points_b.shape))
     nd = points_a.shape[1]
     scale = _scale("tre", spacing, nd).to(points_a.device)
-    distance = ((points_a.double() - points_b.to(points_a.device).double()) * scale).norm(dim=1)
+    a, b = points_a.double(), points_b.to(points_a.device).double()
+    apart = ((a.round() if snap else a) - b) * scale
+    distance = apart.norm(dim=1)
     quartiles = distance.quantile(distance.new_tensor([0.25, 0.5, 0.75]))
-    return TRE(distance.mean().item(), distance.std(correction=0).item(), *quartiles.tolist())
+    return TRE(
+        distance.mean().item(),
+        distance.std(correction=0).item(),
+        *quartiles.tolist(),
+        distance.max().item(),
+        tuple(apart.abs().mean(0).tolist()),
+    )
+
+
+def per_slice(errors: Iterable[float], slices: Iterable[Hashable]) -> dict[Hashable, Slice]:
+    """Mean and maximum of the errors of each slice's images, as R2N2's table has them: a slice is imaged many times, and each image
+    is registered.
+
+    Args:
+        errors (iterable of float): one per image, as ``tre(...).mean``.
+        slices (iterable): which slice each image is of, by any name.
+
+    Returns:
+        dict: slice -> Slice, in the order in which slices come first.
+
+    Raises:
+        ValueError: there are not as many slices as errors.
+
+    Example:
+        >>> fastreg.metrics.per_slice([1.0, 2.0, 0.5], ["front", "front", "back"])
+        {'front': Slice(mean=1.5, max=2.0), 'back': Slice(mean=0.5, max=0.5)}
+    """
+    errors, names = list(errors), list(slices)
+    if len(errors) != len(names):
+        fail("per_slice", "slices", f"be as many as errors, {len(errors)}", len(names))
+    found: dict[Hashable, list[float]] = {}
+    for error, name in zip(errors, names, strict=True):
+        found.setdefault(name, []).append(float(error))
+    return {name: Slice(sum(values) / len(values), max(values)) for name, values in found.items()}
+
+
+def jacobian(u: Tensor) -> Jacobian:
+    """How regular ``x + u(x)`` is, by the determinant of its Jacobian: share and number of voxels at which it folds (determinant <= 0
+    or NaN), standard deviation of the determinant and of ``log(max(det, 1e-9))``.
+
+    Args:
+        u (Tensor): (N, nd, *spatial) in voxels, channels in axis order (z, y, x).
+
+    Returns:
+        Jacobian: folding, folded_voxels, sdj, sdlogj; the deviations are 0 where volume changes alike everywhere.
+
+    Raises:
+        TypeError: u is not floating.
+        ValueError: its shape does not fit.
+
+    Example:
+        >>> u = torch.zeros(1, 2, 4, 4)
+        >>> u[:, 1, :, 1] = 2.0  # beyond the voxels to its right
+        >>> fastreg.metrics.jacobian(u)[:3]
+        (0.25, 4, 1.0897247358851685)
+    """
+    determinant = jacobian_determinant(u)
+    folded = ~(determinant > 0)
+    share, number = folded.double().mean().item(), int(folded.sum())
+    # One copy in fp64, whose logarithm takes its place.
+    determinant = determinant.double()
+    sdj = determinant.std(correction=0).item()
+    sdlogj = determinant.clamp_(min=1e-9).log_().std(correction=0).item()
+    return Jacobian(share, number, sdj, sdlogj)
 
 
 def folding(u: Tensor) -> float:

@@ -94,8 +94,7 @@ class Outcome:
             "fixed": {"shape": case.fixed_grid.shape, "spacing_mm": case.fixed_grid.spacing_zyx},
             "moving": {"shape": case.moving_grid.shape, "spacing_mm": case.moving_grid.spacing_zyx},
             **summary,
-            "folding": metrics.folding(u),
-            "sdlogj": metrics.sdlogj(u),
+            **metrics.jacobian(u)._asdict(),
         }
         scores = evaluation.scores(case, u)
         for key in used:
@@ -265,7 +264,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         print(
             f"Dice        {before['mean']:.3f} -> {after['mean']:.3f} ({n}){report_page.used(summary['dice'])}"
         )
-    print(f"folding     {100 * summary['folding']:.3g} % of voxels, sd of log J {summary['sdlogj']:.3f}")
+    folded, share = summary["folded_voxels"], 100 * summary["folding"]
+    print(
+        f"folding     {share:.3g} % of voxels ({folded}), sd of J {summary['sdj']:.3f}, of log J {summary['sdlogj']:.3f}"
+    )
     if "inverse" in summary:
         print(f"inverse     {outcome_inverse.off_by(summary['inverse'])}")
     if "inconsistency" in summary:

@@ -117,8 +117,9 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         n = len(after) - 1
         means = f"{before['mean']:.3f} → {after['mean']:.3f}"
         rows.append(("Dice", f"{means} (mean of {n} label{'s' * (n != 1)}){used(summary['dice'])}"))
-    rows.append(("folding", f"{100 * summary['folding']:.3g} % of voxels"))
-    rows.append(("sd of log J", f"{summary['sdlogj']:.3f}"))
+    folded = f"{100 * summary['folding']:.3g} % of voxels ({summary['folded_voxels']})"
+    rows.append(("folding", folded))
+    rows.append(("sd of J, of log J", f"{summary['sdj']:.3f}, {summary['sdlogj']:.3f}"))
     if "start" in summary and summary["start"]["taken"] != "none":
         start = summary["start"]
         turned = f"turned by {start['degrees']:.1f} degrees, " if start.get("degrees") else ""

@@ -92,10 +92,32 @@ def test_tre():
     b = torch.tensor([[0.0, 0, 4], [1, 2, 3], [4, 3, 4], [1, 0, 1]])
     distance = np.linalg.norm((a - b).numpy().astype(float) * [2.5, 1, 0.5], axis=1)
     result = metrics.tre(a, b, (2.5, 1, 0.5))
-    expected = (distance.mean(), distance.std(), *np.percentile(distance, [25, 50, 75]))
-    assert tuple(result) == pytest.approx(expected)
-    assert metrics.tre(a[:1], b[:1], 1.0) == pytest.approx((4, 0, 4, 4, 4))
+    expected = (distance.mean(), distance.std(), *np.percentile(distance, [25, 50, 75]), distance.max())
+    assert result[:6] == pytest.approx(expected)
+    # Three points are off along one axis each: (z, y, x), mm.
+    assert result.per_axis == pytest.approx((2.5 / 4, 1 / 4, 0.5 * 4 / 4))
+    assert metrics.tre(a[:1], b[:1], 1.0)[:6] == pytest.approx((4, 0, 4, 4, 4, 4))
     assert metrics.tre(a.long(), b.long(), 2).mean == pytest.approx(2 * (4 + 0 + 1 + 1) / 4)
+
+
+def test_tre_snapped_to_voxels():
+    """A landmark that lands within half a voxel of where an expert clicked is right (DIR-Lab)."""
+    moved = torch.tensor([[3.4, 7.0, 1.0], [3.6, 7.0, 1.0], [3.0, 7.0, 2.9], [2.5, 6.5, 1.0]])
+    truth = torch.tensor([[3.0, 7.0, 1.0]]).expand(4, 3)
+    found = metrics.tre(moved, truth, (2.5, 1.0, 0.5), snap=True)
+    distance = np.array([0, 2.5, 2 * 0.5, np.hypot(2.5, 1)])  # 2.5 -> 2, 6.5 -> 6
+    assert (found.mean, found.max) == pytest.approx((distance.mean(), distance.max()))
+    assert found.per_axis == pytest.approx((2 * 2.5 / 4, 1 / 4, 1 / 4))
+    assert metrics.tre(moved, truth, 1.0).max == pytest.approx(1.9)
+
+
+def test_errors_per_slice():
+    found = metrics.per_slice([1, 3, 2.0, 5], [7, 2, 7, 2])
+    assert list(found) == [7, 2]
+    assert found == {7: (1.5, 2.0), 2: (4.0, 5.0)}
+    assert metrics.per_slice([], []) == {}
+    with pytest.raises(ValueError, match="fastreg::per_slice: slices must be as many as errors, 2, got 1"):
+        metrics.per_slice([1.0, 2.0], ["a"])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +156,25 @@ def test_folding_share_and_sdlogj_values():
     u[0, 1, 1, 3] = float("nan")
     assert metrics.folding(u) > (1 + slope <= 0).mean()
     assert math.isnan(metrics.sdlogj(u))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (4, 5, 9)])
+def test_jacobian_values(shape):
+    """As F3RNet's tables: how many voxels fold, and the deviation of the determinant."""
+    u = torch.zeros(2, len(shape), *shape)
+    u[1, -1] = torch.tensor([0.0, 0.0, -3.0, -3.0, -3.0, 1.0, 1.0, 1.5, 1.5])
+    determinant = 1 + np.gradient(u[:, -1].numpy().astype(float), axis=-1)
+    found = metrics.jacobian(u)
+    lines = int(np.prod(shape[:-1]))
+    assert found.folded_voxels == (determinant <= 0).sum() == 2 * lines
+    assert found.folding == pytest.approx(metrics.folding(u)) == found.folded_voxels / determinant.size
+    assert found.sdj == pytest.approx(determinant.std(), rel=1e-6)
+    assert found.sdlogj == pytest.approx(metrics.sdlogj(u))
+    u[0, 0, 1] = float("nan")
+    found = metrics.jacobian(u)
+    assert found.folded_voxels > 2 * lines
+    assert math.isnan(found.sdj)
+    assert metrics.jacobian(torch.zeros(1, len(shape), *shape)) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("shape", [(9, 11), (6, 7, 8)])
