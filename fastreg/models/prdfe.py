@@ -17,6 +17,13 @@ from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
 VARIANTS = ("prdfe", "iprdfe", "pdfe")
+HALVINGS = ("stride", "max", "mean")
+POOLS = {  # of (nd, how)
+    (2, "max"): F.max_pool2d,
+    (3, "max"): F.max_pool3d,
+    (2, "mean"): F.avg_pool2d,
+    (3, "mean"): F.avg_pool3d,
+}
 SIMULATION = {
     "ndim": 2,
     "encoder": (144, 160, 160, 160),
@@ -34,6 +41,8 @@ class PRDFE(Model, simulation=SIMULATION):
             whole field, the one before serves only to warp.
         encoder (4 widths), decoder (7 widths: one a level, two at 1/2 and 1/1).
         ndim (int): 3 or 2.
+        halving (str): of the encoder's sizes: "stride", by its convolutions, as VoxelMorph's; "max" or "mean": convolutions at full
+            size and pooling after them, as the paper's text has it, which does not say of which kind; as many parameters.
         unet_skip (bool): the decoder's map goes on to the next level (figure 2); False: not (equation 2 to the letter).
         direct (bool): residuals resized to a level in one go (equation 4) instead of level by level.
         scale_magnitude (bool or None): whether a resized field is multiplied by the ratio of sizes. None: yes, but for
@@ -58,6 +67,7 @@ class PRDFE(Model, simulation=SIMULATION):
         encoder: Sequence[int] = (24, 40, 40, 40),
         decoder: Sequence[int] = (40, 40, 40, 40, 40, 24, 24),
         ndim: int = 3,
+        halving: str = "stride",
         unet_skip: bool = True,
         direct: bool = False,
         scale_magnitude: bool | None = None,
@@ -67,18 +77,20 @@ class PRDFE(Model, simulation=SIMULATION):
     ) -> None:
         super().__init__()
         self.choice("variant", variant, VARIANTS)
+        self.choice("halving", halving, HALVINGS)
         if len(encoder) != 4 or len(decoder) != 7:
             self.fail(ValueError, f"encoder must have 4 widths and decoder 7, got {encoder} and {decoder}")
         self.variant, self.ndim, self.unet_skip, self.direct = variant, ndim, unet_skip, direct
         self.scale_magnitude = variant != "pdfe" if scale_magnitude is None else scale_magnitude
-        self.weight, self.padding, self.checkpoint = weight, padding, checkpoint
+        self.weight, self.padding, self.checkpoint, self.halving = weight, padding, checkpoint, halving
         features = (1, 1, 1, 1) if variant == "iprdfe" else encoder
         if variant == "iprdfe":
             self.encoder = nn.ModuleList()
         else:
             inputs = (1, *encoder[:3])
+            stride = 2 if halving == "stride" else 1
             self.encoder = nn.ModuleList(
-                conv(ndim, i, o, stride=2) for i, o in zip(inputs, encoder, strict=True)
+                conv(ndim, i, o, stride=stride) for i, o in zip(inputs, encoder, strict=True)
             )
         d = decoder
         widths = [(d[0],), (d[1],), (d[2],), (d[3], d[4]), (d[5], d[6])]
@@ -91,12 +103,13 @@ class PRDFE(Model, simulation=SIMULATION):
 
     def _encode(self, image):
         x, levels = image, [image]
-        pool = F.avg_pool3d if self.ndim == 3 else F.avg_pool2d
+        images = self.variant == "iprdfe"
+        pool = POOLS.get((self.ndim, "mean" if images else self.halving))
         for k in range(4):
-            if self.variant == "iprdfe":
-                x = pool(x, 2, ceil_mode=True)
-            else:
+            if not images:
                 x = activated(self.encoder[k], x, SLOPE)
+            if pool is not None:
+                x = pool(x, 2, ceil_mode=True)
             levels.append(x)
         return levels[::-1]
 
