@@ -27,6 +27,8 @@ VARIANTS = {
     "mrb": ("fr", "encoder", "bottleneck", "decoder", "extra"),
 }
 POLICIES = ("fit", "all")
+# Lambda, where the paper's Dice was best (its figure 3).
+WEIGHTS = {variant: 2.0 if variant in ("encoder", "ms") else 1.5 for variant in VARIANTS}
 MIND_2012 = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
 POOLS = {"max": nn.MaxPool3d, "mean": nn.AvgPool3d}  # modules, which pickle
 UPS = ("trilinear", "nearest")
@@ -97,8 +99,13 @@ class F3RNet(Model):
             parameter counts come near the paper's; "all": each 3x3x3 convolution but the last, the paper's text.
         pool ("max" | "mean"), up ("trilinear" | "nearest"): between the streams.
         mind (dict or None): options of fastreg.mind_loss; None: those of MIND 2012, as the paper names none.
-        weight (float): of the diffusion of the displacement in voxels.
+        weight (float or None): of the diffusion of the displacement in voxels; None: the paper's best for the variant, 2 for
+            "encoder" and "ms", 1.5 for the others.
         padding, checkpoint (str): see Model.
+
+    The paper does not draw the net to the last block. Here MRBs sit at 1/2, 1/4, 1/8 and 1/16 on the way down and at 1/4 and 1/2 on
+    the way up: there is none at 1/8 on the way up, and with "fit" the convolutions that change a resolution stay whole,
+    because only so parameter counts come near the printed ones. Nothing in the loss forbids folding.
 
     Prediction.fields is empty. Parameters of "none", "full", "decoder", "encoder", "fr", "ms", "mrb": 358,179,
     203,699, 342,883, 312,227, 320,147, 241,731, 288,083 ("fit"); the paper prints 359, 204, 335, 321, 348, 243 and
@@ -116,7 +123,7 @@ class F3RNet(Model):
         pool: str = "max",
         up: str = "trilinear",
         mind: dict[str, Any] | None = None,
-        weight: float = 1.5,
+        weight: float | None = None,
         padding: Padding = "border",
         checkpoint: str = "none",
     ) -> None:
@@ -125,7 +132,8 @@ class F3RNet(Model):
         self.choice("f3d_policy", f3d_policy, POLICIES)
         self.choice("pool", pool, POOLS)
         self.choice("up", up, UPS)
-        self.mind, self.weight = self.mind_options(mind, MIND_2012), weight
+        self.mind = self.mind_options(mind, MIND_2012)
+        self.weight = WEIGHTS[variant] if weight is None else weight
         self.padding, self.checkpoint = padding, checkpoint
         parts = VARIANTS[variant]
 

@@ -420,6 +420,7 @@ def test_bad_arguments():
         (lambda: F3RNet(variant="best"), "variant"),
         (lambda: PRDFE(variant="best"), "variant"),
         (lambda: PRDFE(encoder=(1, 2)), "encoder"),
+        (lambda: PRDFE(halving="average"), "halving"),
         (lambda: VoxelMorph(decoder=(1, 2)), "decoder"),
         (lambda: VoxelMorph(similarity="ssd"), "similarity"),
         (lambda: VoxelMorph(ndim=4), "ndim"),
@@ -535,6 +536,35 @@ def test_pdfe_warps_by_the_field_before_alone():
     fixed, moving = pair("prdfe2d")
     a, b = (build("prdfe2d", variant="pdfe", direct=d)(fixed, moving).displacement for d in (False, True))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("halving", ["max", "mean"])
+def test_prdfe_pools_after_its_convolutions(halving):
+    """Sizes and parameters are those of strided convolutions, odd halves included; the pooling is what it says."""
+    fixed, moving = pair("prdfe2d")
+    strided, pooled = build("prdfe2d"), build("prdfe2d", halving=halving)
+    assert counted(pooled) == counted(strided)
+    a, b = (m(fixed, moving) for m in (strided, pooled))
+    assert [f.shape for f in a.fields] == [f.shape for f in b.fields]
+    with torch.no_grad():
+        x, y = fixed, pooled.encode_fixed(fixed)
+        for layer, found in zip(pooled.encoder, y[-2::-1], strict=True):
+            x = F.leaky_relu(layer(x), 0.2)
+            missing = [n % 2 for n in x.shape[2:]]
+            # A window that sticks out counts what is in the image.
+            padded = F.pad(x, (0, missing[1], 0, missing[0]), value=float("nan"))
+            windows = padded.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+            mean = windows.nanmean(-1)
+            x = mean if halving == "mean" else windows.nan_to_num(nan=-float("inf")).amax(-1)
+            torch.testing.assert_close(found, x)
+    gradients(pooled, fixed, moving)
+
+
+def test_f3rnets_weight_is_the_papers_of_each_variant():
+    assert {v: F3RNet(variant=v).weight for v in VARIANTS} == {
+        "none": 1.5, "full": 1.5, "decoder": 1.5, "encoder": 2, "fr": 1.5, "ms": 2, "mrb": 1.5,
+    }  # fmt: skip
+    assert F3RNet(variant="ms", weight=0.1).weight == 0.1
 
 
 def test_prdfe_variants_differ():
