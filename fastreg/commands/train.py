@@ -68,6 +68,12 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="for the end and for the learning rate's: loss, a term of it (similarity, ...), each the mean of an epoch, "
         "or validation, the loss of the pairs validated on (default: the paper's)",
     )
+    group.add_argument(
+        "--labels-weight",
+        type=float,
+        metavar="X",
+        help="adds X times 1 - Dice of the pairs' labels, moved, to the loss (default: 0, labels only judge)",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of weights, order and noise (default: 0)")
     group.add_argument("--amp", action="store_true", default=None, help="bf16 convolutions")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile")

@@ -319,7 +319,8 @@ class Pairs(Sequence[Sample]):
     """Pair files as a sequence of Sample, read when they are asked for; the last ones stay in memory.
 
     Args: pairs (list of Pair). preprocessing (Preprocessing). keep (int): samples that stay. ndim: 2 or 3, that images must
-    have, or None. reading (Reading). warn: is told what may not be meant, at each reading.
+    have, or None. reading (Reading). warn: is told what may not be meant, at each reading. labels (bool): samples have them;
+    InputError for a pair that has none.
     """
 
     def __init__(
@@ -331,11 +332,16 @@ class Pairs(Sequence[Sample]):
         ndim: int | None = None,
         reading: Reading = Reading(),
         warn: Warn = ignore,
+        labels: bool = False,
     ) -> None:
         self.pairs, self.preprocessing, self.ndim = list(pairs), preprocessing, ndim
-        self.reading, self.warn = reading, warn
+        self.reading, self.warn, self.labels = reading, warn, labels
+        for pair in self.pairs if labels else ():
+            if pair.fixed_labels is None or pair.moving_labels is None:
+                raise InputError(f"{pair.name} has no labels, which a weight of labels asks for")
         self._sample = functools.lru_cache(maxsize=keep)(self._read)
         self._image = functools.lru_cache(maxsize=keep)(_read_intensities)
+        self._labels = functools.lru_cache(maxsize=keep)(read_labels)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -351,14 +357,35 @@ class Pairs(Sequence[Sample]):
         (fixed, fixed_grid), (moving, moving_grid) = arrays["fixed"], arrays["moving"]
         _require_one_kind(pair, fixed_grid, moving_grid)
         case = Case(pair.name, fixed, fixed_grid, moving, moving_grid)
+        if self.labels:
+            how = self.reading, self.warn
+            case.fixed_labels = self._labels(pair.fixed_labels, fixed_grid, pair.fixed, *how)
+            case.moving_labels = self._labels(pair.moving_labels, moving_grid, pair.moving, *how)
         _weigh(case, pair, self.reading, self.warn)
-        return sample_of(_flat(case, pair, self.warn), self.preprocessing, self.ndim)[0]
+        flat = _flat(case, pair, self.warn)
+        return sample_of(flat, self.preprocessing, self.ndim, labels=self.labels)[0]
+
+
+def _labels_on(
+    grid: io.Geometry, labels: np.ndarray | None, own: io.Geometry, labelled: bool
+) -> torch.Tensor | None:
+    """Those of the nearest voxel, 0 beyond the image; None where they are not asked for, or there are none."""
+    if labels is None or not labelled:
+        return None
+    small = max(abs(int(labels.min())), abs(int(labels.max()))) < 2**31
+    whole = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int32 if small else np.int64))
+    return io.resample(whole[None, None], own, grid, mode="nearest")[0]
 
 
 def sample_of(
-    case: Case, preprocessing: Preprocessing, ndim: int | None = None, warn: Warn = ignore
+    case: Case,
+    preprocessing: Preprocessing,
+    ndim: int | None = None,
+    warn: Warn = ignore,
+    *,
+    labels: bool = False,
 ) -> tuple[Sample, io.Geometry]:
-    """(Sample, Geometry): a Case as a net takes it, and the grid that it takes it on."""
+    """(Sample, Geometry): a Case as a net takes it, and the grid that it takes it on. labels: with its labels, where it has them."""
     if ndim is not None and case.fixed_grid.nd != ndim:
         raise InputError(f"{case.title}: the net registers {ndim}D images, got {case.fixed_grid.nd}D")
     grid = preprocessing.grid(case.fixed_grid)
@@ -374,4 +401,8 @@ def sample_of(
         _, mask = weights_of(mask, inside, warn)
     except InputError as error:
         raise InputError(f"{case.title}: {error}") from error
-    return Sample(case.title, fixed, moving, mask), grid
+    maps = (
+        _labels_on(grid, case.fixed_labels, case.fixed_grid, labels),
+        _labels_on(grid, case.moving_labels, case.moving_grid, labels),
+    )
+    return Sample(case.title, fixed, moving, mask, *maps), grid

@@ -12,6 +12,7 @@ class Recipe:
     the same, and training ends. epoch: steps of one; None: all pairs once. steps: number of optimiser steps.
     watch: what plateau and patience look at when an epoch ends: "loss", or a term of it ("similarity"): the mean over the epoch's
     steps; "validation": the loss of the pairs that are validated on. tolerance: what is better by no more than that is no better.
+    labels_weight: of one minus the Dice of labels, which is added to the loss; 0: labels are not looked at.
     """
 
     learning_rate: float = 1e-4
@@ -24,6 +25,7 @@ class Recipe:
     steps: int = 25_000
     watch: str = "loss"
     tolerance: float = 0.0
+    labels_weight: float = 0.0
 
 
 @dataclass(frozen=True)

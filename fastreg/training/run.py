@@ -55,7 +55,8 @@ class Run:
 
     Args:
         folder: made where it is missing.
-        model, recipe, seed, amp, compile: as for Training.
+        model, recipe, seed, amp, compile: as for Training. A recipe with a labels_weight takes samples with labels, as
+            Pairs(..., labels=True) makes them.
         pairs: any sequence of Sample, or fastreg.data.Pairs of files.
         validation: the same; None: the pairs themselves; or a function of the model that returns numbers by name, among them
             "loss" (lower is better). A recipe that watches "validation" asks for it at each epoch's end too.
@@ -125,7 +126,10 @@ class Run:
             {"seed": seed, "amp": amp, **asdict(self.training.recipe)} if settings is None else settings
         )
         validated = pairs if validation is None else validation
-        self.validation = validated if callable(validated) else Validation(validated, validate_most)
+        labels_weight = self.training.recipe.labels_weight
+        self.validation = (
+            validated if callable(validated) else Validation(validated, validate_most, labels_weight)
+        )
         self._seen: tuple[int, dict[str, float]] | None = None  # step, and what validation found then
         self.best_loss, self.seconds, self.minutes = math.inf, 0.0, minutes
         self.save_every = save_every

@@ -21,7 +21,7 @@ from .build import Net
 from .distributed import ranks
 from .run import FILES, LAST, PICTURE, Resume, Run, resumable, shared_batch
 
-RECIPE = ("steps", "learning_rate", "batch_size", "patience", "watch")
+RECIPE = ("steps", "learning_rate", "batch_size", "patience", "watch", "labels_weight")
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Settings(Net):
     batch_size: int | None = None
     patience: int | None = None
     watch: str | None = None
+    labels_weight: float | None = None
     amp: bool = False
     compile: bool = False
     validate_every: int | None = None
@@ -70,6 +71,8 @@ class Settings(Net):
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate must be positive, got {self.learning_rate}")
+        if self.labels_weight is not None and not 0 <= self.labels_weight < math.inf:
+            raise InputError(f"--labels-weight must be 0 or more, got {self.labels_weight}")
 
     def run(
         self,
@@ -105,11 +108,13 @@ class Settings(Net):
         given = {name: getattr(self, name) for name in RECIPE if getattr(self, name) is not None}
         given.setdefault("batch_size", shared_batch(model.recipe.batch_size, saved))
         self = replace(self, batch_size=given["batch_size"])
+        labels = (self.labels_weight or 0) > 0
+        options_of_pairs: Any = {"ndim": ndim, "reading": reading, "warn": told, "labels": labels}
         return Run(
             folder,
             model,
-            Pairs(found, preprocessing, ndim=ndim, reading=reading, warn=told),
-            validation=Pairs(validated, preprocessing, ndim=ndim, reading=reading, warn=told),
+            Pairs(found, preprocessing, **options_of_pairs),
+            validation=Pairs(validated, preprocessing, **options_of_pairs),
             recipe=replace(model.recipe, **given),
             seed=self.seed,
             resume=saved or False,
@@ -125,7 +130,10 @@ class Settings(Net):
 
 # What a run cannot change half-way; the rest of its settings may differ when it is resumed. Where the pairs lie may, as data
 # moves; that they are the same ones Run sees by their names.
-KEPT = (*(f.name for f in fields(Net)), "task", "seed", "learning_rate", "batch_size", "watch", "amp")
+KEPT = (
+    *(f.name for f in fields(Net)),
+    *("task", "seed", "learning_rate", "batch_size", "watch", "labels_weight", "amp"),
+)
 
 
 def _absolute(settings: Mapping[str, Any]) -> dict[str, str]:

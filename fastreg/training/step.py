@@ -24,8 +24,7 @@ from fastreg.models.recipe import Recipe
 
 from . import schema
 from .distributed import ranks
-
-PLACE = "fastreg::train: "
+from .labels import PLACE, labels_of, with_labels
 
 
 class NotFinite(ValueRefused):
@@ -140,6 +139,9 @@ class Training:
                 f"batch_size must be a positive multiple of the number of processes, {self.world}, "
                 f"got {self.recipe.batch_size}",
             )
+        if not 0 <= self.recipe.labels_weight < math.inf:
+            got = self.recipe.labels_weight
+            refuse(ValueError, PLACE, f"labels_weight must be a number of at least 0, got {got}")
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             refuse(ValueError, PLACE, "the model must have weights to train")
@@ -185,7 +187,11 @@ class Training:
         patience = self.recipe.patience
         return self.step >= self.recipe.steps or (patience is not None and self.waited >= patience)
 
-    def _batch(self) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _batch(
+        self,
+    ) -> tuple[
+        list[str], torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None
+    ]:
         mine = self.drawn(self.step)[self.rank :: self.world]
         samples = [self.pairs[k] for k in mine]
         for k, sample in zip(mine, samples, strict=True):
@@ -202,7 +208,12 @@ class Training:
             mask = torch.cat([m.float() if m.dtype == torch.bool else m for m in masks]).to(self.device)
         fixed = torch.cat([s.fixed for s in samples]).to(self.device)
         moving = torch.cat([s.moving for s in samples]).to(self.device)
-        return [s.name for s in samples], fixed, moving, mask
+        labels = None
+        if self.recipe.labels_weight > 0:
+            maps = zip(*map(labels_of, samples), strict=True)
+            first, second = (torch.cat(some).to(self.device) for some in maps)
+            labels = first, second
+        return [s.name for s in samples], fixed, moving, mask, labels
 
     def advance(self) -> dict[str, Any]:
         """One optimiser step on the next batch.
@@ -213,7 +224,7 @@ class Training:
             NotFinite: before the weights are touched.
         """
         self._end_epoch()  # what a validation that failed has left
-        names, fixed, moving, mask = self._batch()
+        names, fixed, moving, mask, labels = self._batch()
         # What a model draws at random hangs on nothing but seed, step and process.
         torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1009 + self.rank) % 2**63)
         self.model.train()
@@ -221,6 +232,8 @@ class Training:
             self._loss = self._wrapped()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             terms, displacement = self._loss(fixed, moving, mask)
+        if labels is not None:
+            terms = with_labels(terms, self.recipe.labels_weight, labels, displacement, names)
         watch = self.recipe.watch
         if watch not in ("validation", "loss", *terms):
             known = ", ".join(dict.fromkeys(("loss", *terms)))

@@ -14,6 +14,7 @@ from fastreg.data.pairs import Case, Pairs, read_case, sample_of
 from fastreg.data.sample import Sample
 from fastreg.outcome import draw
 
+from .labels import labels_of, with_labels
 from .step import PLACE, displacement_of, terms_of
 
 
@@ -21,13 +22,13 @@ class Validation:
     """Means over pairs of the loss and of what landmarks and labels say.
 
     pairs: a Pairs, whose files may name landmarks and labels, or any sequence of Sample, not empty. At most `most` of them are
-    looked at.
+    looked at. labels_weight: of the recipe, for the loss.
     """
 
-    def __init__(self, pairs: Sequence[Sample], most: int = 8) -> None:
+    def __init__(self, pairs: Sequence[Sample], most: int = 8, labels_weight: float = 0.0) -> None:
         if len(pairs) == 0:
             refuse(ValueError, PLACE, "there must be at least one pair to validate on")
-        self.pairs = pairs
+        self.pairs, self.labels_weight = pairs, labels_weight
         # Evenly over the list: the first pairs of a folder share one fixed image.
         self.which = range(len(pairs))[:: max(1, len(pairs) // most)][:most]
         self._read = functools.lru_cache(maxsize=8)(self._of_pair)
@@ -36,7 +37,9 @@ class Validation:
     def _of_pair(self, k: int) -> tuple[Case, Sample, io.Geometry]:
         if isinstance(self.pairs, Pairs):
             case = read_case(self.pairs.pairs[k], self.pairs.warn, self.pairs.reading)
-            return case, *sample_of(case, self.pairs.preprocessing, self.pairs.ndim)
+            return case, *sample_of(
+                case, self.pairs.preprocessing, self.pairs.ndim, labels=self.labels_weight > 0
+            )
         sample = self.pairs[k]
         fixed, moving = (t[0, 0].float().cpu().numpy() for t in (sample.fixed, sample.moving))
         grid = io.Geometry.of(fixed.shape, (1.0,) * fixed.ndim)
@@ -57,8 +60,12 @@ class Validation:
             fixed, moving = (t.to(device) for t in (sample.fixed, sample.moving))
             prediction = model(fixed, moving)
             mask = None if sample.mask is None else sample.mask.to(device)
-            terms = {name: float(v) for name, v in terms_of(model, fixed, moving, prediction, mask).items()}
-            u = displacement_of(prediction).float().cpu()
+            parts = terms_of(model, fixed, moving, prediction, mask)
+            u = displacement_of(prediction).float()
+            if self.labels_weight > 0:
+                first, second = (labels.to(device) for labels in labels_of(sample))
+                parts = with_labels(parts, self.labels_weight, (first, second), u, [sample.name])
+            terms, u = {name: float(part) for name, part in parts.items()}, u.cpu()
             if isinstance(self.pairs, Pairs):
                 u = self.pairs.preprocessing.displacement(u, grid, case.fixed_grid)
             found = evaluation.scores(case, u, surfaces=True)
