@@ -290,14 +290,9 @@ def tre(points_a: Tensor, points_b: Tensor, spacing: float | Sequence[float], *,
     a, b = points_a.double(), points_b.to(points_a.device).double()
     apart = ((a.round() if snap else a) - b) * scale
     distance = apart.norm(dim=1)
-    quartiles = distance.quantile(distance.new_tensor([0.25, 0.5, 0.75]))
-    return TRE(
-        distance.mean().item(),
-        distance.std(correction=0).item(),
-        *quartiles.tolist(),
-        distance.max().item(),
-        tuple(apart.abs().mean(0).tolist()),
-    )
+    q25, median, q75 = distance.quantile(distance.new_tensor([0.25, 0.5, 0.75])).tolist()
+    mean, sd = distance.mean().item(), distance.std(correction=0).item()
+    return TRE(mean, sd, q25, median, q75, distance.max().item(), tuple(apart.abs().mean(0).tolist()))
 
 
 def per_slice(errors: Iterable[float], slices: Iterable[Hashable]) -> dict[Hashable, Slice]:
