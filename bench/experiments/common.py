@@ -8,18 +8,19 @@ the weights of the best look are kept.
 
 import argparse
 import copy
+import io
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench import common
-from fastreg._files import replacing
+from fastreg._files import replacing, write_bytes
 from fastreg.training import Training
 
 RESULTS = common.RESULTS / "experiments"
@@ -32,17 +33,19 @@ class Unusable(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of every experiment. minutes: of training a method, by setting; methods: their names, in the order of the table.
+    """Arguments of every experiment. minutes: of training a method, by setting, the default first; methods: their names, in the order
+    of the table; long: with --seed and --state, for an experiment that passes both on to `train`.
 
     What it parses has `minutes` resolved, `methods`, those asked for, in their order, `every`, all of them, and the threads are set.
     """
 
-    def __init__(self, doc, minutes, methods):
+    def __init__(self, doc, minutes, methods, *, long=False):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.minutes, self.every = minutes, tuple(methods)
         default = ", ".join(f"{setting}: {m:g}" for setting, m in minutes.items())
         names = ", ".join(self.every)
-        self.add_argument("--setting", choices=list(minutes), default="small", help="default: small")
+        first = next(iter(minutes))
+        self.add_argument("--setting", choices=list(minutes), default=first, help=f"default: {first}")
         self.add_argument("--minutes", type=float, help=f"of training a method (default: {default})")
         self.add_argument("--steps", type=int, help="of training a method at most")
         self.add_argument(
@@ -55,6 +58,11 @@ class Parser(argparse.ArgumentParser):
             "--results", type=Path, default=RESULTS, help="folder for the table and the picture"
         )
         self.add_argument("--no-store", action="store_true", help="leave the results alone")
+        if long:
+            self.add_argument("--seed", type=int, default=0, help="of weights and pairs (default: 0)")
+            self.add_argument(
+                "--state", type=Path, help="folder that keeps each training at every look, to go on from"
+            )
         self.shared = len(self._actions)
 
     def parse_args(self, argv=None):
@@ -114,7 +122,7 @@ def clock(device):
 @dataclass
 class Trained:
     """steps and seconds spent; the best held-out loss, at which step; why training ended; the looks (step, seconds, loss); what was watched
-    (step, seconds, value)."""
+    (step, seconds, value); seed."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -123,6 +131,7 @@ class Trained:
     ended: str = ""
     looks: list = field(default_factory=list)
     watched: list = field(default_factory=list)
+    seed: int = 0
 
 
 @torch.no_grad()
@@ -134,6 +143,34 @@ def held_out_loss(model, pairs):
         f, m = (t.to(next(model.parameters()).device) for t in (s.fixed, s.moving))
         losses.append(float(model.loss(f, m, model(f, m))))
     return sum(losses) / len(losses)
+
+
+class _Kept:
+    """A training in a file, as it was at its last look; without a path, nothing. about: what it must be of."""
+
+    def __init__(self, path, about):
+        self.path, self.about = path, about
+
+    def load(self):
+        if self.path is None or not self.path.exists():
+            return None
+        found = torch.load(self.path, map_location="cpu", weights_only=True)
+        if found["about"] != self.about:
+            raise Unusable(f"{self.path}: is of another training, {found['about']}; not {self.about}")
+        return found
+
+    def save(self, **content):
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            torch.save({"about": self.about, **content}, buffer)
+            write_bytes(self.path, buffer.getbuffer())
+
+
+def state_of(args, *names):
+    """Where --state keeps the training of these names; None without it."""
+    text = "_".join((args.setting, *names, str(args.seed)))
+    return args.state and args.state / "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{text}.pt")
 
 
 def train(
@@ -150,46 +187,65 @@ def train(
     patience=PATIENCE,
     watch=None,
     watched="score",
+    state=None,
 ):
-    """Trains until minutes or steps are over, or the held-out loss has not improved for `patience` looks of some `looks` in the
-    whole time; leaves the model with the weights of the best look (held_out None: the last).
-    watch: model -> a number for the picture, at each look, called `watched`; it decides on nothing. Returns Trained.
+    """Trains until minutes, steps or the recipe are over, or the held-out loss has not improved for `patience` looks of some `looks`
+    in the whole time; leaves the model with the weights of the best look (held_out None: the last). A recipe that watches
+    validation looks at the held-out loss too.
+    watch: model -> a number for the picture, at each look, called `watched`; it decides on nothing. state: a path, which has the
+    training as of the last look, and from which it goes on. Returns Trained.
     """
     device = next(model.parameters()).device
-    training, done = Training(model, pairs, recipe, seed=seed), Trained()
-    budget, spent, since, kept = minutes * 60, 0.0, 0, None
+    validation = None if held_out is None else lambda model: held_out_loss(model, held_out)
+    training = Training(model, pairs, recipe, seed=seed, validation=validation)
+    done, since, best = Trained(seed=seed), 0, None
+    kept = _Kept(
+        state, {"arguments": repr(getattr(model, "arguments", None)), **asdict(recipe), "seed": seed}
+    )
+    if (found := kept.load()) is not None:
+        training.restore(found["training"])
+        done, since, best = Trained(**found["trained"]), found["since"], found["best"]
+        tell(f"    goes on at step {training.step}, {done.seconds:.0f} s")
+    budget = minutes * 60
+
+    def end():
+        if done.seconds >= budget:
+            return "time"
+        if (steps is not None and training.step >= steps) or training.step >= recipe.steps:
+            return "steps"
+        return "no improvement" if since >= patience or training.done else ""
+
     # Looking costs no training time.
-    next_look = budget / looks
-    while True:
+    next_look = done.seconds + budget / looks
+    done.ended = end()
+    while not done.ended:
         begin = clock(device)
         training.advance()
-        spent += clock(device) - begin
-        over = spent >= budget or (steps is not None and training.step >= steps)
+        done.seconds += clock(device) - begin
+        done.steps = training.step
         by_steps = steps is not None and training.step % max(1, steps // looks) == 0
-        if not (over or by_steps or spent >= next_look):
+        if not (by_steps or done.seconds >= next_look or end()):
             continue
-        next_look = spent + budget / looks
-        line = f"    step {training.step}, {spent:.0f} s"
+        next_look = done.seconds + budget / looks
+        line = f"    step {training.step}, {done.seconds:.0f} s"
         if held_out is not None:
             loss = held_out_loss(model, held_out)
-            done.looks.append((training.step, spent, loss))
+            done.looks.append((training.step, done.seconds, loss))
             line += f": held-out loss {loss:.5f}" if held_out is not pairs else f": loss {loss:.5f}"
             if loss < done.best:
                 done.best, done.best_step, since = loss, training.step, 0
-                kept = copy.deepcopy(model.state_dict())
+                best = copy.deepcopy(model.state_dict())
             else:
                 since += 1
         if watch is not None:
             model.eval()
-            done.watched.append((training.step, spent, float(watch(model))))
+            done.watched.append((training.step, done.seconds, float(watch(model))))
             line += f", {watched} {done.watched[-1][2]:.4f}"
         tell(line)
-        if over or since >= patience:
-            done.ended = "time" if spent >= budget else "steps" if over else "no improvement"
-            break
-    if kept is not None:
-        model.load_state_dict(kept)
-    done.steps, done.seconds = training.step, spent
+        done.ended = end()
+        kept.save(training=training.state(), trained=asdict(done), since=since, best=best)
+    if best is not None:
+        model.load_state_dict(best)
     model.eval()
     return done
 
@@ -220,6 +276,7 @@ def columns(model, recipe, done, sample):
         "seconds_per_pair": f"{seconds_per_pair(model, sample):.3f}",
         "parameters": parameters(model),
         "learning_rate": recipe.learning_rate,
+        "seed": done.seed,
         "steps": done.steps,
         "seconds": f"{done.seconds:.0f}",
         "ended": done.ended,
@@ -230,23 +287,27 @@ def columns(model, recipe, done, sample):
 
 def store(args, name, rows, key="method"):
     """Rows, each a dict, into RESULTS/<name>.csv in place of those of its GROUP; a run of some methods leaves the
-    rows of the others. key: the column with the methods' names.
+    rows of the others, one of a seed those of other seeds. key: the column with the methods' names.
     """
     if args.no_store:
         return
     about = {**common.environment(args.device), "setting": args.setting}
     rows = [{**about, **row} for row in rows]
     path = args.results / f"{name}.csv"
-    anew = {r[key] for r in rows}
+
+    def which(r):
+        return r[key], str(r.get("seed") or 0)
+
+    anew = {which(r) for r in rows}
 
     def merged(old):
         def mine(r):
             return all(r[k] == str(about[k]) for k in GROUP)
 
         others = [r for r in old if not mine(r)]
-        left = [r for r in old if mine(r) and r[key] not in anew and r[key] in args.every]
+        left = [r for r in old if mine(r) and which(r) not in anew and r[key] in args.every]
         place = {method: k for k, method in enumerate(args.every)}
-        return others + sorted([*rows, *left], key=lambda r: place.get(r[key], -1))
+        return others + sorted([*rows, *left], key=lambda r: (place.get(r[key], -1), which(r)[1]))
 
     common.rewrite_rows(path, merged)
 

@@ -3,9 +3,12 @@
 import os
 
 import pytest
+import torch
 
 from bench import common as bench
 from bench.experiments import common, f3rnet, inter_subject, lindef, rrn
+from fastreg.models import VoxelMorph
+from fastreg.training import Recipe, Sample
 
 QUICK = ["--steps", "2", "--minutes", "5", "--threads", "2", "--device", "cpu"]
 needs_scans = pytest.mark.skipif(
@@ -94,6 +97,59 @@ def test_rows_of_another_setting_stay(tmp_path):
         ("full", "a", "2"), ("full", "b", "2"), ("full", "identity", "2"),
         ("small", "a", "1"), ("small", "b", "3"), ("small", "identity", "3"),
     ]  # fmt: skip
+
+
+def test_rows_of_other_seeds_stay(tmp_path):
+    for seed, value in ((0, 1), (1, 2), (1, 3), (0, 4)):
+        parser = common.Parser("", {"small": 1}, ("a", "b"), long=True)
+        args = parser.parse_args(["--seed", str(seed), "--results", str(tmp_path), "--device", "cpu"])
+        rows = [{"method": m, "value": value, "seed": args.seed} for m in args.methods]
+        common.store(args, "made", [{"method": "identity", "value": value}, *rows])
+    rows = [(r["method"], r["seed"], r["value"]) for r in bench.read_rows(tmp_path / "made.csv")]
+    assert rows == [("identity", "", "4"), ("a", "0", "4"), ("a", "1", "3"), ("b", "0", "4"), ("b", "1", "3")]
+
+
+def small_net():
+    torch.manual_seed(0)
+    return VoxelMorph(encoder=(2, 2, 2, 2), decoder=(2, 2, 2, 2, 2, 2), ndim=2, similarity="mse")
+
+
+def test_a_training_goes_on_from_its_state(tmp_path):
+    """Bit for bit, best weights too; one that has ended is not trained again, and another's state is refused."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = [Sample(str(k), *torch.rand(2, 1, 1, 16, 16, generator=draw)) for k in range(3)]
+
+    def trained(steps, state=None, rate=1e-2):
+        model, told, recipe = small_net(), [], Recipe(learning_rate=rate)
+        options = {"minutes": 5, "steps": steps, "patience": 99, "tell": told.append, "state": state}
+        done = common.train(model, pairs[:2], pairs[2:], recipe, **options)
+        return done, torch.cat([p.detach().flatten() for p in model.parameters()]), len(told)
+
+    state = tmp_path / "folder" / "net.pt"
+    whole, expected, _ = trained(9)
+    trained(4, state)
+    part, weights, told = trained(9, state)
+    assert told == 1 + 5
+    again, kept, told = trained(9, state)
+    assert told == 1
+    for done, found in ((part, weights), (again, kept)):
+        assert torch.equal(found, expected)
+        assert (done.steps, done.best, done.best_step, done.ended) == (
+            9,
+            whole.best,
+            whole.best_step,
+            "steps",
+        )
+        assert [look[::2] for look in done.looks] == [look[::2] for look in whole.looks]
+    with pytest.raises(common.Unusable, match="is of another training"):
+        trained(9, state, 1e-3)
+
+
+def test_a_recipe_that_watches_validation_looks_at_the_held_out_pairs():
+    pairs = [Sample("a", *torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0)))]
+    recipe = Recipe(learning_rate=1e-12, patience=2, epoch=2, watch="validation", tolerance=1e-3)
+    done = common.train(small_net(), pairs, pairs, recipe, minutes=5, steps=50, tell=lambda line: None)
+    assert (done.steps, done.ended) == (6, "no improvement")
 
 
 def test_rows_of_other_cases_do_not_go_into_the_table(capsys):
