@@ -47,6 +47,7 @@ TABLES = (
             "folding": "folding",
             "steps": "steps",
             "seconds of training": "seconds",
+            "what": "note",
         },
     ),
     Table(
