@@ -13,6 +13,7 @@ COLOURS = {
     "RRN without cost volume": "#56B4E9",
     "LinDef": "#009E73",
     "LinDef without affine": "#8FD3BF",
+    "LinDef, affine alone": "#332288",
     "F3RNet": "#CC79A7",
     "F3RNet mrb": "#CC79A7",
     "F3RNet full": "#0072B2",

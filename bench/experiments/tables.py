@@ -66,6 +66,20 @@ TABLES = (
         },
     ),
     Table(
+        "lindef_beta",
+        "LinDef's loss at 60x128x96 (lungmr_proton): Phi optimised alone, and nets, on held-out pairs",
+        {
+            "what, reduction, beta": "method",
+            "pairs": "pairs",
+            "squared error": "held_out_mse",
+            "Dice": "dice",
+            "folding": "folding",
+            "share of Phi beyond 1 ± 0.01": "moved",
+            "steps": "steps",
+            "seconds of training": "seconds",
+        },
+    ),
+    Table(
         "lindef",
         "LinDef, lungs after random rigid offsets (lungmr_proton), people it has not seen",
         {
@@ -76,6 +90,7 @@ TABLES = (
             "steps": "steps",
             "seconds of training": "seconds",
             "ended": "ended",
+            "what": "note",
         },
     ),
     Table(

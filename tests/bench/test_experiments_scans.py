@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import common as bench
-from bench.experiments import common, f3rnet, inter_subject, lindef, rrn
+from bench.experiments import common, f3rnet, inter_subject, lindef, lindef_beta, rrn
 from fastreg.models import VoxelMorph
 from fastreg.training import Recipe, Sample
 
@@ -41,11 +41,30 @@ def test_rrn(tmp_path):
 @pytest.mark.slow
 @needs_scans
 def test_lindef(tmp_path):
-    methods = ["LinDef", "LinDef without affine"]
-    rows = ran(lindef, tmp_path, "--offsets", "1", "--size", "8", "16", "12", "--methods", *methods)
+    methods = ["LinDef", "LinDef without affine", "LinDef, affine alone"]
+    quick = ["--offsets", "1", "--size", "8", "16", "12", "--state", str(tmp_path / "state")]
+    rows = ran(lindef, tmp_path, *quick, "--methods", *methods)
     assert list(rows) == ["identity", *methods]
     # After two steps from the identity nothing has changed much.
     assert all(0.3 < float(r["dice"]) < 0.9 for r in rows.values())
+    assert all(0 < float(r["held_out_mse"]) < 0.2 for r in rows.values())
+    # Nothing is left to do.
+    seconds = rows["LinDef"]["seconds"]
+    assert ran(lindef, tmp_path, *quick, "--methods", *methods)["LinDef"]["seconds"] == seconds
+
+
+@pytest.mark.slow
+@needs_scans
+def test_lindef_beta(tmp_path, monkeypatch):
+    monkeypatch.setattr(lindef_beta, "STEPS", 20)
+    quick = [*QUICK, "--results", str(tmp_path), "--size", "15", "32", "24"]
+    names = ["Phi alone, keras, 1e-06", "Phi alone, mean, 1e-06", "net, mean, 1e-06"]
+    assert lindef_beta.main([*quick, "--methods", *names]) == 0
+    rows = {r["method"]: r for r in bench.read_rows(tmp_path / "lindef_beta.csv")}
+    assert list(rows) == ["identity", "identity, two pairs", *names]
+    before = float(rows["identity, two pairs"]["held_out_mse"])
+    assert all(float(rows[name]["held_out_mse"]) < before for name in names[:2])
+    assert rows["net, mean, 1e-06"]["steps"] == "2"
 
 
 @pytest.mark.slow
