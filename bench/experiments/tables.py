@@ -130,7 +130,7 @@ TABLES = (
 
 def _cell(row, column):
     if "{" not in column:
-        return number(row[column])
+        return number(row.get(column, ""))  # some methods have columns of their own
     first, *others = re.findall(r"{(\w+)}", column)
     if row[first] == "":
         return ""

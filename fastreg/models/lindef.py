@@ -20,7 +20,7 @@ SLOPE = 0.2
 DILATIONS = (1, 1, 2, 3, 5)
 SQUEEZE = 16  # features by channels of it
 ORDERS = ("two_pass", "single_pass", "legacy")
-REDUCTIONS = ("mean", "sum", "keras")
+BETAS = {"mean": 0.01, "sum": 0.01, "keras": 1e-6}  # of a reduction
 
 
 class LinDef(Model):
@@ -35,13 +35,14 @@ class LinDef(Model):
             G_N(G_A(p)), the same map with less blur; "legacy": S once at G_A(G_N(p)), as the authors' code has it.
         similarity (str): "mse" (paper), "lcc", "mind" (MIND-SSC) or "mi" (32 Gaussian windows; intensities in [0, 1]).
         window (int): of the LCC. mind (dict or None): options of fastreg.mind_loss, for similarity "mind".
-        alpha, beta (float): of the absolute deviation of the affine matrix (12 numbers, in [-1, 1] coordinates, summed) and of
-            Phi (three numbers a voxel, summed up to the reduction) from the identity; averaged over the batch.
+        alpha (float): of the absolute deviation of the affine matrix from the identity, 12 numbers in [-1, 1] coordinates, summed.
+        beta (float or None): of that of Phi, three numbers a voxel; both averaged over the batch. None: 0.01, and with "keras" the
+            paper's 1e-6, which a voxel is as good as nothing: 0.01 costs no squared error and folds less (docs/methods/lindef.md).
         reduction (str): "mean": similarity and the deviation of Phi a voxel, so that what they pull with against each other
             does not depend on the image's size. "sum": both summed over the voxels, the paper's norms as they are printed;
             the loss, and what alpha weighs beside it, then grow with the image. "keras": the similarity a voxel, the
-            deviation of Phi summed, as a mean squared error beside a Keras regulariser: beta then grows with the image, and
-            at the paper's size and beta Phi stays at 1 (docs/methods/lindef.md).
+            deviation of Phi summed, as a mean squared error beside a Keras regulariser: what beta weighs then grows with the
+            image, and at the paper's size most of Phi stays at 1.
         encoder, decoder (5 widths each): the paper's by default.
         padding, checkpoint (str): see Model.
 
@@ -78,7 +79,7 @@ class LinDef(Model):
         window: int = 9,
         mind: dict[str, Any] | None = None,
         alpha: float = 1e-6,
-        beta: float = 1e-6,
+        beta: float | None = None,
         reduction: str = "mean",
         encoder: Sequence[int] = (32, 64, 128, 32, 32),
         decoder: Sequence[int] = (128, 64, 32, 32, 32),
@@ -91,10 +92,11 @@ class LinDef(Model):
         if not (affine or deformable):
             self.fail(ValueError, "affine and deformable must not both be False")
         self.choice("order", order, ORDERS)
-        self.choice("reduction", reduction, REDUCTIONS)
+        self.choice("reduction", reduction, BETAS)
         self.compare_by(similarity, window, mind)
         self.affine, self.deformable, self.order = affine, deformable, order
-        self.alpha, self.beta, self.reduction = alpha, beta, reduction
+        self.alpha, self.reduction = alpha, reduction
+        self.beta = BETAS[reduction] if beta is None else beta
         self.padding, self.checkpoint = padding, checkpoint
         inputs = (2, *encoder[:-1])
         self.encoder = nn.ModuleList(

@@ -95,7 +95,7 @@ def test_lindef_can_deform_at_the_papers_size_and_weights():
     draw = torch.Generator().manual_seed(0)
     share = {}
     for reduction in ("mean", "keras"):
-        model = LinDef(reduction=reduction, affine=False, **NARROW)
+        model = LinDef(reduction=reduction, beta=1e-6, affine=False, **NARROW)
         for n in (8, 16, 32):
             coarse = torch.rand(2, 1, 1, 4, 4, 4, generator=draw)
             fixed, moving = (torch.nn.functional.interpolate(t, (n,) * 3, mode="trilinear") for t in coarse)
@@ -184,7 +184,8 @@ def test_lindefs_reductions_are_one_loss_at_one_voxel_count():
     predicted = LinDef(**NARROW)(fixed, moving)
     prediction = predicted._replace(fields=[predicted.fields[0] + 0.1, predicted.fields[1]])
     mean, total, keras = (
-        LinDef(reduction=r, **NARROW).terms(fixed, moving, prediction) for r in ("mean", "sum", "keras")
+        LinDef(reduction=r, beta=1e-6, **NARROW).terms(fixed, moving, prediction)
+        for r in ("mean", "sum", "keras")
     )
     mean, total, keras = ({k: t.item() for k, t in terms.items()} for terms in (mean, total, keras))
     n = math.prod(fixed.shape)
@@ -193,3 +194,4 @@ def test_lindefs_reductions_are_one_loss_at_one_voxel_count():
     assert keras["similarity"] == mean["similarity"]
     assert keras["regularity"] == total["regularity"]
     assert total["regularity"] == pytest.approx(1e-6 * 0.1 * 3 * n, rel=1e-3)
+    assert [LinDef(reduction=r, **NARROW).beta for r in ("mean", "sum", "keras")] == [0.01, 0.01, 1e-6]
