@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/lcc_rows.h"
+#include "cpu/vector.h"
 
 namespace fastreg::FASTREG_ISA {
 namespace {
@@ -15,13 +16,6 @@ void add(double* __restrict out, const double* __restrict in, int64_t n) {
 }
 void subtract(double* __restrict out, const double* __restrict in, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] -= in[i];
-}
-
-// Asks for the `count` numbers from p on, those of the row after the one at work: the processor's own
-// prefetchers stop at every page, and what rings hold lies in L3.
-template <bool kWrite, class T>
-void ask(const T* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, kWrite);
 }
 
 // out[i] = in[i] + ... + in[i + window - 1], never subtractive: partial sums of 4, 16, 64 ... samples, then

@@ -18,12 +18,12 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class A>
+template <class A, int kBytes>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes)));
+  typedef A type __attribute__((vector_size(kBytes)));
 };
-template <class A>
-using Vector = typename VectorOf<A>::type;
+template <class A, int kBytes = kVectorBytes>
+using Vector = typename VectorOf<A, kBytes>::type;
 // The bits of a Vector<float>, and 16 of each.
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
@@ -86,6 +86,13 @@ FASTREG_HD void store_as(T* p, V v) {
     std::memcpy(lanes, &v, sizeof(V));
     for (int i = 0; i < kLanes<A>; ++i) store(p[i], lanes[i]);
   }
+}
+
+// Asks for what `count` numbers from p on lie in: of the row after the one at work, which it then waits for
+// no longer. The processor's own prefetchers stop at every page, after six rows of 160 voxels in fp32.
+template <bool kWrite = false, class T>
+void ask(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, kWrite);
 }
 
 // The same number in every lane.

@@ -1,24 +1,22 @@
 // warp_coarse: reading an image at p + u(p), where u is given on a coarser grid and interpolated row by row.
 #include <cstdint>
 
+#include "cpu/axis_matrix.h"
 #include "cpu/warp_rows.h"
 
 namespace fastreg {
 
-// Where the voxels of an axis of the image lie on the grid of the displacement, and the transpose: the voxels
-// that read voxel i of the grid, `most` columns of `reader` and `share`, padded with shares of 0.
+// Where the voxels of an axis of the image lie on the grid of the displacement.
 struct CoarseAxis {
   int64_t n;               // of the grid
   const int32_t* lower;    // voxel of the grid at or before each voxel of the image
   const double* fraction;  // 0: the next one is not read
-  const int32_t* reader;   // (most, n)
-  const double* share;
-  int64_t most;
 };
 
 struct WarpCoarseArgs : WarpArgs {
   const void* coarse;    // (n, nd, *grid), arithmetic type; `displacement` is null
   CoarseAxis axis[3];    // 2D: z has one voxel
+  AxisMatrix to_grid;    // along x, from the voxels of the image that read each of the grid
   double factor[3];      // of each component, from voxels of the grid to those of the image; 2D: the last two
   const int32_t* group;  // (grid + 1) along the slowest axis: planes [group[i], group[i + 1]) have lower i
   int64_t n_slabs;       // that each sample is cut into, backward
@@ -122,7 +120,7 @@ class CoarseRows {
       : a(args),
         n(args.axis[2].n),
         to_image(args.out[2], n, 2),
-        to_grid(n, args.out[2], args.axis[2].most),
+        to_grid(n, args.out[2], args.to_grid.widest),
         line(to_image.reach()),
         stride(padded(to_grid.reach())),
         row(ND * stride) {
@@ -132,8 +130,9 @@ class CoarseRows {
       to_image.set(0, o, 1.0 - x.fraction[o]), to_image.set(1, o, x.fraction[o]);
     }
     for (int64_t i = 0; i < n; ++i) {
-      to_grid.begins(i, x.reader[i]);
-      for (int64_t t = 0; t < x.most; ++t) to_grid.set(t, i, x.share[t * n + i]);
+      const int64_t begin = a.to_grid.offset[i], count = a.to_grid.offset[i + 1] - begin;
+      to_grid.begins(i, a.to_grid.first[i]);
+      for (int64_t t = 0; t < count; ++t) to_grid.set(t, i, a.to_grid.weight[begin + t]);
     }
     to_image.done(), to_grid.done();
   }
@@ -205,9 +204,10 @@ void locate_row(const WarpCoarseArgs& a, const CoarseRows<A, ND>& rows, const Ro
   });
 }
 
-// Bytes: reads 1 + C volumes' worth of nothing but image and the coarse displacement, writes C: the
-// displacement of a row never leaves L1. Floor by arithmetic: that of warp, and 2 loads and a multiply-add a
-// voxel and component for the interpolation along x; those along y and z cost an eighth of it or less.
+// Bytes: reads C volumes and the coarse displacement, nd / 2^nd of a volume for a grid twice as coarse,
+// writes C: the displacement of a row never leaves L1. Floor by arithmetic: that of warp, and for each
+// component 2 products and 2 loads a voxel for the interpolation along x, and at most 2^(nd - 1) a voxel of
+// the grid's row for those along y and z.
 template <class T, int ND>
 void fwd(const WarpCoarseArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -250,9 +250,9 @@ void slopes(const WarpCoarseArgs& a, const Row& row, int64_t x0, int count, cons
 // The gradient to the coarse displacement: that to the displacement of an image row stays in L1, is brought
 // to a row of the grid, and row by row to a plane of it, which plane by plane goes to the two planes of the
 // grid that enclose it. A plane of the grid is the sum of what comes from before and what comes from behind
-// it, each added up in one order, so bits depend on neither slabs nor threads. Bytes: reads 2 C volumes; the
-// rest is 1 / 8 of a volume or less for a grid twice as coarse. Arithmetic: that of warp's gradient, the
-// interpolation of forward and as much for its adjoint.
+// it, each added up in one order, so bits depend on neither slabs nor threads. Bytes: reads 2 C volumes, and
+// the coarse displacement, whose gradient is as large. Arithmetic: that of warp's gradient, the interpolation
+// of forward and as much for its adjoint.
 template <class T, int ND>
 void bwd(const WarpCoarseArgs& a, int64_t begin, int64_t end) {
   using A = arithmetic_t<T>;
@@ -346,7 +346,6 @@ void warp_coarse_join(Stored type, int nd, const WarpCoarseArgs& a, int64_t b, i
 #include <algorithm>
 #include <vector>
 
-#include "common/displacement.h"
 #include "common/warp_op.h"
 #include "cpu/binding.h"
 
@@ -356,37 +355,24 @@ namespace {
 // Arrays behind a CoarseAxis.
 struct AxisMap {
   int64_t n;
-  std::vector<int32_t> lower, reader;
-  std::vector<double> fraction, share;
-  int64_t most = 0;
+  std::vector<int32_t> lower;
+  std::vector<double> fraction;
 
   AxisMap(int64_t n_grid, int64_t n_image) : n(n_grid), lower(n_image), fraction(n_image) {
-    std::vector<int64_t> count(n), taken(n);
     for (int64_t o = 0; o < n_image; ++o) {
       int64_t at;
       fraction[o] = linear_source(o, n, n_image, true, at);
       lower[o] = int32_t(at);
-      ++count[at];
-      if (fraction[o] > 0) ++count[at + 1];
-    }
-    most = *std::max_element(count.begin(), count.end());
-    reader.assign(most * n, 0), share.assign(most * n, 0.0);
-    const auto add = [&](int64_t i, int64_t o, double weight) {
-      const int64_t column = taken[i]++ * n + i;
-      reader[column] = int32_t(o), share[column] = weight;
-    };
-    for (int64_t o = 0; o < n_image; ++o) {
-      add(lower[o], o, 1.0 - fraction[o]);
-      if (fraction[o] > 0) add(lower[o] + 1, o, fraction[o]);
     }
   }
 
-  CoarseAxis view() const { return {n, lower.data(), fraction.data(), reader.data(), share.data(), most}; }
+  CoarseAxis view() const { return {n, lower.data(), fraction.data()}; }
 };
 
 struct WarpCoarseCall : WarpInputs {
   WarpCoarseArgs args{};
   std::vector<AxisMap> maps;
+  Matrix to_grid;
   std::vector<int32_t> group;
   int64_t rows;
 
@@ -407,6 +393,7 @@ struct WarpCoarseCall : WarpInputs {
       args.factor[k] = exact_scale(grid[k], out[k], true);
     }
     for (int k = 0; k < 3; ++k) args.axis[k] = maps[k].view();
+    to_grid = linear_matrix(grid[2], out[2], true, true), args.to_grid = to_grid.view();
     const std::vector<int32_t>& lower = maps[3 - nd].lower;
     for (int64_t i = 0; i <= grid[3 - nd]; ++i)
       group.push_back(int32_t(std::lower_bound(lower.begin(), lower.end(), int32_t(i)) - lower.begin()));

@@ -30,6 +30,8 @@ struct WarpArgs {
 #include <cmath>
 #include <cstring>
 
+#include "cpu/vector.h"
+
 namespace fastreg::FASTREG_ISA {
 namespace {
 
@@ -43,13 +45,6 @@ struct Positions {
   alignas(64) int64_t offset[kBlock];  // of the lower corner in its volume, where inside
   alignas(64) int32_t inside[kBlock];  // all 2^ND corners are voxels of the image and of planes [lo, hi)
 };
-
-// Asks for what `count` numbers from p on lie in: of the row after the one at work, which it then waits for
-// no longer. The processor's own prefetchers stop at every page, after six rows of 160 voxels in fp32.
-template <bool write = false, class T>
-void ask(const T* p, int count) {
-  for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i, write);
-}
 
 struct Row {
   int64_t n, z, y;

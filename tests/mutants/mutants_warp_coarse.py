@@ -43,9 +43,9 @@ def mutants(Mutant):
             "warp_coarse", "reference", "a matrix in the place of the displacement",
         ),
         Mutant(
-            "coarse_displacement_is_rounded", "rounding", "fastreg/ops/warp_coarse.py",
+            "coarse_reference_forgets_the_affine", "affine", "fastreg/ops/warp_coarse.py",
             "du = torch.ops.fastreg.warp_bwd(grad, image, u, affine, \"linear\", padding, *needs)[1]",
             "du = torch.ops.fastreg.warp_bwd(grad, image, u, None, \"linear\", padding, *needs)[1]",
-            "warp_coarse", "reference", "the reference forgets the affine",
+            "warp_coarse", "reference", "where no kernel answers, the gradient is taken elsewhere",
         ),
     ]  # fmt: skip
