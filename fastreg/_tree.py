@@ -11,6 +11,7 @@ from fastreg import _check
 
 # Beside the ops of `fastreg`, which all have gradients and answer on GPUs: these have neither.
 _lib = library.Library("fastreg_tree", "DEF")
+_MOST = 2.0**100  # of a cost or a penalty: fp32 holds what millions of cells add up to
 
 
 def spanning_tree(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,15 +46,15 @@ def min_marginals(
     over the labels of all other cells. Labels are offsets d in the cube of radius, lexicographic as in `cost_volume`.
 
     Args:
-        cost (Tensor): (cells, prod(2 radius + 1)), finite: ``cost_volume(...)[0].flatten(0, -2)``; computed in fp32.
+        cost (Tensor): (cells, prod(2 radius + 1)), finite, below 2^100: ``cost_volume(...)[0].flatten(0, -2)``; computed in fp32.
         previous (Tensor): (cells, nd): what the labels are added to, in their unit, axis order (z, y, x).
         order, parent (Tensor): (cells,) int64, as from `spanning_tree`.
         radius (sequence): of the labels, a number per axis.
         alpha (float): weight of the links, >= 0.
 
     Returns:
-        Tensor: (cells, prod(2 radius + 1)), fp32, on the device of cost: tensors of a GPU are brought to the CPU and back (tens of MB at
-        most, and a tree is no work for a GPU).
+        Tensor: (cells, prod(2 radius + 1)), fp32, on the device of cost: tensors of a GPU are brought to the CPU and back (a tree is no
+        work for a GPU).
 
     Notes:
         The same bits whatever the thread count. Memory: twice the cost, with the result. A message of n labels an axis takes nd n^(nd + 1)
@@ -75,8 +76,10 @@ def min_marginals(
     given = [t.detach().cpu() for t in (cost.float(), previous.float(), order, parent)]
     for name, t in zip(("cost", "previous"), given, strict=False):
         # A NaN is neither least nor most, and would not be seen; aminmax passes it on.
-        if t.numel() and not all(map(math.isfinite, (float(v) for v in torch.aminmax(t)))):
-            _check.fail(op, name, "be finite", "NaN or infinite values")
+        if t.numel() and not all(abs(float(v)) < _MOST for v in torch.aminmax(t)):
+            _check.fail(op, name, "be finite, below 2^100", "others")
+    if cost.numel() and alpha * (2 * float(given[1].abs().max()) + 2 * max(radius)) ** 2 >= _MOST:
+        _check.fail(op, "alpha", "leave penalties below 2^100", alpha)
     result = torch.ops.fastreg_tree.min_marginals(*given, list(radius), float(alpha))
     return result.to(cost.device)
 

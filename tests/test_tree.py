@@ -209,10 +209,12 @@ def test_a_nan_is_no_link_that_anything_prefers():
         ({"cost": torch.zeros(6, 8)}, r"cost must have shape \(cells, 9\)"),
         ({"cost": torch.full((6, 9), torch.nan)}, "cost must be finite"),
         ({"cost": torch.eye(6, 9).log()}, "cost must be finite"),
+        ({"cost": torch.full((6, 9), 1e38)}, r"cost must be finite, below 2\^100"),
         ({"previous": torch.zeros(6, 3)}, r"previous must have shape \(6, 2\)"),
         ({"previous": torch.full((6, 2), torch.inf)}, "previous must be finite"),
         ({"order": torch.zeros(5).long()}, r"order must have shape \(6,\)"),
         ({"alpha": -1.0}, "alpha must be a number >= 0"),
+        ({"alpha": 1e20, "previous": 1e6 * torch.eye(6, 2)}, r"alpha must leave penalties below 2\^100"),
     ],
 )
 def test_errors(change, match):
