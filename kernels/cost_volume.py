@@ -1,8 +1,8 @@
 """cost_volume in Triton: a program per cell and block of offsets, which marches through the cell's samples, channel by channel.
 
 Samples come one at a time, so that fixed and its weight are scalars, and an offset is a lane: moving is read where it lies,
-neighbouring lanes beside each other, from L1 after the first sample of a cell. Sums of a row of a cell are added to those before:
-fp32 keeps its digits. Bytes: as in csrc/cuda/cost_volume.cuh; a load from L1 each difference is the limit.
+neighbouring lanes beside each other, from L1 after the first sample of a cell. Sums of a row of a cell, of costs and of weights, are
+added to those before: fp32 keeps its digits. Bytes: as in csrc/cuda/cost_volume.cuh; a load from L1 each difference is the limit.
 The backward is the reference's, on the GPU.
 """
 
@@ -45,6 +45,7 @@ def cost_kernel(
             for y in range(y0, y1, SY):
                 row = image + (pz + tl.minimum(tl.maximum(y + dy, 0), H - 1)) * W
                 of_row = tl.zeros((BLOCK,), A)
+                weights_of_row = tl.zeros((1,), A)
                 for x in range(x0, x1, SX):
                     voxel = (z * H + y) * W + x
                     f = tl.load(fixed + image + voxel).to(A)
@@ -55,11 +56,12 @@ def cost_kernel(
                     if MASKED:
                         w = tl.load(mask + n * volume + voxel)
                         of_row += tl.where(w <= 0, 0.0, w * (d * d))
-                        weights += tl.where(w <= 0, 0.0, w)
+                        weights_of_row += tl.where(w <= 0, 0.0, w)
                     else:
                         of_row += d * d
-                        weights += 1.0
+                        weights_of_row += 1.0
                 total += of_row
+                weights += weights_of_row
     # The weights were added for each channel.
     weight = tl.sum(weights, 0)
     tl.store(out + cell * offsets + o, tl.where(weight == 0, 0.0, total / weight), mask=there)

@@ -36,13 +36,8 @@ FASTREG_KERNEL(void, cost_bwd, Stored, const CostGradArgs&, int64_t, int64_t)
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// A vector of kBytes, at most the set's: of a row of offsets the widest take most, a narrower one the rest.
-template <class A, int kBytes>
-struct PieceOf {
-  typedef A type __attribute__((vector_size(kBytes < kVectorBytes ? kBytes : kVectorBytes)));
-};
-
-// Calls body(V(), x) for the pieces of [0, n); the last may reach beyond n.
+// Calls body(V(), x) for the pieces of [0, n): the widest vectors take most, a narrower one the rest, which
+// may reach beyond n.
 template <class A, class Body>
 FASTREG_HD void each_piece(int64_t n, Body body) {
   int64_t x = 0;
@@ -50,11 +45,11 @@ FASTREG_HD void each_piece(int64_t n, Body body) {
   if (x == n) return;
   const int64_t bytes = (n - x) * int64_t(sizeof(A));
   if (bytes > 32)
-    body(typename PieceOf<A, 64>::type(), x);
+    body(Vector<A>(), x);
   else if (bytes > 16)
-    body(typename PieceOf<A, 32>::type(), x);
+    body(Vector<A, std::min(32, kVectorBytes)>(), x);
   else
-    body(typename PieceOf<A, 16>::type(), x);
+    body(Vector<A, 16>(), x);
 }
 
 // a * a + b. Fused where the set can: a sum is not bit-equal across sets in any case.
@@ -250,20 +245,21 @@ void fwd(const CostArgs& a, int64_t begin, int64_t end) {
               compare_all<false>(b, patch.data(), rows, window(a, 2), sums.data(), width);
           }
         }
-    const A scale = weight == 0 ? A(0) : A(1 / (weight * double(a.c)));
+    // Not times the inverse, which is infinite where the weights are subnormal.
+    const A total = weight == 0 ? A(1) : A(weight * double(a.c));
     A* out = static_cast<A*>(a.result) + index * n_offsets;
     for (const A* row = sums.data(); row < sums.data() + sums.size(); row += width, out += window(a, 2))
       each_x<A>(0, window(a, 2), [&](auto v, int64_t x) {
         using V = decltype(v);
-        store_as<V>(out + x, load_as<V>(row + x) * scale);
+        store_as<V>(out + x, load_as<V>(row + x) / total);
       });
   }
 }
 
 // Of a piece of V of each row of offsets, the first `valid` lanes: t = grad (fixed - moving). Adds to
 // fixed_sums the sum of t over the offsets, subtracts w t from moved, a patch, where moving was read. Lanes
-// beyond are cleared: they read what another offset does, which may be NaN. A sample goes through all rows
-// before the next, which reads what this one has written: by then it lies in the cache.
+// beyond are cleared, of t and of w: they read what another offset does, which may be NaN. A sample goes
+// through all rows before the next, which reads what this one has written: by then it lies in the cache.
 template <class V, bool kMoving, class A>
 void gradients(const Block<A>& b, const A* patch, const A* grad, const std::vector<int64_t>& rows,
                int64_t width, int64_t valid, double* fixed_sums, A* moved) {
@@ -273,7 +269,7 @@ void gradients(const Block<A>& b, const A* patch, const A* grad, const std::vect
   for (int64_t i = 0; i < int64_t(sizeof(V) / sizeof(A)); ++i) keep[i] = i < valid ? -1 : 0;
   const int64_t n = rows.size();
   for (int64_t s = 0; s < b.count; ++s) {
-    const V value = fill<V>(b.value[s]), weight = fill<V>(b.weight[s]);
+    const V value = fill<V>(b.value[s]), weight = V(Bits(fill<V>(b.weight[s])) & keep);
     V sums[kChains] = {};
     const auto row = [&](int64_t r, V& sum) {
       const int64_t at = b.at[s] + rows[r];
@@ -367,10 +363,10 @@ void bwd(const CostGradArgs& a, int64_t begin, int64_t end) {
       const int64_t cell[3] = {layer, i / a.cells[2], i % a.cells[2]};
       const double weight = cell_weight(a, mask, cell);
       if (weight == 0) continue;
-      const A scale = A(2 / (weight * double(a.c)));
+      const double scale = 2 / (weight * double(a.c));
       const A* from = static_cast<const A*>(a.grad) + ((n * a.cells[0] + layer) * area + i) * n_offsets;
       for (size_t r = 0; r < rows.size(); ++r, from += along_x)
-        for (int64_t x = 0; x < along_x; ++x) grad[r * width + x] = from[x] * scale;
+        for (int64_t x = 0; x < along_x; ++x) grad[r * width + x] = from[x];
       CostSpan span[3];
       for (int64_t z = 0; (span[0] = cost_span(a, 0, cell[0], z)).count > 0; ++z)
         for (int64_t y = 0; (span[1] = cost_span(a, 1, cell[1], y)).count > 0; ++y)
@@ -378,6 +374,7 @@ void bwd(const CostGradArgs& a, int64_t begin, int64_t end) {
             // Rows of whole vectors: a load that overlaps the store before it would wait for it.
             list_samples(a, mask, span, width, b);
             if (b.count == 0) continue;
+            for (int64_t s = 0; s < b.count; ++s) b.weight[s] = A(b.weight[s] * scale);
             list_rows(a, b, rows);
             const size_t reached = b.reach[0] * b.reach[1] * b.pitch + 2 * kLanes<A>;
             patch.resize(std::max(patch.size(), reached)), moved.resize(patch.size());

@@ -34,8 +34,8 @@ def cost_volume(
 
     Args:
         fixed, moving (Tensor): (N, C, D, H, W) or (N, C, H, W), fp64 / fp32 / fp16 / bf16; mixed dtypes are promoted.
-        cell (int or sequence): edge of a cell in voxels, >= 1, one or one per axis. Where an axis is no multiple of it, the
-            last cell averages the voxels that it has.
+        cell (int or sequence): edge of a cell in voxels, >= 1, as radius and stride below 2^15; one or one per axis. Where an
+            axis is no multiple of it, the last cell averages the voxels that it has.
         radius (int or sequence): largest offset in voxels, >= 0, one or one per axis; may exceed the image.
         stride (int or sequence): of a cell's voxels, every how many-th along each axis counts, from its first on.
         mask (Tensor, optional): (N, 1, *spatial), >= 0, or bool: weights of the voxels of fixed. No gradient. A cell without
@@ -122,15 +122,20 @@ def _costs(fixed, moving, mask, cell, stride, offsets):
         fixed.new_ones((len(fixed), 1, *fixed.shape[2:]), dtype=dtype) if mask is None else mask.to(dtype)
     )
     weight = _taken(weight, at)
+    total = per_cell(weight.clamp_min(0)) * fixed.shape[1]
+    for k, (voxels, c) in enumerate(zip(at, cell, strict=True)):
+        total = total.index_select(1 + k, voxels // c)
+    total = total[:, None]
+    # Shares, which a total of any size leaves finite, on the way back too.
+    share = torch.where(total == 0, 0, weight.clamp_min(0) / torch.where(total == 0, 1, total))
     costs = []
     for offset in offsets:
         read = [(v + o).clamp(0, max(n - 1, 0)) for v, o, n in zip(at, offset, fixed.shape[2:], strict=True)]
         difference = f - _taken(m, read)
         if mask is not None:
             difference = torch.where(weight <= 0, 0, difference)
-        costs.append(per_cell(weight.clamp_min(0) * difference.square().sum(1, keepdim=True)))
-    total = per_cell(weight.clamp_min(0))[..., None] * fixed.shape[1]
-    return torch.where(total == 0, 0, torch.stack(costs, -1) / torch.where(total == 0, 1, total))
+        costs.append(per_cell(share * difference.square().sum(1, keepdim=True)))
+    return torch.stack(costs, -1)
 
 
 def cost_volume_ref(fixed, moving, mask, cell, radius, stride):

@@ -20,8 +20,8 @@ def mutants(Mutant):
         ),
         Mutant(
             "cost_no_weight_is_nan", "mask", "csrc/cpu/cost_volume.cpp",
-            "const A scale = weight == 0 ? A(0) : A(1 / (weight * double(a.c)));",
-            "const A scale = A(1 / (weight * double(a.c)));",
+            "const A total = weight == 0 ? A(1) : A(weight * double(a.c));",
+            "const A total = A(weight * double(a.c));",
             "cost_volume", "weight or reference", "a cell that the mask leaves out decides nothing",
         ),
         Mutant(

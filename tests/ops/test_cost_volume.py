@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import DTYPES, assert_close, check_against_reference, double
+from common import BACKEND, DTYPES, assert_close, check_against_reference, double
 from contract import Case, Contract
 
 import fastreg
@@ -182,6 +182,9 @@ def test_nan_reaches_the_gradients_of_what_read_it():
     own = [[c, y, x] for c in (0, 1) for y in range(2) for x in range(4)]
     reached = [[c, y, x] for c in (0, 1) for y in range(3) for x in range(5)]
     assert where_not_finite() == [own, reached]
+    mask[0, 0, :2, 1:4] = mask[0, 0, 1, 0] = 0  # alone in its cell
+    around = [[c, y, x] for c in (0, 1) for y in range(2) for x in range(2)]
+    assert where_not_finite() == [[[c, 0, 0] for c in (0, 1)], around]
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float64)], ids=str)
@@ -250,9 +253,26 @@ def test_half_differences_do_not_overflow():
 
 @pytest.mark.kernel
 def test_large_cells_keep_their_digits():
-    fixed, moving = (t.detach().float() for t in make((1, 1, 900, 1000)))
+    size = (9, 100) if BACKEND == "triton" else (900, 1000)  # the interpreter takes a millisecond a voxel
+    fixed, moving = (t.detach().float() for t in make((1, 1, *size)))
     truth = (fixed.double() - moving).square().mean().view(1, 1, 1, 1)
     assert_close(fastreg.cost_volume(fixed, moving, 1000, 0), truth, 1e-6)
+
+
+@pytest.mark.kernel
+def test_weights_of_any_size():
+    """Subnormal ones, whose inverse is infinite, and ones that are lost beside the first, one by one."""
+    fixed, moving = make((1, 2, 8, 64), torch.float32)
+    many = torch.full((1, 1, 8, 64), 2.0**-25)
+    many[..., 0, 0] = 1
+    # Products with subnormal weights have few digits; in a row or a block what is beside the first loses a few.
+    for mask, cell, tolerance in ((torch.full((1, 1, 8, 64), 1e-40), 2, 1e-3), (many, 64, 5e-6)):
+        check_against_reference(
+            lambda f, m, mask=mask, cell=cell: fastreg.cost_volume(f, m, cell, (0, 1), mask=mask),
+            lambda f, m, mask=mask, cell=cell: truth(f, m, double(mask), (cell, cell), (0, 1), (1, 1)),
+            (fixed, moving),
+            tolerance,
+        )
 
 
 @pytest.mark.parametrize("radius", [3000, 32000])
