@@ -166,7 +166,7 @@ class Outcome:
         before, after = summary.get("overlap", 0.0), summary["overlap_after"]
         if after < _LEFT * before:
             self.suspect(
-                f"the moving image covers {100 * after:.2g} % of the fixed one after the motion that was found, and {100 * before:.2g} % "
+                f"the moving image covers {100 * after:.3g} % of the fixed one after the motion that was found, and {100 * before:.3g} % "
                 "where it started: it has run away; try another --start, or --mask and --moving-mask"
             )
         reached = self.before, (volume(moved.array[0]), torch.from_numpy(moved.inside)[None, None])

@@ -45,6 +45,13 @@ def judge(
     """
     fixed, moving = images
     u, shapes = result.displacement, _pyramid(tuple(fixed.shape[2:]), spacing, None)
+    # not at voxels so fine that nothing was sought there
+    sought = {
+        tuple(level["shape"])
+        for level in result.levels
+        if level["iterations"] and level["transform"] == parameters["transform"]
+    }
+    shapes = [shape for shape in shapes if shape in sought] or shapes
     shares = _channels.shares_of(parameters.get("channel_weights"), fixed.shape[1])
     compared = result.similarity, parameters["window"], fixed, moving, u, *masks
     before, after = _similarity.fits(*compared, shapes, shares)

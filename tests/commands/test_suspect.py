@@ -123,6 +123,7 @@ def test_a_descent_that_makes_it_worse_is_suspect(scans):
     class Result:
         displacement = torch.full((1, 3, 20, 22, 24), 3.0)
         similarity = "mse"
+        levels = ()
 
     told = []
     judged, off = _judging.judge(
@@ -147,12 +148,25 @@ def test_images_that_are_alike_before_and_after_are_not_suspect(similarity):
     class Result:
         displacement = torch.full((1, 2, 40, 44), 0.01)
         discrete = None
+        levels = ()
 
     Result.similarity = similarity
     told = []
     parameters = {"window": 9, "transform": "rigid"}
     _judging.judge(Result, (image, image), (None, None), (1.0, 1.0), parameters, {}, told.append)
     assert told == []
+
+
+def test_images_are_judged_where_something_was_sought():
+    """Fine noise that is the same in both, and what is under it 3 voxels away: what the coarse level finds lays the noise elsewhere."""
+    moving = textured(0, (96, 96))
+    noise = torch.randn(moving.shape, generator=torch.Generator().manual_seed(9)) * moving.std()
+    fixed = moving.roll(3, -1) + noise
+    options = {"similarity": "lcc", "search_range": 0.0}
+    for plan, suspect in (((60, 60, 0), False), ((60, 60, 1), True)):
+        told, (alike, _) = judged(fixed, moving + noise, levels=3, iterations=plan, **options)
+        assert (alike["after"] > alike["before"]) == suspect
+        assert any("less alike" in line for line in told) == suspect
 
 
 def textured(seed, shape=(72, 80)):
