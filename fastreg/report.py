@@ -230,14 +230,15 @@ def draw(
     figure.colorbar(shown["moved − fixed"], cax=bar, orientation="horizontal")
     bar.set_xlabel("difference, share of the intensity range", size=7, labelpad=1, **text)
     bars = [bar]
-    bar = axes_at(left + 6 * (cell_w + gap), y0, cell_w, 0.09)
+    # bars end before their columns, or their last and first numbers would meet
+    bar = axes_at(left + 6 * (cell_w + gap), y0, 0.88 * cell_w, 0.09)
     figure.colorbar(shown["Jacobian determinant"], cax=bar, orientation="horizontal")
     bars.append(bar)
     share = float((~(determinant > 0)).mean())
     folds = "no folding" if share == 0 else f"folding (≤ 0): {100 * share:.2g} % of voxels"
     bar.set_xlabel(folds, size=7, labelpad=1, family="DejaVu Sans", color=FOLD if share else INK)
     if inconsistency is not None:
-        bar = axes_at(left + 7 * (cell_w + gap), y0, cell_w, 0.09)
+        bar = axes_at(left + 7 * (cell_w + gap), y0, 0.88 * cell_w, 0.09)
         figure.colorbar(shown["there and back"], cax=bar, orientation="horizontal")
         bar.set_xlabel("off from where it began, mm", size=7, labelpad=1, **text)
         bars.append(bar)
