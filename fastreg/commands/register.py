@@ -325,6 +325,10 @@ def solve(case: Case, args: argparse.Namespace) -> Outcome:
     judged, inconsistency = _judging.judge(
         result, images, masks, case.fixed_grid.spacing_zyx, parameters, used, doubt
     )
+    if math.isnan(choice.consistency or 0.0) and inconsistency is not None and not inconsistency.seen.any():
+        doubt(
+            "the images show next to nothing in the same places: whether the motion is right cannot be told"
+        )
     if parameters["transform"] in TRANSFORMS and not any(level["iterations"] for level in result.levels):
         warn("no level had an iteration: the displacement is that of the start")
     u, affine = result.displacement.detach().cpu(), result.affine

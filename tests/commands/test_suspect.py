@@ -37,6 +37,7 @@ def scans(tmp_path_factory):
         "labels": labels,
         "blobs": blobs,
         "folded": np.abs(blobs),
+        "noise": noise[0, 0].numpy(),
     }
     for name, image in images.items():
         io.write_image(folder / f"{name}.nii.gz", image, grid)
@@ -101,13 +102,14 @@ def test_what_leads_elsewhere_is_suspect(scans, tmp_path, capsys):
             "only 27 voxels of 250880 count in both images",
         ),
         (("--iterations", 1, "--similarity", "lcc"), ("blobs", "folded"), "correlate with different signs"),
+        (("--iterations", 1), ("fixed", "noise"), "next to nothing in the same places"),
         (
             ("--fixed-labels", "labels", "--moving-labels", "labels"),
             ("fixed", "moving"),
             "labels overlap less than before",
         ),
     ],
-    ids=["mask", "contrast", "labels"],
+    ids=["mask", "contrast", "noise", "labels"],
 )
 def test_why_it_is_suspect(scans, tmp_path, capsys, more, pair, line):
     more = [scans / f"{a}.nii.gz" if a in ("few", "labels") else a for a in more]
