@@ -119,9 +119,7 @@ SUBJECTS = {
         sizes=cubes(64, 96, 128),
         goal=("fastreg", 0.6),
     ),
-    "f3rnet": Subject(
-        "F3RNet, MIND", models.F3RNet, (144, 144, 128), (64, 64, 64), goal=("fastreg, blocks", 0.5)
-    ),
+    "f3rnet": Subject("F3RNet, MIND", models.F3RNet, (144, 144, 128), (64, 64, 64), goal=("fastreg", 0.7)),
     "prdfe": Subject("PRDFE", models.PRDFE, (120, 144, 160), (48, 64, 64)),
     "lindef": Subject("LinDef", models.LinDef, (64, 192, 192), (16, 48, 32), quick=(8, 24, 24)),
     # Its loss counts pixels sampled inside; at the border, where the motion all but vanishes, rounding decides which.

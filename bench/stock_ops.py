@@ -129,6 +129,22 @@ def norm_act_(x, slope, eps=1e-5):
     return F.leaky_relu_(F.instance_norm(x, eps=eps), slope)
 
 
+def activated(layer, x, slope):
+    return F.leaky_relu_(layer(x), slope)
+
+
+def convolved(layer, x):
+    return layer(x)
+
+
+def residual(layer, x, z, slope):
+    return z + F.leaky_relu_(layer(x), slope)
+
+
+def pooled(x, size, kind="max"):
+    return F.max_pool3d(x, size) if kind == "max" else F.avg_pool3d(x, size)
+
+
 OPS = (
     warp,
     compose,
@@ -143,7 +159,7 @@ OPS = (
     total_variation,
     local_correlation,
 )
-LAYERS = (concat_conv, dense_block, chain, norm_act_)
+LAYERS = (concat_conv, dense_block, chain, norm_act_, activated, convolved, residual, pooled)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Layers whose memory is designed: what a concatenation would copy is kept once, or not at all.
 
 `concat_conv` convolves the concatenation of sources and keeps the sources; `dense_block` keeps one buffer instead of a
-growing concatenation per convolution. Both give the numbers of the concatenating form (tests/models/test_models.py).
+growing concatenation per convolution. `residual` keeps the sign of an activation that nobody else reads, `pooled` where the maxima
+are. All give the numbers of the plain form (tests/models/test_models.py).
 """
 
 from collections.abc import Sequence
@@ -55,9 +56,84 @@ def single(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def activated(layer: nn.Module, x: torch.Tensor, slope: float) -> torch.Tensor:
+def activated(layer: Any, x: torch.Tensor, slope: float) -> torch.Tensor:
     """LeakyReLU of layer(x), in place: the backward needs its sign alone, and the next layer keeps it anyway."""
-    return F.leaky_relu_(layer(x), slope)
+    if _along_first(layer):
+        # Viewed after it is activated: in place of a view, autograd would copy.
+        return F.leaky_relu_(_first_axis(layer, x), slope).unflatten(3, x.shape[3:])
+    return F.leaky_relu_(convolved(layer, x), slope)
+
+
+def convolved(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), of a convolution."""
+    if _halvable(x, layer):  # whose backward is to know that too, and to keep x
+        return _ConcatConv.apply(layer, x.shape[2:], layer.weight, layer.bias, x)
+    return _convolve(x, layer, layer.weight, layer.bias)
+
+
+def residual(layer: Any, x: torch.Tensor, z: torch.Tensor, slope: float) -> torch.Tensor:
+    """``z + leaky_relu(layer(x), slope)``, which keeps the sign of the activation and nothing else of it."""
+    if _along_first(layer):
+        return _plus_activated(_first_axis(layer, x), z.flatten(3), slope).unflatten(3, z.shape[3:])
+    return _plus_activated(convolved(layer, x), z, slope)
+
+
+def pooled(x: torch.Tensor, size: int, kind: str = "max") -> torch.Tensor:
+    """Pooling of windows of size^3 that tile x, "max" or "mean"; keeps where the maxima are, not x."""
+    return _MaxPool.apply(x, size) if kind == "max" else _MeanPool.apply(x, size)
+
+
+def _plus_activated(y, z, slope):
+    if y.dtype != z.dtype:  # under autocast, where the sum stays as precise as z
+        return z + F.leaky_relu_(y, slope)
+    return _PlusActivated.apply(y, z, slope)
+
+
+class _PlusActivated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, z, slope):
+        ctx.slope = slope
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(y > 0)
+        ctx.mark_dirty(y)
+        return F.leaky_relu_(y, slope).add_(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (positive,) = ctx.saved_tensors
+        # 1 and 0 have the signs that count; torch.where takes four times as long.
+        return _leaky_backward(grad, positive.to(grad.dtype), ctx.slope), grad, None
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, size):
+        y, at = F.max_pool3d(x, size, return_indices=True)
+        ctx.shape = x.shape[2:]
+        ctx.save_for_backward(at.to(torch.int32) if x.shape[2:].numel() < 2**31 else at)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (at,) = ctx.saved_tensors
+        whole = grad.new_zeros(*grad.shape[:2], ctx.shape.numel())
+        # Windows do not overlap: nothing is written twice.
+        whole.scatter_(2, at.flatten(2).long(), grad.flatten(2))
+        return whole.view(*grad.shape[:2], *ctx.shape), None
+
+
+class _MeanPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, size):
+        ctx.size = size
+        return F.avg_pool3d(x, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return F.interpolate(grad / ctx.size**3, scale_factor=ctx.size), None
 
 
 def _cast(tensors):
@@ -69,14 +145,74 @@ def _cast(tensors):
     return list(tensors)
 
 
+def _along_first(layer):
+    """Whether a convolution goes along the first axis of three alone."""
+    return (
+        isinstance(layer, nn.Conv3d)
+        and layer.kernel_size[1:] == (1, 1)
+        and layer.kernel_size[0] > 1
+        and (layer.stride, layer.dilation, layer.groups) == ((1, 1, 1), (1, 1, 1), 1)
+    )
+
+
+def _first_axis(layer, x):
+    """Such a convolution as one in 2D, (N, C, D, H W): a CPU takes a quarter of the time."""
+    return F.conv2d(x.flatten(3), layer.weight[..., 0], layer.bias, padding=(layer.padding[0], 0))
+
+
+# Up to so many N C D H, PyTorch's CPU convolves one volume by im2col instead of oneDNN, at three to ten times the time.
+_SLOW, _TINY = 20480, 4096
+
+
+def _halvable(x, layer):
+    """Whether x is so small a volume, and its halves as a batch of two have the same result in less time."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.ndim == 5
+        and len(x) == 1
+        and x.shape[:4].numel() <= _SLOW
+        and x.numel() >= _TINY
+        and x.shape[2] % 2 == 0
+        and layer.groups == 1
+        and max(layer.kernel_size) == 3
+        and max(*layer.stride, *layer.dilation) == 1
+    )
+
+
+def _halves(x, more):
+    """Both halves of a volume along its first axis, as a batch, each with `more` of its other half, and of zeros."""
+    if more:
+        x = F.pad(x, (0, 0, 0, 0, more, more))
+    half = x.shape[2] // 2 + more
+    return torch.cat([x[:, :, :half], x[:, :, -half:]])
+
+
 def _convolve_backward(grad, x, layer, weight, bias, need_x):
+    if _halvable(x, layer):
+        more, n = layer.padding[0], x.shape[2]
+        padding = (0, *layer.padding[1:])
+        halves = _halves(grad, 0), _halves(x, more)
+        pair, *grads = _backward(*halves, layer, padding, weight, bias, need_x)
+        if not need_x:
+            return None, *grads
+        whole = x.new_zeros(1, x.shape[1], n + 2 * more, *x.shape[3:])
+        for part, half in zip(pair.split(1), (slice(0, n // 2 + 2 * more), slice(n // 2, None)), strict=True):
+            whole[:, :, half] += part
+        return whole[:, :, more : more + n], *grads
+    return _backward(grad, x, layer, layer.padding, weight, bias, need_x)
+
+
+def _backward(grad, x, layer, padding, weight, bias, need_x):
     return torch.ops.aten.convolution_backward.default(
         grad,
         x,
         weight,
         None if bias is None else list(bias.shape),
         layer.stride,
-        layer.padding,
+        padding,
         layer.dilation,
         False,
         [0] * len(layer.stride),
@@ -87,11 +223,22 @@ def _convolve_backward(grad, x, layer, weight, bias, need_x):
 
 def _convolve(x, layer, weight, bias):
     function = F.conv3d if x.ndim == 5 else F.conv2d
+    if _halvable(x, layer):
+        pair = function(_halves(x, layer.padding[0]), weight, bias, padding=(0, *layer.padding[1:]))
+        return torch.cat(pair.split(1), 2)
     return function(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
 
 def _leaky_backward(grad, output, slope):
     return torch.ops.aten.leaky_relu_backward.default(grad, output, slope, True)
+
+
+def _activate_into(out, y, slope):
+    """out = leaky_relu(y): in one pass, where a compiler does not make one of two anyway."""
+    if torch.compiler.is_compiling():
+        out.copy_(F.leaky_relu(y, slope))
+    else:
+        torch.ops.aten.leaky_relu.out(y, slope, out=out)
 
 
 def _upsample(x, size):
@@ -110,10 +257,15 @@ def _upsample_backward(grad, like):
     return backward(grad.contiguous(), size, like.shape)
 
 
+def _joined(sources, size):
+    x = [_upsample(s, size) for s in sources]
+    return torch.cat(x, 1) if len(x) > 1 else x[0]
+
+
 class _ConcatConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, size, weight, bias, *sources):
-        x = torch.cat([_upsample(s, size) for s in sources], 1)
+        x = _joined(sources, size)
         ctx.layer, ctx.size = layer, size
         ctx.save_for_backward(weight, bias, *sources)
         return _convolve(x, layer, weight, bias)
@@ -122,7 +274,7 @@ class _ConcatConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         weight, bias, *sources = ctx.saved_tensors
-        x = torch.cat([_upsample(s, ctx.size) for s in sources], 1)
+        x = _joined(sources, ctx.size)
         need_x = any(ctx.needs_input_grad[4:])
         grad_x, *grads = _convolve_backward(grad, x, ctx.layer, weight, bias, need_x)
         parts = grad_x.split([s.shape[1] for s in sources], 1) if need_x else [None] * len(sources)
@@ -163,10 +315,11 @@ class _DenseBlock(torch.autograd.Function):
             at += source.shape[1]
         F.leaky_relu_(buffer[:, :activate], slope)
         for layer, weight, bias in zip(layers, weights, biases, strict=True):
-            y = F.leaky_relu_(_convolve(buffer[:, :at], layer, weight, bias), slope)
+            y = _convolve(buffer[:, :at], layer, weight, bias)
             if at < channels:
-                buffer[:, at : at + y.shape[1]].copy_(y)
+                _activate_into(buffer[:, at : at + y.shape[1]], y, slope)
                 at += y.shape[1]
+        F.leaky_relu_(y, slope)
         ctx.layers, ctx.slope, ctx.activate = layers, slope, activate
         ctx.widths = [s.shape[1] for s in sources]
         ctx.save_for_backward(buffer, y, *parameters)
@@ -216,32 +369,34 @@ def dense_block(
         return _DenseBlock.apply(layers, slope, activate, len(sources), *tensors)
 
 
-def _normalize_(y, slope, eps):
-    """Instance normalisation and LeakyReLU in place; the deviation's reciprocal."""
-    axes = tuple(range(2, y.ndim))
-    variance, mean = torch.var_mean(y, axes, correction=0, keepdim=True)
-    rstd = torch.rsqrt(variance + eps)
-    F.leaky_relu_(y.sub_(mean).mul_(rstd), slope)
-    return rstd
+def _flat(x):
+    """(1, N C, *spatial): the batch normalisation of that is the instance normalisation of x."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+def _normalized(y, eps):
+    """The instance normalisation, and the deviation's reciprocal, (N C,)."""
+    x, _, rstd = torch.native_batch_norm(_flat(y), None, None, None, None, True, 0.0, eps)
+    return x.view_as(y), rstd
 
 
 def _normalize_backward(grad, y, rstd, slope):
     """The normalised value is read off the output, which a positive slope keeps one to one."""
-    axes = tuple(range(2, y.ndim))
-    g = _leaky_backward(grad, y, slope)
-    x = F.leaky_relu(y, 1 / slope)
-    g = g.sub_(g.mean(axes, keepdim=True))
-    return g.sub_(x.mul_((g * x).mean(axes, keepdim=True))).mul_(rstd)
+    g, x = _leaky_backward(grad, y, slope), F.leaky_relu(y, 1 / slope)
+    # Of mean 0 and deviation 1 already: the gradient is that of a batch normalisation whose weight is rstd.
+    still, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+    back = torch.ops.aten.native_batch_norm_backward.default
+    only = [True, False, False]
+    return back(_flat(g), _flat(x), rstd, None, None, still, one, True, 0.0, only)[0].view_as(y)
 
 
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, slope, eps):
-        rstd = _normalize_(x, slope, eps)
-        ctx.mark_dirty(x)
+        y, rstd = _normalized(x, eps)
         ctx.slope = slope
-        ctx.save_for_backward(x, rstd)
-        return x
+        ctx.save_for_backward(F.leaky_relu_(y, slope), rstd)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -251,7 +406,7 @@ class _NormAct(torch.autograd.Function):
 
 
 def norm_act_(x: torch.Tensor, slope: float, eps: float = 1e-5) -> torch.Tensor:
-    """``leaky_relu(instance_norm(x))`` in place of x, an activation nobody else keeps. Keeps its output alone."""
+    """``leaky_relu(instance_norm(x))`` of x, an activation nobody else keeps. Keeps its output alone."""
     return _NormAct.apply(x, slope, eps)
 
 
@@ -264,10 +419,10 @@ class _Chain(torch.autograd.Function):
         buffer[:, : widths[0]].copy_(x)
         at, rstds = 0, []
         for layer, weight, bias, inputs in zip(layers, weights, biases, widths, strict=False):
-            y = _convolve(buffer[:, at : at + inputs], layer, weight, bias)
-            rstds.append(_normalize_(y, slope, eps))
+            y, rstd = _normalized(_convolve(buffer[:, at : at + inputs], layer, weight, bias), eps)
+            rstds.append(rstd)
             at += inputs
-            buffer[:, at : at + y.shape[1]].copy_(y)
+            _activate_into(buffer[:, at : at + y.shape[1]], y, slope)
         ctx.layers, ctx.slope, ctx.widths = layers, slope, widths
         ctx.save_for_backward(buffer, *rstds, *parameters)
         return buffer

@@ -11,7 +11,7 @@ from fastreg import ops
 from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
-from .blocks import FlowHead, activated, concat_conv, conv
+from .blocks import FlowHead, activated, concat_conv, conv, convolved, pooled, residual
 from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
@@ -30,7 +30,7 @@ POLICIES = ("fit", "all")
 # Lambda, where the paper's Dice was best (its figure 3).
 WEIGHTS = {variant: 2.0 if variant in ("encoder", "ms") else 1.5 for variant in VARIANTS}
 MIND_2012 = {"radius": 1, "dilation": 1, "neighbourhood": "six", "patch": "gaussian", "norm": "l1"}
-POOLS = {"max": nn.MaxPool3d, "mean": nn.AvgPool3d}  # modules, which pickle
+POOLS = ("max", "mean")
 UPS = ("trilinear", "nearest")
 
 
@@ -48,6 +48,14 @@ def _conv(inputs, outputs, factorized):
     return _F3D(inputs, outputs) if factorized else conv(3, inputs, outputs)
 
 
+def _activated(layer, sources):
+    """LeakyReLU of a convolution of what `_conv` makes."""
+    if not isinstance(layer, _F3D):
+        return concat_conv(layer, sources, SLOPE) if len(sources) > 1 else activated(layer, *sources, SLOPE)
+    x = convolved(layer[0], *sources) if len(sources) == 1 else concat_conv(layer[0], sources, None)
+    return activated(layer[1], x, SLOPE)
+
+
 class _Residual(nn.Module):
     """z + act(conv(act(conv(z))))."""
 
@@ -56,7 +64,10 @@ class _Residual(nn.Module):
         self.first, self.second = _conv(width, width, factorized), _conv(width, width, factorized)
 
     def forward(self, z):
-        return z + activated(self.second, activated(self.first, z, SLOPE), SLOPE)
+        x = _activated(self.first, (z,))
+        if isinstance(self.second, _F3D):
+            return residual(self.second[1], convolved(self.second[0], x), z, SLOPE)
+        return residual(self.second, x, z, SLOPE)
 
 
 class _MRB(nn.Module):
@@ -66,22 +77,17 @@ class _MRB(nn.Module):
 
     def __init__(self, scale, inputs, width, convolution, residual, pool, up):
         super().__init__()
-        self.scale, self.pool, self.up = scale, POOLS[pool](scale), up
+        self.scale, self.pool, self.up = scale, pool, up
         self.conv = _conv(STREAM + inputs, width, convolution)
         self.residual = _Residual(width, residual)
         self.to_stream = nn.Conv3d(width, STREAM, 1)
 
     def forward(self, stream, h, last=False):
-        pooled = self.pool(stream)
-        sources = (pooled,) if h is None else (h, pooled)
-        if isinstance(self.conv, _F3D):
-            x = activated(self.conv[1], concat_conv(self.conv[0], sources, None), SLOPE)
-        else:
-            x = concat_conv(self.conv, sources, SLOPE)
-        stream = stream + F.interpolate(
-            self.to_stream(x), scale_factor=self.scale, mode=self.up, **_corners(self.up)
-        )
-        return stream, (None if last else self.residual(x))
+        small = pooled(stream, self.scale, self.pool)
+        x = _activated(self.conv, (small,) if h is None else (h, small))
+        up = F.interpolate(self.to_stream(x), scale_factor=self.scale, mode=self.up, **_corners(self.up))
+        # In place: neither is kept.
+        return up.add_(stream), (None if last else self.residual(x))
 
 
 def _corners(up):
@@ -158,18 +164,15 @@ class F3RNet(Model):
         self.up = up
 
     def predict(self, fixed: Tensor, moving: Tensor) -> Prediction:
-        if isinstance(self.stem, _F3D):
-            x = activated(self.stem[1], concat_conv(self.stem[0], (moving, fixed), None), SLOPE)
-        else:
-            x = concat_conv(self.stem, (moving, fixed), SLOPE)
+        x = _activated(self.stem, (moving, fixed))
         for layer in self.before:
             x = self.block(layer, x)
         h: Any = None
         skips: list[Tensor] = []
         for layer in self.down:
-            x, h = self.block(layer, x, h if h is None else F.max_pool3d(h, 2))
+            x, h = self.block(layer, x, h if h is None else pooled(h, 2))
             skips.append(h)
-        h = F.max_pool3d(h, 2)
+        h = pooled(h, 2)
         for layer in self.bottom:
             x, h = self.block(layer, x, h)
 

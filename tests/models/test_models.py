@@ -214,20 +214,81 @@ def test_norm_act():
     )
 
 
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (1, 3, 3), (3, 3, 3)])
+def test_activated_and_residual(kernel):
+    """Also of a convolution along the slices alone, which is made in 2D."""
+    padding = tuple(n // 2 for n in kernel)
+    net = nn.ModuleList([nn.Conv3d(3, 3, kernel, padding=padding)]).double()
+    (layer,) = net
+
+    def plain(x, z):
+        return z + F.leaky_relu(layer(x), 0.2)
+
+    inputs = [volume(3, 3, 4, 5), volume(3, 3, 4, 5)]
+    compare(lambda x, z: z + blocks.activated(layer, x, 0.2), plain, inputs, net)
+    compare(lambda x, z: blocks.residual(layer, x, z, 0.2), plain, inputs, net)
+    with torch.no_grad():
+        torch.testing.assert_close(blocks.residual(layer, *inputs, 0.2), plain(*inputs))
+
+
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3)])
+@pytest.mark.parametrize("need_x", [True, False])
+def test_a_small_volume_is_convolved_in_halves(kernel, need_x):
+    layer = nn.Conv3d(4, 5, kernel, padding=tuple(n // 2 for n in kernel))
+    x = torch.randn(1, 4, 12, 11, 13, requires_grad=need_x)
+    assert blocks._halvable(x, layer)
+    for odd in (x[:, :, 1:], x.expand(2, -1, -1, -1, -1), x.double(), x[..., :5, :5]):
+        assert not blocks._halvable(odd, layer)
+    concat = [blocks.concat_conv(layer, (x[:, :2], x[:, 2:]), None), blocks.convolved(layer, x)]
+    expected = layer(x)
+    weight = torch.randn_like(expected)
+    wanted = [*layer.parameters(), *[x] * need_x]
+    truth = torch.autograd.grad(expected, wanted, weight)
+    for found in concat:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for a, b in zip(torch.autograd.grad(found, wanted, weight), truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["max", "mean"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_pooled(kind, size):
+    stock = F.max_pool3d if kind == "max" else F.avg_pool3d
+    x = volume(3, 8, 4, 12)
+    compare(lambda x: blocks.pooled(x, size, kind), lambda x: stock(x, size), [x], nn.ModuleList())
+    flat = torch.zeros(1, 1, 4, 4, 4, requires_grad=True)  # all are the maximum: one of them gets it all
+    grads = [
+        torch.autograd.grad(f(flat).sum(), flat)[0]
+        for f in (lambda x: blocks.pooled(x, 2, kind), lambda x: stock(x, 2))
+    ]
+    assert torch.equal(*grads)
+
+
+def saved(function, *inputs):
+    """Bytes kept for the backward, and the result."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = function(*inputs)
+    return sum(kept.values()), output
+
+
+def test_blocks_keep_signs_and_places():
+    """Of a residual's activation a byte a value beside its input; of a pooled map where the maxima are."""
+    (layer,) = layers(3, [(4, 4)]).requires_grad_(False)
+    x, z = volume(4, 8, 8, 8), volume(4, 8, 8, 8)
+    values = x.numel()
+    assert saved(lambda x, z: blocks.residual(layer, x, z, 0.1), x, z)[0] <= values + 8 * values + 20_000
+    assert saved(lambda x: blocks.pooled(x, 2), x)[0] <= 4 * values / 8
+    assert saved(lambda x: blocks.pooled(x, 2, "mean"), x)[0] == 0
+
+
 def test_blocks_keep_no_concatenation():
     """Bytes saved for the backward: the buffer, outputs and sources, not a concatenation for each convolution."""
-
-    def saved(function, *inputs):
-        kept = {}
-
-        def pack(t):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            output = function(*inputs)
-        return sum(kept.values()), output
-
     net = layers(3, [(4, 4), (8, 4), (12, 4)]).requires_grad_(False)
     x = volume(4, 8, 8, 8)
     voxels = 2 * 8**3 * 8
