@@ -38,7 +38,8 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command.add_argument(
         "--task",
         choices=TASKS,
-        help="which pairs of a folder: inter (default): all; intra: names that agree up to the last _; one-shot: the only one",
+        help="which pairs of a folder: inter (default): all; intra: names that agree up to the last _; series: of those, or of names that agree but for a number at their end, the image "
+        "nearest the mean phase and each other one; one-shot: the only one",
     )
     command.add_argument(
         "--validation",

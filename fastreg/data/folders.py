@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastreg._files import InputError
-from fastreg.io._reading import Warn, ignore
+from fastreg.io._reading import Warn
 
 IMAGES = (
     ".nii",
@@ -135,14 +135,36 @@ def _group(task: str) -> Callable[[Path], str]:
     return (lambda f: re.sub(r"_[^_]*$", "", stem(f))) if task == "intra" else lambda f: ""
 
 
+def _of_series(
+    where: Path, images: Sequence[Path], fixed_of: Callable[[Sequence[Path]], int]
+) -> Iterator[tuple[Path, Path]]:
+    """(the fixed image, another one) of each series: names that agree but for the number at their end, or what follows the last _."""
+    series: dict[str, list[Path]] = {}
+    for image in images:
+        name = re.sub(r"[_.-]?\d+$|_[^_]*$", "", stem(image), count=1)
+        series.setdefault(name, []).append(image)
+    alone = [some[0] for some in series.values() if len(some) == 1]
+    if alone:
+        raise InputError(f"{where}: a series takes at least two images, got one: {_some(alone)}")
+    for some in series.values():
+        fixed = some[fixed_of(some)]
+        yield from ((fixed, image) for image in some if image != fixed)
+
+
 def _paired(
-    where: Path, images: Sequence[Path], extras: Mapping[str, Mapping[Path, Path]], task: str
+    where: Path,
+    images: Sequence[Path],
+    extras: Mapping[str, Mapping[Path, Path]],
+    task: str,
+    fixed_of: Callable[[Sequence[Path]], int],
 ) -> list[dict[str, str]]:
     """The pairs of a task, as fields of Pair."""
     if task == "one-shot":
         if len(images) != 2:
             raise InputError(f"{where}: one-shot takes two images, got {len(images)}")
         both = [(images[0], images[1])]
+    elif task == "series":
+        both = list(_of_series(where, images, fixed_of))
     else:
         group = _group(task)
         both = [(a, b) for a in images for b in images if a != b and group(a) == group(b)]
@@ -165,8 +187,10 @@ def _pair(fixed: Path, moving: Path, extras: Mapping[str, Mapping[Path, Path]]) 
     return files
 
 
-def of_folder(path: Path, task: str, warn: Warn = ignore) -> list[dict[str, str]]:
-    """What find_pairs says of folders: fields of Pair."""
+def of_folder(
+    path: Path, task: str, warn: Warn, fixed_of: Callable[[Sequence[Path]], int]
+) -> list[dict[str, str]]:
+    """What find_pairs says of folders: fields of Pair. fixed_of: which image of a series is the fixed one."""
     ending = next((e for e in ("", "Tr") if (path / f"images{e}").is_dir()), None)
     folder = path if ending is None else path / f"images{ending}"
     extras: dict[str, Mapping[Path, Path]] = {}
@@ -180,11 +204,13 @@ def of_folder(path: Path, task: str, warn: Warn = ignore) -> list[dict[str, str]
         folders = [path / f"{name}{ending}" for name in names if (path / f"{name}{ending}").is_dir()]
         if folders:
             extras[kind] = _beside(images, folders[0], kind, warn)
-    return _paired(folder, images, extras, task)
+    return _paired(folder, images, extras, task, fixed_of)
 
 
-def of_dataset(path: Path, task: str, validation: bool = False) -> list[dict[str, str]]:
-    """What find_pairs says of a data set's list (JSON): fields of Pair."""
+def of_dataset(
+    path: Path, task: str, validation: bool, fixed_of: Callable[[Sequence[Path]], int]
+) -> list[dict[str, str]]:
+    """What find_pairs says of a data set's list (JSON): fields of Pair. fixed_of: as for of_folder."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -223,4 +249,4 @@ def of_dataset(path: Path, task: str, validation: bool = False) -> list[dict[str
     if validation or not known:
         wanted = "registration_val" if validation else "training_paired_images or training"
         raise InputError(f"{path}: lists no pairs ({wanted})")
-    return _paired(path, [e["image"] for e in known], extras, task)
+    return _paired(path, [e["image"] for e in known], extras, task, fixed_of)

@@ -23,9 +23,10 @@ from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 from . import folders, landmarks
 from .preprocessing import Preprocessing
 from .sample import Sample
+from .series import fixed_of_series
 from .weights import counting, seen, warn_of_padding
 
-TASKS = ("inter", "intra", "one-shot")
+TASKS = ("inter", "intra", "series", "one-shot")
 OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask", "moving_mask")
 SMALL_OVERLAP = 0.1
 
@@ -243,7 +244,12 @@ def weights_of(
 
 
 def find_pairs(
-    path: Name, task: str = "inter", warn: Warn = ignore, *, validation: bool = False
+    path: Name,
+    task: str = "inter",
+    warn: Warn = ignore,
+    *,
+    validation: bool = False,
+    reading: Reading = Reading(),
 ) -> list[Pair]:
     """The pairs that a csv lists, a folder implies or a data set's JSON holds: list of Pair. InputError says what is missing.
 
@@ -253,7 +259,8 @@ def find_pairs(
     file fits is an error, as are two that fit. Of a folder of images alone, those that are named as labels of others are.
 
     Task "inter": every ordered pair of images; "intra": of those whose names agree up to the last "_" (case1_inspiration,
-    case1_expiration); "one-shot": two images, the first by name is fixed. A csv lists pairs whatever the task is, for
+    case1_expiration); "series": of those whose names agree so, or but for the number at their end, the one nearest the mean phase
+    (`fixed_of_series`: their mean intensities are read) with each other one; "one-shot": two images, the first by name is fixed. A csv lists pairs whatever the task is, for
     "one-shot" one; so does a JSON of Learn2Reg: training_paired_images but for those of registration_val, or with
     validation these; without pairs the images of `training`.
     """
@@ -262,10 +269,14 @@ def find_pairs(
         raise InputError(f"task must be one of {', '.join(TASKS)}, got {task}")
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+
+    def fixed_of(images: Sequence[Path]) -> int:
+        return _nearest_mean(images, reading, warn)
+
     if path.is_dir():
-        pairs = [Pair(**files) for files in folders.of_folder(path, task, warn)]
+        pairs = [Pair(**files) for files in folders.of_folder(path, task, warn, fixed_of)]
     elif path.suffix.lower() == ".json":
-        pairs = [Pair(**files) for files in folders.of_dataset(path, task, validation)]
+        pairs = [Pair(**files) for files in folders.of_dataset(path, task, validation, fixed_of)]
     else:
         pairs = _of_csv(path)
     if task == "one-shot" and len(pairs) != 1:
@@ -276,6 +287,20 @@ def find_pairs(
             if file is not None and not parted(file)[0].exists():
                 raise InputError(f"{file}: no such file ({field} of {pair.name} in {path})")
     return pairs
+
+
+def _nearest_mean(images: Sequence[Path], reading: Reading, warn: Warn) -> int:
+    """`fixed_of_series` of files, read one at a time. InputError: they are not of one place."""
+    array, grid = _read_intensities(images[0], reading, warn)
+    means = [float(np.nanmean(array))]
+    for path in images[1:]:
+        array, own = _read_intensities(path, reading, warn)
+        if not own.matches(grid):
+            raise InputError(
+                f"{path}: must lie on the grid of {images[0]}, as an image of one series: {own.difference(grid)}"
+            )
+        means.append(float(np.nanmean(array)))
+    return fixed_of_series(torch.tensor(means, dtype=torch.float64)[:, None])
 
 
 def _of_csv(path: Path) -> list[Pair]:

@@ -97,11 +97,11 @@ class Settings(Net):
                 )
         # A line once, though folder and validation may be one.
         told = functools.cache(warn) if ranks()[0] == 0 else lambda message: None
-        found = validated = find_pairs(self.pairs, self.task, told)
-        if self.validation is not None:
-            validated = find_pairs(self.validation, self.task, told, validation=True)
-        # The first pair tells how many axes images have.
         reading = Reading.of(self.reading)
+        found = validated = find_pairs(self.pairs, self.task, told, reading=reading)
+        if self.validation is not None:
+            validated = find_pairs(self.validation, self.task, told, validation=True, reading=reading)
+        # The first pair tells how many axes images have.
         ndim = read_case(found[0], told, reading).fixed_grid.nd
         torch.manual_seed(self.seed % 2**63)
         model = self.model(ndim).to(device)

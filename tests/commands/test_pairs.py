@@ -50,6 +50,31 @@ def test_folder(folder):
     assert len(find_pairs(folder / "images", "inter")) == 12
 
 
+def test_series(tmp_path):
+    """Each series by itself: the image whose mean intensity is nearest to the mean of all is fixed, whichever it is by name."""
+    for name, bright in (
+        ("a_t0", 0),
+        ("a_t1", 5),
+        ("a_t2", 6),
+        ("a_t9", 7),
+        ("b7", 3),
+        ("b8", 1),
+        ("b12", 2),
+    ):
+        array = np.random.default_rng(0).random(GRID.shape, dtype=np.float32) + bright
+        io.write_image(tmp_path / f"{name}.nii.gz", array, GRID)
+    found = [p.name.replace(".nii.gz", "") for p in find_pairs(tmp_path, "series")]
+    assert found == ["a_t0 → a_t1", "a_t2 → a_t1", "a_t9 → a_t1", "b7 → b12", "b8 → b12"]
+    write(tmp_path / "c_1.nii.gz")
+    with pytest.raises(InputError, match=r"a series takes at least two images, got one: c_1.nii.gz"):
+        find_pairs(tmp_path, "series")
+    write(tmp_path / "c_2.nii.gz", 1, Geometry.of((12, 14, 9), (2.0, 1.0, 1.5)))
+    with pytest.raises(
+        InputError, match=r"c_2.nii.gz: must lie on the grid of .*c_1.nii.gz, as an image of one"
+    ):
+        find_pairs(tmp_path, "series")
+
+
 def test_csv(folder):
     table = folder / "pairs.csv"
     table.write_text(
