@@ -34,6 +34,13 @@ class Registrar:
 
 REGISTRARS = {
     "ANTs": Registrar("ants_syn", "antspyx", "ants", ("warp.nii.gz", "affine.mat"), "SyN, its defaults"),
+    "Demons": Registrar(
+        "demons",
+        "SimpleITK",
+        "SimpleITK",
+        ("field.nii.gz",),
+        "diffeomorphic, 100x100x100, histograms matched",
+    ),
     "elastix": Registrar("elastix", "itk-elastix", "itk", ("field.nii.gz",), "B-spline, its defaults"),
     "greedy": Registrar(
         "greedy", "picsl-greedy", "picsl_greedy", ("warp.nii.gz",), "NCC 4x4x4, 100x50x10, as its page says"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ import fastreg  # noqa: E402
 from bench import clock, common, markdown, memory, models, run, tables  # noqa: E402
 from bench.common import Case, Provider  # noqa: E402
 from bench.registrars import tables as registrars  # noqa: E402
-from fastreg import _ext  # noqa: E402
+from fastreg import _ext, convert  # noqa: E402
 
 N16 = (16, 16, 16)
 
@@ -376,6 +377,22 @@ def test_real_tables(tmp_path):
     assert "lung MR" not in text["Accuracy"]
     assert "| brain MR | 12.5 / 900 | 50.0 / 900 |" in text["Cost"]
     assert len(registrars.draw(tmp_path).axes) == 1
+
+
+def test_demons_find_a_shift(tmp_path):
+    """The script of a tool, from NIfTI to a displacement: two voxels along x, one along z, the voxels not cubes."""
+    itk = pytest.importorskip("SimpleITK")
+    p = np.stack(np.meshgrid(*[np.arange(24.0)] * 3, indexing="ij"), -1)
+    for name, centre in (("fixed", (11, 12, 11)), ("moving", (12, 12, 13))):
+        image = itk.GetImageFromArray(100 * np.exp(-((p - centre) ** 2).sum(-1) / 40))
+        image.SetSpacing((1.0, 1.5, 2.0))
+        itk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    pair = tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz"
+    files, used = bench.registrars.run("Demons", sys.executable, *pair, tmp_path / "out", 1)
+    assert used.cpu > 0
+    u, _ = convert.read_chain([str(f) for f in files], like=str(pair[0])).displacement()
+    inside = u[0, :, 9:14, 10:15, 9:14].flatten(1).mean(1)
+    torch.testing.assert_close(inside.float(), torch.tensor([1.0, 0.0, 2.0]), atol=0.3, rtol=0)
 
 
 def test_registrars_take_what_a_process_took(tmp_path):
