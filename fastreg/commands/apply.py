@@ -12,12 +12,14 @@ from fastreg._files import InputError, output_folder, refuse_own_inputs
 from fastreg._moved import move
 from fastreg.convert._chain import require_landing
 from fastreg.data import landmarks
+from fastreg.data.alignment import Alignments
 from fastreg.data.pairs import read_labels, sample_of
 from fastreg.outcome import OUTPUTS, Outcome
 from fastreg.training import checkpoint
-from fastreg.training.build import predict
+from fastreg.training.build import GRID, Net, predict, regridded
+from fastreg.training.run import ALIGNMENTS
 
-from . import _moving
+from . import _moving, nets
 from .case import add_arguments, files_of, paths_of, read_case
 from .options import (
     Parser,
@@ -43,6 +45,7 @@ PAIR_ONLY = (
     "moving_mask",
     "html",
     "no_picture",
+    *GRID,
 )
 
 
@@ -81,6 +84,8 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_arguments(group)
     add_html(group)
     add_picture(group)
+    text = "which the checkpoint has: for nets that answer in voxels, whatever the image's size"
+    nets.add_grid(command.add_argument_group("with --weights, another grid than in training", text))
     add_reading(command)
     add_common(command)
     command.set_defaults(run=_run)
@@ -113,19 +118,22 @@ def _apply_net(args: argparse.Namespace) -> int:
     content = checkpoint.load(args.weights)
     model = checkpoint.build(content, args.weights).to(device)
     preprocessing = checkpoint.preprocessing(content, args.weights)
+    grid = {name: getattr(args, name) for name in GRID}
+    preprocessing = regridded(preprocessing, Net(content["method"], **grid))
+    alignments = Alignments(Path(args.weights).parent / ALIGNMENTS, write=False)
     with output_folder(args.out, outputs, replace=args.force) as folder:
         case = read_case(args)
-        sample, grid = sample_of(case, preprocessing, model.ndim, warn)
+        sample, view = sample_of(case, preprocessing, model.ndim, warn, alignments=alignments)
         start = time.perf_counter()
-        u = predict(model, sample, grid, case, preprocessing)
+        u = predict(model, sample, view)
         summary = {
             "weights": str(args.weights),
             "method": content["method"],
             "arguments": content["arguments"],
-            "preprocessing": content["preprocessing"],
+            "preprocessing": preprocessing.plain(),
             "seconds": time.perf_counter() - start,
         }
-        outcome = Outcome(case, u, device, summary)
+        outcome = Outcome(case, u, device, summary, affine=view.matrix)
         written = {"picture": picture, "page": bool(args.html), **_moving.chosen(args)}
         outcome.write(folder, began, files_of(args), **written)
     if not args.quiet:

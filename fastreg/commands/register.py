@@ -373,7 +373,7 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
     net, seed = nets.net_of(args), args.seed or 0
     torch.manual_seed(seed % 2**63)
     model, preprocessing = net.model(case.fixed_grid.nd).to(device), net.preprocessing()
-    sample, grid = sample_of(case, preprocessing, warn=warn)
+    sample, view = sample_of(case, preprocessing, warn=warn)
     steps = STEPS if args.steps is None else args.steps
     recipe = replace(model.recipe, batch_size=1, steps=steps, watch="loss")
     if hasattr(args, "learning_rate"):
@@ -388,7 +388,7 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
         while training.step < recipe.steps:
             losses.append(training.advance()["loss"])
             after({"loss": losses[-1]})
-    u = predict(model, sample, grid, case, preprocessing)
+    u = predict(model, sample, view)
     summary = {
         "method": args.method,
         "arguments": model.arguments,
@@ -400,7 +400,7 @@ def _optimise(case: Case, args: argparse.Namespace) -> Outcome:
         "loss_last": losses[-1],
         "seconds": time.perf_counter() - began,
     }
-    return Outcome(case, u, device, summary)
+    return Outcome(case, u, device, summary, affine=view.matrix)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -416,7 +416,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.method is None:
         for name in (*(n for n in nets.NAMES if n != "preset"), "steps", "seed"):
             if getattr(args, name) is not None:
-                raise InputError(f"--{name} goes with --method")
+                raise InputError(f"{_flag(name)} goes with --method")
     with output_folder(args.out, outputs, replace=args.force) as folder:
         outcome = (solve if args.method is None else _optimise)(read_case(args), args)
         written = {

@@ -21,14 +21,14 @@ from fastreg.io._plane import in_plane, kind_of, points_in_plane, thin_axis
 from fastreg.io._reading import CHOICES, Reading, Warn, ignore
 
 from . import folders, landmarks
-from .preprocessing import Preprocessing
+from .alignment import Alignments
+from .preprocessing import Preprocessing, View
 from .sample import Sample
 from .series import fixed_of_series
-from .weights import counting, seen, warn_of_padding
+from .weights import counting, seen, warn_of_padding, weights_of
 
 TASKS = ("inter", "intra", "series", "one-shot")
 OPTIONAL = ("fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks", "mask", "moving_mask")
-SMALL_OVERLAP = 0.1
 
 
 @dataclass(frozen=True)
@@ -221,25 +221,6 @@ def _weigh(case: Case, pair: Pair, reading: Reading, warn: Warn) -> None:
         setattr(case, name, mask)
 
 
-def weights_of(
-    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = ignore, apart: str | None = None
-) -> tuple[float, torch.Tensor | None]:
-    """Where a loss counts: where the moving image reaches (inside, bool), times the user's mask (or None), both
-    (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere). apart: what is said where that is nowhere.
-    """
-    share = inside.double().mean().item()
-    if share == 0:
-        raise InputError(apart or "the fixed and the moving image do not overlap in physical space")
-    if share < SMALL_OVERLAP:
-        warn(f"the moving image covers only {100 * share:.2g} % of the fixed one")
-    if mask is None:
-        return share, None if share == 1 else inside.float()
-    weights = mask.float() * inside
-    if not weights.any():
-        raise InputError("the mask is 0 wherever the moving image reaches")
-    return share, weights
-
-
 # Lists of pairs
 
 
@@ -345,7 +326,8 @@ class Pairs(Sequence[Sample]):
 
     Args: pairs (list of Pair). preprocessing (Preprocessing). keep (int): samples that stay. ndim: 2 or 3, that images must
     have, or None. reading (Reading). warn: is told what may not be meant, at each reading. labels (bool): samples have them;
-    InputError for a pair that has none.
+    InputError for a pair that has none. cache: a folder where the matrices of pairs that are aligned first are kept; None: in
+    memory.
     """
 
     def __init__(
@@ -358,12 +340,14 @@ class Pairs(Sequence[Sample]):
         reading: Reading = Reading(),
         warn: Warn = ignore,
         labels: bool = False,
+        cache: Name | None = None,
     ) -> None:
         self.pairs, self.preprocessing, self.ndim = list(pairs), preprocessing, ndim
         self.reading, self.warn, self.labels = reading, warn, labels
         for pair in self.pairs if labels else ():
             if pair.fixed_labels is None or pair.moving_labels is None:
                 raise InputError(f"{pair.name} has no labels, which a weight of labels asks for")
+        self.alignments = Alignments(cache)
         self._sample = functools.lru_cache(maxsize=keep)(self._read)
         self._image = functools.lru_cache(maxsize=keep)(_read_intensities)
         self._labels = functools.lru_cache(maxsize=keep)(read_labels)
@@ -387,8 +371,21 @@ class Pairs(Sequence[Sample]):
             case.fixed_labels = self._labels(pair.fixed_labels, fixed_grid, pair.fixed, *how)
             case.moving_labels = self._labels(pair.moving_labels, moving_grid, pair.moving, *how)
         _weigh(case, pair, self.reading, self.warn)
-        flat = _flat(case, pair, self.warn)
-        return sample_of(flat, self.preprocessing, self.ndim, labels=self.labels)[0]
+        return self.of_case(_flat(case, pair, self.warn), labels=self.labels)[0]
+
+    def of_case(self, case: Case, *, labels: bool = False) -> tuple[Sample, View]:
+        """`sample_of` as the pairs are prepared."""
+        return sample_of(case, self.preprocessing, self.ndim, labels=labels, alignments=self.alignments)
+
+
+def _counts(case: Case, view: View) -> np.ndarray | None:
+    """Where masks are not 0, of either image: bool, on the fixed image's grid; None: there are none."""
+    counts = None if case.mask is None else case.mask > 0
+    if case.moving_weights is not None:
+        laid = view.laid(case.moving_grid)
+        other = io.resample(case.moving_weights, laid, case.fixed_grid, outside=0.0)[0][0, 0].numpy() > 0
+        counts = other if counts is None else counts | other
+    return counts
 
 
 def _labels_on(
@@ -409,25 +406,39 @@ def sample_of(
     warn: Warn = ignore,
     *,
     labels: bool = False,
-) -> tuple[Sample, io.Geometry]:
-    """(Sample, Geometry): a Case as a net takes it, and the grid that it takes it on. labels: with its labels, where it has them."""
+    alignments: Alignments | None = None,
+) -> tuple[Sample, View]:
+    """(Sample, View): a Case as a net takes it, and where it does. labels: with its labels, where it has them. alignments: that are
+    known already.
+    """
     if ndim is not None and case.fixed_grid.nd != ndim:
         raise InputError(f"{case.title}: the net registers {ndim}D images, got {case.fixed_grid.nd}D")
-    grid = preprocessing.grid(case.fixed_grid)
     try:
-        fixed, _ = preprocessing.image(case.fixed_seen, case.fixed_grid, grid)
-        moving, inside = preprocessing.image(case.moving_seen, case.moving_grid, grid)
+        view = View(case.fixed_grid, case.fixed_grid)
+        if preprocessing.align != "none":
+            matrix = (alignments or Alignments())(case, preprocessing.align)
+            view = replace(view, matrix=matrix)
+        counts = _counts(case, view) if preprocessing.crop == "mask" else None
+        view = replace(view, grid=preprocessing.grid(case.fixed_grid, counts))
+        grid, moving_grid = view.grid, view.laid(case.moving_grid)
+        fixed, reached = preprocessing.image(case.fixed_seen, case.fixed_grid, grid)
+        matched = preprocessing.matched(case.moving_seen, case.fixed_seen)
+        moving, inside = preprocessing.image(matched, moving_grid, grid)
         mask = case.weights
         if mask is not None:
             mask = io.resample(mask, case.fixed_grid, grid, outside=None)[0]
         if (other := case.moving_weights) is not None:
-            other = io.resample(other, case.moving_grid, grid, outside=0.0)[0]
+            other = io.resample(other, moving_grid, grid, outside=0.0)[0]
             mask = other if mask is None else mask * other
         _, mask = weights_of(mask, inside, warn)
+        if not reached.all():
+            mask = reached.float() if mask is None else mask * reached
+            if not mask.any():
+                raise InputError("the moving image reaches nothing of the fixed one that counts")
     except InputError as error:
         raise InputError(f"{case.title}: {error}") from error
     maps = (
         _labels_on(grid, case.fixed_labels, case.fixed_grid, labels),
-        _labels_on(grid, case.moving_labels, case.moving_grid, labels),
+        _labels_on(grid, case.moving_labels, moving_grid, labels),
     )
-    return Sample(case.title, fixed, moving, mask, *maps), grid
+    return Sample(case.title, fixed, moving, mask, *maps), view

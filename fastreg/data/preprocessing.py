@@ -1,4 +1,8 @@
-"""From a scan on its own grid to what a net takes, and from the net's displacement back."""
+"""From a scan on its own grid to what a net takes, and from the net's displacement back.
+
+What is done to a pair is a Preprocessing, and `sample_of` (pairs.py) does it: align, crop, pad or resample, match histograms, scale
+intensities. Where that leaves the pair is a View, which leads back. Training, validation and `fastreg apply` all go through both.
+"""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,11 +11,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastreg import io, ops
+from fastreg import _start, io, ops
 from fastreg._files import InputError
+from fastreg.io._sitk import sitk
 
+ALIGNMENTS = ("none", "rigid", "affine")
 INTENSITIES = ("percentiles", "minmax", "zscore")
 MOST = 2**40  # voxels of a grid
+
+
+# Of ITK's own example for Demons.
+_LEVELS, _POINTS = 1024, 7
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a net sees a pair: on `grid`, which lies in the space of the image on `fixed`; there the moving image is laid by
+    `matrix`, (nd, nd + 1), mm, of fixed points to moving ones (None: it lies as it is).
+    """
+
+    grid: io.Geometry
+    fixed: io.Geometry
+    matrix: np.ndarray | None = None
+
+    def laid(self, moving: io.Geometry) -> io.Geometry:
+        """Where the matrix lays what is on a grid of the moving image."""
+        return moving if self.matrix is None else moving.before(self.matrix)
+
+    def displacement(self, u: torch.Tensor) -> torch.Tensor:
+        """All of the motion, (1, nd, *fixed.shape) in voxels of fixed, of what a net says, (1, nd, *grid.shape) in those of grid.
+
+        A point p that the net moves to p + u(p) belongs to matrix (p + u(p)). Beyond a crop the border of u goes on.
+        """
+        if self.grid != self.fixed:
+            nd = self.fixed.nd
+            scale = [a / b for a, b in zip(self.grid.spacing_zyx, self.fixed.spacing_zyx, strict=True)]
+            u = u * u.new_tensor(scale).view(1, nd, *[1] * nd)
+            u = io.resample(u, self.grid, self.fixed, outside=None)[0]
+        return u if self.matrix is None else _start.Start("aligned", self.fixed, self.matrix).then(u)
 
 
 @dataclass(frozen=True)
@@ -20,22 +57,37 @@ class Preprocessing:
 
     intensity: "percentiles" (0.5 and 99.5 of each image become 0 and 1), "minmax", "zscore" (mean 0, deviation 1, cut at
         two deviations: R2N2) or (low, high), which become 0 and 1 (CT); beyond them values are clipped.
-    crop: (start, stop) of each axis in voxels of the fixed image, or None. size: voxels of each axis after it, or None.
-    spacing: mm of each axis after the crop, or None; not with size.
+    crop: (start, stop) of each axis in voxels of the fixed image; "mask": the box that holds the masks of both images, with
+        `margin` mm around it; or None.
+    size: voxels of each axis, to which what is left is resampled; spacing: mm of them, instead. Both: so many voxels of
+        that size about its centre, what is beyond them cut off, and where the image ends before them it is padded with its border, which counts
+        nothing.
+    align: "rigid" or "affine": the moving image is laid on the fixed one first (`find_alignment`); what comes back has that in it.
+    match_histograms: intensities of the moving image become those of the fixed one of the same rank (ITK's filter, which
+        leaves out what is darker than the mean: the background). Needs SimpleITK.
     """
 
     intensity: str | tuple[float, float] = "percentiles"
-    crop: tuple[tuple[int | None, int | None], ...] | None = None
+    crop: tuple[tuple[int | None, int | None], ...] | str | None = None
     size: tuple[int, ...] | None = None
     spacing: tuple[float, ...] | None = None
+    align: str = "none"
+    margin: float = 0.0
+    match_histograms: bool = False
 
     def __post_init__(self) -> None:
         i = self.intensity
         window = isinstance(i, (tuple, list)) and len(i) == 2 and -math.inf < i[0] < i[1] < math.inf
         if not window and i not in INTENSITIES:
             raise InputError(f"the intensity must be one of {', '.join(INTENSITIES)} or LOW,HIGH, got {i}")
-        if self.size is not None and self.spacing is not None:
-            raise InputError("size and spacing exclude each other")
+        if self.align not in ALIGNMENTS:
+            raise InputError(f"align must be one of {', '.join(ALIGNMENTS)}, got {self.align}")
+        if isinstance(self.crop, str) and self.crop != "mask":
+            raise InputError(f"crop must be a range for each axis or mask, got {self.crop}")
+        if not 0 <= self.margin < math.inf:
+            raise InputError(f"margin must be 0 mm or more, got {self.margin}")
+        if self.margin and self.crop != "mask":
+            raise InputError(f"margin goes with the crop to a mask, got crop {self.crop}")
         for name in ("size", "spacing"):
             value = getattr(self, name)
             least = 1 if name == "size" else 0
@@ -44,35 +96,72 @@ class Preprocessing:
                     f"{name} must be {'at least 2' if name == 'size' else 'positive'}, got {value}"
                 )
 
-    def grid(self, fixed: io.Geometry) -> io.Geometry:
-        """The net's grid (Geometry) for a fixed image's: cropped, then resampled between its corner voxels' centres."""
-        nd, shape = fixed.nd, fixed.shape
+    def grid(self, fixed: io.Geometry, counts: np.ndarray | None = None) -> io.Geometry:
+        """The net's grid (Geometry) for a fixed image's: cropped, then resampled between its corner voxels' centres, or about its
+        centre. counts: bool, of the fixed image's shape: where the masks are not 0, for crop="mask".
+        """
+        nd = fixed.nd
         for name in ("crop", "size", "spacing"):
             value = getattr(self, name)
-            if value is not None and len(value) != nd:
+            if value is not None and not isinstance(value, str) and len(value) != nd:
                 raise InputError(f"{name} must have {nd} numbers or ranges for {nd}D images, got {value}")
-        start, stop = (0,) * nd, shape
-        if self.crop is not None:
-            bounds = [slice(a, b).indices(n)[:2] for (a, b), n in zip(self.crop, shape, strict=True)]
-            start, stop = zip(*bounds, strict=True)
-            if any(b - a < 2 for a, b in bounds):
-                raise InputError(f"crop must leave at least 2 voxels an axis of {fixed}, got {self.crop}")
-        cut = tuple(b - a for a, b in zip(start, stop, strict=True))
-        step = fixed.spacing_zyx
-        if self.size is not None:
-            size = self.size
-        elif self.spacing is not None:
+        bounds, step = self._bounds(fixed, counts), fixed.spacing_zyx
+        first, cut = [float(a) for a, _ in bounds], [b - a for a, b in bounds]
+        size, new = tuple(cut), list(step)
+        if self.spacing is not None:
+            # without what a header rounds, so that nothing is interpolated where nothing has to be
+            new = [
+                s if math.isclose(s, h, rel_tol=1e-6) else h for s, h in zip(step, self.spacing, strict=True)
+            ]
+        if self.spacing is not None and self.size is None:
             size = tuple(
-                max(2, round(min((n - 1) * s / new, MOST)) + 1)
-                for n, s, new in zip(cut, step, self.spacing, strict=True)
+                max(2, round(min((n - 1) * s / h, MOST)) + 1) for n, s, h in zip(cut, step, new, strict=True)
             )
-        else:
-            size = cut
+        elif self.size is not None:
+            size = tuple(self.size)
         if math.prod(size) > MOST:
             raise InputError(f"size or spacing ask for too many voxels, {'x'.join(map(str, size))}")
-        step = tuple(s * (n - 1) / (m - 1) for s, n, m in zip(step, cut, size, strict=True))
-        origin = fixed.to_physical(start)
-        return io.Geometry(tuple(size)[::-1], step[::-1], tuple(float(v) for v in origin), fixed.direction)
+        if self.size is not None and self.spacing is not None:
+            first = [
+                a + (n - 1) / 2 - (m - 1) / 2 * h / s
+                for a, n, m, h, s in zip(first, cut, size, new, step, strict=True)
+            ]
+            first = [math.floor(a) if h == s else a for a, h, s in zip(first, new, step, strict=True)]
+        else:
+            new = [s * (n - 1) / (m - 1) for s, n, m in zip(step, cut, size, strict=True)]
+        origin = fixed.to_physical(first)
+        return io.Geometry(size[::-1], tuple(new)[::-1], tuple(float(v) for v in origin), fixed.direction)
+
+    def _bounds(self, fixed: io.Geometry, counts: np.ndarray | None) -> list[tuple[int, int]]:
+        """What the crop leaves: from and to which voxel of each axis."""
+        if self.crop is None:
+            return [(0, n) for n in fixed.shape]
+        if not isinstance(self.crop, str):
+            bounds = [slice(a, b).indices(n)[:2] for (a, b), n in zip(self.crop, fixed.shape, strict=True)]
+            if any(b - a < 2 for a, b in bounds):
+                raise InputError(f"crop must leave at least 2 voxels an axis of {fixed}, got {self.crop}")
+            return bounds
+        if counts is None:
+            raise InputError("the crop is to the box of the masks, and neither image has one")
+        bounds = []
+        for axis, (n, s) in enumerate(zip(fixed.shape, fixed.spacing_zyx, strict=True)):
+            there = np.flatnonzero(counts.any(tuple(k for k in range(fixed.nd) if k != axis)))
+            if not len(there):
+                raise InputError("the crop is to the box of the masks, and they do not reach the fixed image")
+            more = math.ceil(self.margin / s - 1e-9)
+            a, b = max(0, int(there[0]) - more), min(n, int(there[-1]) + 1 + more)
+            # of one voxel two, as an axis must have
+            bounds.append((a, b) if b - a > 1 else (max(0, b - 2), max(2, b)))
+        return bounds
+
+    def matched(self, moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+        """The moving image as it is given on: as it is, or with the fixed image's histogram."""
+        if not self.match_histograms:
+            return moving
+        itk = sitk("matching histograms")
+        images = (itk.GetImageFromArray(np.ascontiguousarray(a, dtype=np.float64)) for a in (moving, fixed))
+        matched = itk.HistogramMatching(*images, _LEVELS, _POINTS, True)
+        return np.asarray(itk.GetArrayFromImage(matched))
 
     def scaled(self, array: np.ndarray) -> np.ndarray:
         """The array's intensities as the net takes them, fp32."""
@@ -109,18 +198,6 @@ class Preprocessing:
         if geometry == onto:
             return image, torch.ones_like(image, dtype=torch.bool)
         return io.resample(image, geometry, onto, outside=None)
-
-    def displacement(self, u: torch.Tensor, grid: io.Geometry, fixed: io.Geometry) -> torch.Tensor:
-        """The net's displacement (1, nd, *grid.shape), voxels of grid, on the fixed image's grid in its voxels.
-
-        Beyond a crop its border goes on.
-        """
-        if grid == fixed:
-            return u
-        nd = fixed.nd
-        scale = [a / b for a, b in zip(grid.spacing_zyx, fixed.spacing_zyx, strict=True)]
-        u = u * u.new_tensor(scale).view(1, nd, *[1] * nd)
-        return io.resample(u, grid, fixed, outside=None)[0]
 
     def plain(self) -> dict[str, Any]:
         """As a dict, for a checkpoint: Preprocessing(**plain) builds it."""

@@ -5,10 +5,11 @@ import torch
 
 from fastreg._descent import filled
 from fastreg._files import InputError, Name
-from fastreg.io._reading import Reading, Warn
+from fastreg.io._reading import Reading, Warn, ignore
 
 # Padding: more than a hundredth of the voxels hold one extreme value, further from all others than a share of their range.
 _PADDED, _FAR = 0.01, 0.3
+SMALL_OVERLAP = 0.1  # of the fixed image, that is told
 _MANY = 27  # voxels: of the few that a small mask leaves, any one is a large share
 
 
@@ -72,3 +73,22 @@ def seen(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     image = torch.from_numpy(np.where(keep, array, 0).astype(np.float64))[None, None]
     out = filled(image, torch.from_numpy(keep)[None, None])[0, 0].numpy()
     return out.astype(np.float32) if array.dtype == np.float32 else out
+
+
+def weights_of(
+    mask: torch.Tensor | None, inside: torch.Tensor, warn: Warn = ignore, apart: str | None = None
+) -> tuple[float, torch.Tensor | None]:
+    """Where a loss counts: where the moving image reaches (inside, bool), times the user's mask (or None), both
+    (1, 1, *spatial): (share that is reached, fp32 weights or None: everywhere). apart: what is said where that is nowhere.
+    """
+    share = inside.double().mean().item()
+    if share == 0:
+        raise InputError(apart or "the fixed and the moving image do not overlap in physical space")
+    if share < SMALL_OVERLAP:
+        warn(f"the moving image covers only {100 * share:.2g} % of the fixed one")
+    if mask is None:
+        return share, None if share == 1 else inside.float()
+    weights = mask.float() * inside
+    if not weights.any():
+        raise InputError("the mask is 0 wherever the moving image reaches")
+    return share, weights

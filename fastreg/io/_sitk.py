@@ -13,11 +13,12 @@ from fastreg._refusals import Missing
 from ._reading import Warn
 
 
-def sitk() -> Any:
+def sitk(what: str = "reading and writing images") -> Any:
+    """The module; Missing where it is not installed, which says for what it is needed."""
     try:
         import SimpleITK
     except ImportError as error:
-        raise Missing("SimpleITK", "reading and writing images") from error
+        raise Missing("SimpleITK", what) from error
     return SimpleITK
 
 

@@ -72,7 +72,8 @@ class Model(nn.Module):
 
     A subclass has `ndims` and `divisor`, `recipe` (how the paper trains it), `paper_input` (on what) and, where it is not
     percentiles, `default_intensity` (see Preprocessing), names its presets' arguments ("paper" has none), and implements
-    `predict` and `terms`.
+    `predict` and `terms`. `size_bound`: what it says is in units of the image's extent, so that a trained one is not for images of
+    another; others answer in voxels, at any size.
     Arguments that each takes: `checkpoint`: "blocks" recomputes blocks in the backward pass instead of keeping what is
     inside; `padding`: what a warp reads outside of an image.
     """
@@ -86,6 +87,7 @@ class Model(nn.Module):
     recipe = Recipe()
     paper_input: PaperInput | None = None
     default_intensity = "percentiles"
+    size_bound = False
     similarity: str
     similarity_options: dict[str, Any]
 

@@ -119,7 +119,7 @@ class F3RNet(Model):
     """
 
     recipe = Recipe(learning_rate=1e-5, steps=150_000)
-    paper_input = PaperInput("percentiles", (128, 144, 144))
+    paper_input = PaperInput("percentiles", (128, 144, 144), (1, 1, 1))
 
     def __init__(
         self,

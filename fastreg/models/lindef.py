@@ -68,6 +68,7 @@ class LinDef(Model):
     )
     paper_input = PaperInput((0, 1300), (64, 192, 192))
     divisor = 1
+    size_bound = True
 
     def __init__(
         self,

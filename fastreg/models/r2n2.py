@@ -178,6 +178,7 @@ class R2N2(Model, released=RELEASED):
     paper_input = PaperInput("zscore", (256, 256))
     default_intensity = "zscore"
     ndims, ndim, divisor = (2,), 2, 1
+    size_bound = True
 
     def __init__(
         self,

@@ -32,8 +32,10 @@ class Recipe:
 class PaperInput:
     """What a paper gives its net; `paper` on the command line.
 
-    intensity: as of Preprocessing. size: voxels, (z, y, x).
+    intensity: as of Preprocessing. size: voxels, (z, y, x). spacing: mm of them, where images are cropped or padded to it and not
+    resampled; None: they are resampled, or the paper does not say.
     """
 
     intensity: str | tuple[float, float]
     size: tuple[int, ...]
+    spacing: tuple[float, ...] | None = None

@@ -32,7 +32,7 @@ class VoxelMorph(Model, vm1={"decoder": (32, 32, 32, 32, 8, 8)}, vm2={}):
     """
 
     recipe = Recipe(steps=150_000)
-    paper_input = PaperInput("percentiles", (160, 192, 224))
+    paper_input = PaperInput("percentiles", (160, 192, 224), (1, 1, 1))
     ndims = (3, 2)
 
     def __init__(

@@ -3,17 +3,16 @@
 import ast
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastreg import io, models
+from fastreg import models
 from fastreg._files import InputError
 from fastreg._refusals import Refusal
-from fastreg.data.pairs import Case
-from fastreg.data.preprocessing import Preprocessing
+from fastreg.data.preprocessing import Preprocessing, View
 from fastreg.data.sample import Sample
 
 from .step import displacement_of
@@ -24,6 +23,8 @@ PAPER = {name: asdict(cls.paper_input) for name, cls in models.MODELS.items() if
 
 WIDEST = 2**20  # channels, steps
 
+GRID = ("crop", "margin", "size", "spacing")  # of a Net, what decides on which voxels it works
+
 Numbers = str | Sequence[float]
 
 
@@ -32,7 +33,8 @@ class Net:
     """Which net, and what it is given. None: the default. What is text is as on the command line.
 
     method: of fastreg.models.MODELS. preset: of its arguments. set: more of them, {name: value} or ["name=value", ...].
-    intensity, crop, size, spacing: see Preprocessing; "paper" for the paper's intensity and size.
+    intensity, crop, size, spacing, align, margin, match_histograms: see Preprocessing; "paper" for the paper's intensity and size,
+    which is cut out or padded where the paper names its voxels' size, and resampled to where it does not.
     """
 
     method: str = ""
@@ -42,6 +44,9 @@ class Net:
     crop: str | Sequence[tuple[int | None, int | None]] | None = None
     size: Numbers | None = None
     spacing: Numbers | None = None
+    align: str | None = None
+    margin: float | None = None
+    match_histograms: bool | None = None
 
     @property
     def cls(self) -> type[models.Model]:
@@ -53,18 +58,25 @@ class Net:
         """InputError for what makes no sense."""
         cls = self.cls
         options: dict[str, Any] = {"intensity": cls.default_intensity}
+        of_paper = cls.paper_input
         for name, kind in (("intensity", float), ("size", int), ("spacing", float)):
             value = getattr(self, name)
-            if value == "paper" and name != "spacing":
-                if cls.paper_input is None:
+            if name == "spacing" and value is None and self.size == "paper" and of_paper is not None:
+                value = of_paper.spacing
+            if value == "paper":
+                value = getattr(of_paper, name, None)
+                if value is None:
                     raise InputError(f"{self.method} has no {name} of a paper")
-                value = getattr(cls.paper_input, name)
             elif isinstance(value, str) and (name != "intensity" or "," in value):
                 value = _numbers(name, value, kind)
             if value is not None:
                 options[name] = value if isinstance(value, str) else tuple(value)
         if self.crop is not None:
-            options["crop"] = _crop(self.crop) if isinstance(self.crop, str) else tuple(self.crop)
+            text = isinstance(self.crop, str) and self.crop != "mask"
+            options["crop"] = _crop(self.crop) if text else self.crop  # type: ignore[arg-type]
+        for name in ("align", "margin", "match_histograms"):
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
         return Preprocessing(**options)
 
     def model(self, ndim: int) -> models.Model:
@@ -142,14 +154,37 @@ def suits(cls: type[models.Model], name: str, value: Any) -> bool:
     return type(value) in numbers and abs(value) < (WIDEST if type(value) is int else 1e30)
 
 
+def regridded(stored: Preprocessing, net: Net) -> Preprocessing:
+    """What a checkpoint has, on the grid that a Net asks for instead: what of GRID it says. InputError: its method cannot."""
+    asked = [name for name in GRID if getattr(net, name) is not None]
+    if not asked:
+        return stored
+    # a margin alone is one of the crop that there is
+    crop = stored.crop if "crop" not in asked else net.crop
+    given = replace(net, crop=crop).preprocessing()
+    new = replace(
+        stored,
+        **{
+            n: getattr(given, n)
+            for k in (("crop", "margin"), ("size", "spacing"))
+            if {*k} & {*asked}
+            for n in k
+        },
+    )
+    if net.cls.size_bound and new != stored:
+        raise InputError(
+            f"--{asked[0]}: {net.method} answers in units of the image's extent, and is applied on the grid it was trained on; "
+            "train one on the other grid"
+        )
+    return new
+
+
 @torch.no_grad()
-def predict(
-    model: nn.Module, sample: Sample, grid: io.Geometry, case: Case, preprocessing: Preprocessing
-) -> torch.Tensor:
-    """What the net makes of a Sample on its grid: the displacement on the case's fixed grid, on the CPU. InputError: no number."""
+def predict(model: nn.Module, sample: Sample, view: View) -> torch.Tensor:
+    """What the net makes of a Sample, on the fixed image's grid, on the CPU. InputError: no number."""
     model.eval()
     device = next(model.parameters()).device
     u = displacement_of(model(sample.fixed.to(device), sample.moving.to(device)))
     if not u.isfinite().all():
-        raise InputError(f"{case.title}: the net's displacement is not finite")
-    return preprocessing.displacement(u.float().cpu(), grid, case.fixed_grid)
+        raise InputError(f"{sample.name}: the net's displacement is not finite")
+    return view.displacement(u.float().cpu())

@@ -34,6 +34,7 @@ from .validation import Validation
 LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN = (
     "last.pt", "best.pt", "log.csv", "validation.csv", "validation.png", "settings.json", "not_finite.json",
 )  # fmt: skip
+ALIGNMENTS = "alignments"  # a folder, of pairs that are aligned first
 FILES = (LAST, BEST, LOG, VALIDATION, PICTURE, SETTINGS, BROKEN)
 LENGTH = ("steps", "patience")  # of a recipe: what another start may change
 

@@ -19,7 +19,7 @@ from fastreg.io import Reading
 from . import schema
 from .build import Net
 from .distributed import ranks
-from .run import FILES, LAST, PICTURE, Resume, Run, resumable, shared_batch
+from .run import ALIGNMENTS, FILES, LAST, PICTURE, Resume, Run, resumable, shared_batch
 
 RECIPE = ("steps", "learning_rate", "batch_size", "patience", "watch", "labels_weight")
 
@@ -108,13 +108,13 @@ class Settings(Net):
         given = {name: getattr(self, name) for name in RECIPE if getattr(self, name) is not None}
         given.setdefault("batch_size", shared_batch(model.recipe.batch_size, saved))
         self = replace(self, batch_size=given["batch_size"])
-        labels = (self.labels_weight or 0) > 0
-        options_of_pairs: Any = {"ndim": ndim, "reading": reading, "warn": told, "labels": labels}
+        read: Any = {"ndim": ndim, "reading": reading, "warn": told, "cache": Path(folder, ALIGNMENTS)}
+        read["labels"] = (self.labels_weight or 0) > 0
         return Run(
             folder,
             model,
-            Pairs(found, preprocessing, **options_of_pairs),
-            validation=Pairs(validated, preprocessing, **options_of_pairs),
+            Pairs(found, preprocessing, **read),
+            validation=Pairs(validated, preprocessing, **read),
             recipe=replace(model.recipe, **given),
             seed=self.seed,
             resume=saved or False,

@@ -10,7 +10,8 @@ from torch import nn
 from fastreg import evaluation, io, metrics
 from fastreg._files import Name
 from fastreg._refusals import refuse
-from fastreg.data.pairs import Case, Pairs, read_case, sample_of
+from fastreg.data.pairs import Case, Pairs, read_case
+from fastreg.data.preprocessing import View
 from fastreg.data.sample import Sample
 from fastreg.outcome import draw
 
@@ -34,16 +35,14 @@ class Validation:
         self._read = functools.lru_cache(maxsize=8)(self._of_pair)
         self._drawn: tuple[Case, torch.Tensor, dict[str, Any]] | None = None
 
-    def _of_pair(self, k: int) -> tuple[Case, Sample, io.Geometry]:
+    def _of_pair(self, k: int) -> tuple[Case, Sample, View]:
         if isinstance(self.pairs, Pairs):
             case = read_case(self.pairs.pairs[k], self.pairs.warn, self.pairs.reading)
-            return case, *sample_of(
-                case, self.pairs.preprocessing, self.pairs.ndim, labels=self.labels_weight > 0
-            )
+            return case, *self.pairs.of_case(case, labels=self.labels_weight > 0)
         sample = self.pairs[k]
         fixed, moving = (t[0, 0].float().cpu().numpy() for t in (sample.fixed, sample.moving))
         grid = io.Geometry.of(fixed.shape, (1.0,) * fixed.ndim)
-        return Case(sample.name, fixed, grid, moving, grid), sample, grid
+        return Case(sample.name, fixed, grid, moving, grid), sample, View(grid, grid)
 
     def read(self) -> None:
         """Reads the pairs: what is wrong with one is better known before the first step than hours later."""
@@ -56,7 +55,7 @@ class Validation:
         model.eval()
         device, rows, self._drawn = next(model.parameters()).device, [], None
         for k in self.which:
-            case, sample, grid = self._read(k)
+            case, sample, view = self._read(k)
             fixed, moving = (t.to(device) for t in (sample.fixed, sample.moving))
             prediction = model(fixed, moving)
             mask = None if sample.mask is None else sample.mask.to(device)
@@ -65,9 +64,7 @@ class Validation:
             if self.labels_weight > 0:
                 first, second = (labels.to(device) for labels in labels_of(sample))
                 parts = with_labels(parts, self.labels_weight, (first, second), u, [sample.name])
-            terms, u = {name: float(part) for name, part in parts.items()}, u.cpu()
-            if isinstance(self.pairs, Pairs):
-                u = self.pairs.preprocessing.displacement(u, grid, case.fixed_grid)
+            terms, u = {name: float(part) for name, part in parts.items()}, view.displacement(u.cpu())
             found = evaluation.scores(case, u, surfaces=True)
             rows.append(
                 {

@@ -8,7 +8,7 @@ import torch
 
 from fastreg import io
 from fastreg.data.pairs import Pairs, find_pairs, read_case, sample_of
-from fastreg.data.preprocessing import Preprocessing
+from fastreg.data.preprocessing import Preprocessing, View
 from fastreg.io import Geometry, InputError
 
 pytest.importorskip("SimpleITK")
@@ -277,7 +277,10 @@ def test_intensities():
     [
         ({"intensity": "mean"}, "intensity must be one of"),
         ({"intensity": (3, 1)}, "intensity must be one of"),
-        ({"size": (4, 4, 4), "spacing": (1, 1, 1)}, "exclude each other"),
+        ({"align": "bspline"}, "align must be one of none, rigid, affine"),
+        ({"crop": "lungs"}, "crop must be a range for each axis or mask"),
+        ({"margin": 3.0}, "margin goes with the crop to a mask"),
+        ({"crop": "mask", "margin": -1.0}, "margin must be 0 mm or more"),
         ({"size": (4, 1, 4)}, "size must be at least 2"),
         ({"spacing": (1, 0, 4)}, "spacing must be positive"),
     ],
@@ -305,8 +308,7 @@ def test_grid():
 
 def test_displacement_comes_back_in_voxels_of_the_fixed_image():
     """A linear field in mm is the same field on any grid."""
-    preprocessing = Preprocessing(size=(7, 9, 8), crop=((2, 11), (0, 14), (1, 9)))
-    grid = preprocessing.grid(GRID)
+    grid = Preprocessing(size=(7, 9, 8), crop=((2, 11), (0, 14), (1, 9))).grid(GRID)
 
     def field(g):
         p = np.stack(np.meshgrid(*[np.arange(n) for n in g.shape], indexing="ij"), -1)
@@ -314,13 +316,13 @@ def test_displacement_comes_back_in_voxels_of_the_fixed_image():
         voxels = mm @ np.linalg.inv(g.matrix).T
         return torch.from_numpy(np.moveaxis(voxels, -1, 0)[None]).float()
 
-    back = preprocessing.displacement(field(grid), grid, GRID)
+    back = View(grid, GRID).displacement(field(grid))
     inside = (slice(None), slice(None), slice(2, 11), slice(0, 14), slice(1, 9))
     torch.testing.assert_close(back[inside], field(GRID)[inside], rtol=1e-4, atol=1e-4)
     # and beyond the crop its border
     torch.testing.assert_close(back[:, :, 0], back[:, :, 2])
     u = torch.randn(1, 3, *GRID.shape)
-    assert preprocessing.displacement(u, GRID, GRID) is u
+    assert View(GRID, GRID).displacement(u) is u
 
 
 def test_smaller_grids_are_smoothed():

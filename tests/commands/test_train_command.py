@@ -146,6 +146,7 @@ def test_another_validation_set_and_size(folder, tmp_path):
     assert {"tre", "dice"}.isdisjoint(rows(out / "validation.csv")[0])
     assert checkpoint.load(out / "last.pt")["preprocessing"] == {
         "intensity": (0.0, 1.0), "crop": ((2, None), (None, None)), "size": (16, 18), "spacing": None,
+        "align": "none", "margin": 0.0, "match_histograms": False,
     }  # fmt: skip
     applied = tmp_path / "applied"
     assert (
