@@ -56,7 +56,7 @@ SETTINGS = {
     "small": {
         "minutes": 60,
         "motions": 2,
-        "tests": 2,
+        "tests": 5,
         "r2n2": SMALL,
         "recipes": {
             # At 1e-3 its Gaussians shrink to nothing, and have no gradient any more.
