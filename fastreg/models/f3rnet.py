@@ -4,14 +4,13 @@ resolution exchanges features with a U-shaped one through multi-scale residual b
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreg import ops
 from fastreg.ops.warp import Padding
 
 from .base import Model, Prediction
-from .blocks import FlowHead, activated, concat_conv, conv, convolved, pooled, residual
+from .blocks import FlowHead, activated, concat_conv, conv, convolved, pooled, residual, upsampled
 from .recipe import PaperInput, Recipe
 
 SLOPE = 0.2
@@ -85,13 +84,9 @@ class _MRB(nn.Module):
     def forward(self, stream, h, last=False):
         small = pooled(stream, self.scale, self.pool)
         x = _activated(self.conv, (small,) if h is None else (h, small))
-        up = F.interpolate(self.to_stream(x), scale_factor=self.scale, mode=self.up, **_corners(self.up))
         # In place: neither is kept.
-        return up.add_(stream), (None if last else self.residual(x))
-
-
-def _corners(up):
-    return {} if up == "nearest" else {"align_corners": False}
+        stream = upsampled(self.to_stream(x), self.scale, self.up).add_(stream)
+        return stream, (None if last else self.residual(x))
 
 
 class F3RNet(Model):
@@ -176,13 +171,10 @@ class F3RNet(Model):
         for layer in self.bottom:
             x, h = self.block(layer, x, h)
 
-        def double(h):
-            return F.interpolate(h, scale_factor=2, mode=self.up, **_corners(self.up))
-
-        h = double(h) + skips[2]
+        h = upsampled(h, 2, self.up) + skips[2]
         for k, (width, layer) in enumerate(zip(self.widths, self.ascent, strict=True)):
             # The 1x1 convolution commutes with the interpolation, and is cheaper before it.
-            h = double(width(h)) + skips[1 - k]
+            h = upsampled(width(h), 2, self.up) + skips[1 - k]
             x, h = self.block(lambda x, h, layer=layer, last=k == 1: layer(x, h, last), x, h)
         for layer in self.after:
             x = self.block(layer, x)

@@ -264,6 +264,25 @@ def test_pooled(kind, size):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("mode", ["trilinear", "nearest"])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_upsampled(mode, factor):
+    corners = {} if mode == "nearest" else {"align_corners": False}
+    compare(
+        lambda x: blocks.upsampled(x, factor, mode),
+        lambda x: F.interpolate(x, scale_factor=factor, mode=mode, **corners),
+        [volume(3, 1, 4, 5)],
+        nn.ModuleList(),
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4, 3])
+def test_pooled_where_nobody_asks_for_a_gradient(size):
+    x = volume(3, 12, 24, 12, grad=False)
+    with torch.no_grad():
+        assert torch.equal(blocks.pooled(x, size), F.max_pool3d(x, size))
+
+
 def saved(function, *inputs):
     """Bytes kept for the backward, and the result."""
     kept = {}
