@@ -46,6 +46,7 @@ _NOISE = 3e-2
 _EPS = 1e-2  # gradients this small, each voxel's share of the loss being 1, do not earn Adam's full step
 _LEAST_JACOBIAN = 0.05
 _FLAT = 1e-4  # a level ends when ten iterations gain less than this share of its loss
+_ROOM = 0.5  # of the range of what counts
 _KNOT = 4  # voxels between control points, along the axis of the finest spacing
 
 
@@ -107,6 +108,19 @@ def filled(image: Tensor, known: Tensor) -> Tensor:
     coarse = filled(total / share.clamp(min=torch.finfo(image.dtype).tiny), share > 0)
     around = F.interpolate(coarse, size=image.shape[2:], mode=_LINEAR[image.ndim - 2])
     return torch.where(known, image, around)
+
+
+def within(image: Tensor, mask: Tensor | None) -> Tensor:
+    """An image that stays: what its mask hides helps to find what is beside it, but not where it is padding or metal, far from all that
+    counts, which coarse levels would spread. It is kept within half of the range of what counts around that."""
+    if mask is None or not (counts := mask > 0).any():
+        return image
+    parts = []
+    for channel in image.split(1, 1):
+        low, high = channel[counts].aminmax()
+        room = _ROOM * (high - low)
+        parts.append(torch.where(counts, channel, channel.clamp(low - room, high + room)))
+    return torch.cat(parts, 1)
 
 
 def _finest(spacing, shape):

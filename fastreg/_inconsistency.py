@@ -149,10 +149,13 @@ def measure(
     shape = ([s for s in some if math.prod(s) <= _VOXELS] or shapes[:1])[-1]
     size = _descent.spacing_of(shape, full, tuple(spacing))
     masks = [None if m is None else _descent.resized(m.float(), shape) for m in (mask, moving_mask)]
-    a, b = (
-        _descent.resized(_descent.rescaled(image, m), shape)
-        for image, m in ((fixed, mask), (moving, moving_mask))
+    # both move: what a mask hides is not to reach what is beside it
+    scaled = (_descent.rescaled(image, m) for image, m in ((fixed, mask), (moving, moving_mask)))
+    known = (
+        image if m is None else _descent.filled(image, m > 0)
+        for image, m in zip(scaled, (mask, moving_mask), strict=True)
     )
+    a, b = (_descent.resized(image, shape) for image in known)
     options: dict[str, Any] = {"similarity": similarity, "spacing": size, "search_range": search_range}
     options |= _back(led, full, shape)
     if not thorough:

@@ -88,7 +88,8 @@ def fits(
     shape = ([s for s in shapes if math.prod(s) <= _VOXELS] or shapes[:1])[-1]
     masks = [None if m is None else _descent.resized(m.float(), shape) for m in (mask, moving_mask)]
     a, b = (
-        _descent.resized(_descent.rescaled(i, m), shape) for i, m in ((fixed, mask), (moving, moving_mask))
+        _descent.resized(_descent.rescaled(_descent.within(i, m), m), shape)
+        for i, m in ((fixed, mask), (moving, moving_mask))
     )
     compare = _channels.similarity(asked, a, masks[0], window, shares)
 

@@ -256,7 +256,8 @@ def register(
     Args:
         fixed, moving (Tensor): (1, C, D, H, W) or (1, C, H, W), of one shape, any real dtype; finite where their mask is not 0.
         spacing (float or sequence): voxel size, mm, (z, y, x).
-        mask (Tensor, optional): (1, 1, *spatial) >= 0, or bool: weight of each voxel of fixed.
+        mask (Tensor, optional): (1, 1, *spatial) >= 0, or bool: weight of each voxel of fixed. What has weight 0 is no more than
+            surroundings of what counts, within half of its range around it.
         moving_mask (Tensor, optional): the same of moving, moved with it. What has weight 0 is not looked at: padding, NaN.
         start (str or Tensor, optional): where to begin; the motion found includes it. A matrix (1, nd, nd + 1) or a displacement
             (1, nd, *spatial), in voxels; "masses": those of the intensities above the background laid on each other; "auto": that
@@ -321,6 +322,7 @@ def register(
     _check.flag(op, "symmetric", symmetric)
     given, given_mask = moving, moving_mask
     fixed, mask = _scan("fixed", fixed, "mask", mask, symmetric)
+    fixed = _descent.within(fixed, mask)
     moving, moving_mask = _scan("moving", moving, "moving_mask", moving_mask, True)
     # as it is given, hidden places too: what is returned moved
     whole = moving if given_mask is None else _scan("moving", given, "moving_mask", given_mask, False)[0]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import fastreg
+from fastreg import _inconsistency, _similarity
 from fastreg._descent import filled, moved_weights
 from fastreg.registration import register
 from tests.test_registration import error, pair
@@ -25,6 +26,24 @@ def test_what_the_moving_mask_hides_is_not_looked_at(similarity, padding):
     # what is hidden may be anything
     other = torch.where(mask > 0, moving, 100 * torch.randn_like(moving))
     assert torch.equal(register(fixed, other, moving_mask=mask > 0, **options).displacement, found)
+
+
+@pytest.mark.parametrize("far", [-3024.0, 1e4, 1e30])
+def test_what_is_far_outside_the_fixed_mask_is_not_spread(far):
+    """Padding, metal: coarse levels would have it in what counts."""
+    fixed, moving, truth = pair(SHAPE, (3.0, -3.0))
+    mask = torch.zeros_like(fixed)
+    mask[..., 10:-10, 10:-10] = 1
+    spoilt = torch.where(mask > 0, fixed, torch.full_like(fixed, far))
+    plain, found = (register(f, moving, mask=mask, iterations=40).displacement for f in (fixed, spoilt))
+    inner = (..., slice(10, -10), slice(10, -10))
+    before, usual, after = (float((u - truth)[inner].norm(dim=1).mean()) for u in (0 * truth, plain, found))
+    assert usual < 0.3 * before
+    assert after < 0.5 * before
+    off = _inconsistency.measure(spoilt, moving, found, (1.0, 1.0), "lcc", mask)
+    assert off.far < _inconsistency.SUSPECT
+    alike = _similarity.fits("lcc", 9, spoilt, moving, found, mask, None, [SHAPE])
+    assert alike[1] < 1.1 * alike[0] < 0
 
 
 def test_the_moving_mask_goes_along():
