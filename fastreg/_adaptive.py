@@ -31,7 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The weight is the first over the strain (mean of squares), at most the second times noise over strain, and between the last two.
 _STRAIN, _NOISE = 0.02, 0.4
 LEAST, _FLOOR, _MOST = 1.5, 1.0, 8.0  # of levels before it is known; between these after
-OTHER = 2.0  # where neither is known: of other similarities, and of what is added to a discrete start, which bears the strain
+OTHER = 2.0  # where neither is known: of other similarities
+_ADDED = 4.0  # with LCC of what is added to a discrete start, which bears the strain
 # Of the default width of the Gaussian on updates, at a weight of 1 and less; it grows with the root of the weight, as the length does
 # over which the penalty smooths. Not where a pyramid is too short to find a weight: with a
 # weight of 1 and this width seven hippocampi gained .006 Dice and seven others lost as much.
@@ -140,7 +141,7 @@ class Adaptive:
         # (level, where it starts) of each direction that is compared
         sides = [(level, field)] if level.back is None else [(level, field), (level.back, -field)]
         if level.exempt is not None and not self.given:
-            self.weight = OTHER
+            self.weight = _ADDED if self.lcc else OTHER
         elif self.known[number] and self.strain is None:
             images = [one.fixed for side, _ in sides for *_, one in _parts(side.similarity)]
             self.strain = strain(field, level.transform.spacing, torch.cat(images, 1))
