@@ -108,28 +108,51 @@ def sections(results):
     }
 
 
+def _label(axes, tools):
+    """Names beside the points, on the first of four sides where none lies already. tools: name -> figures."""
+    points = {
+        name: axes.transData.transform((of["cpu_seconds"], of["after"])) * 72 / axes.figure.dpi
+        for name, of in tools.items()
+    }
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in points.values()]
+    for name, (x, y) in points.items():
+        width = 4.0 * len(name)
+        for dx, dy in ((5, 2), (5, -9), (-width - 5, 2), (-width - 5, -9)):
+            box = (x + dx, y + dy, x + dx + width, y + dy + 7)
+            if not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+                break
+        taken.append(box)
+        at = tools[name]["cpu_seconds"], tools[name]["after"]
+        axes.annotate(name, at, xytext=(box[0] - x, box[1] - y), textcoords="offset points", size=7)
+
+
 def draw(results):
     """The figure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     found, _ = means(results)
     shown = [(name, next(iter(real.SETS[name].goals))) for name in real.SETS]
     shown = [key for key in shown if key in found]
     figure = Figure((3.1 * len(shown), 3.0), dpi=150, layout="constrained")
-    for axes, (name, score) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    panels = list(zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True))
+    for axes, (name, score) in panels:
         for tool, of in found[name, score].items():
             own = tool == "fastreg"
             axes.plot(
                 of["cpu_seconds"], of["after"], "o", ms=7 if own else 5, color="#c8401c" if own else "#1b6fd0"
             )
-            axes.annotate(
-                tool, (of["cpu_seconds"], of["after"]), xytext=(4, 4), textcoords="offset points", size=7
-            )
         axes.set(xscale="log", title=name, xlabel="CPU seconds", ylabel=NAMES[score])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(0.25)
         if score.startswith("tre"):
             axes.invert_yaxis()
         axes.grid(alpha=0.3)
+    figure.draw_without_rendering()  # which settles where the points are
+    for axes, key in panels:
+        _label(axes, found[key])
     return figure
 
 
