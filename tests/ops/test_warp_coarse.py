@@ -101,6 +101,10 @@ def test_nan_of_a_sparse_grid():
     u[..., 2] = float("nan")
     out = fastreg.warp_coarse(torch.rand(1, 1, 2, 141), u)
     assert out.isnan().all((0, 1, 2)).nonzero().flatten().tolist() == list(range(71, 141))
+    u, weight = torch.zeros(1, 2, 2, 3, requires_grad=True), torch.ones(1, 1, 2, 141)
+    weight[..., 100] = float("inf")  # of the last two; the first is padded with shares of 0
+    (grad,) = torch.autograd.grad(fastreg.warp_coarse(torch.rand(1, 1, 2, 141), u), u, weight)
+    assert grad[0, 1].isfinite().tolist() == [[True, False, False]] * 2
 
 
 def test_nan_reaches_its_neighbours_only():
