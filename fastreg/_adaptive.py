@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 _STRAIN, _NOISE = 0.02, 0.4
 LEAST, _FLOOR, _MOST = 1.5, 1.0, 8.0  # of levels before it is known; between these after
 OTHER = 2.0  # where neither is known: of other similarities
-_ADDED = 4.0  # with LCC of what is added to a discrete start, which bears the strain
+_ADDED = 3.0  # with LCC of what is added to a discrete start, which bears the strain
 # Of the default width of the Gaussian on updates, at a weight of 1 and less; it grows with the root of the weight, as the length does
 # over which the penalty smooths. Not where a pyramid is too short to find a weight: with a
 # weight of 1 and this width seven hippocampi gained .006 Dice and seven others lost as much.

@@ -277,7 +277,7 @@ def register(
             does not see it.
         window (int): LCC window, voxels of the level, odd.
         regularization (float or str): weight of the mean squared strain (mm over mm). "auto": 1.5, and for the two finest levels 1, or up to 8
-            where the coarser ones find the image little strained, as the insides of one person are, and noise; 4 where `search_range` was used; 2 for "mind" and "mse".
+            where the coarser ones find the image little strained, as the insides of one person are, and noise; 3 where `search_range` was used; 2 for "mind" and "mse".
         smoothing (float, optional): standard deviation, mm, of the Gaussian on the finest level's updates; for
             "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
             spacing of each level's displacement grid, of three levels and more 0.7 of it at a weight of 1 or less, all of it at 2; 4 voxels between control points.
