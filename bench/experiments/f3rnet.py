@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import fastreg
-from bench.experiments import common, panels
+from bench.experiments import baselines, common, panels
 from fastreg import metrics, ops
 from fastreg.models import F3RNet, VoxelMorph
 from fastreg.models.f3rnet import MIND_2012, VARIANTS
@@ -114,7 +114,9 @@ class Pair:
 
 
 def experiment(argv=None):
-    args = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register")).parse_args(argv)
+    args = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register", *baselines.BASELINES)).parse_args(
+        argv
+    )
     small = args.setting == "small"
     table = parameters()
     for r in table:
@@ -163,6 +165,9 @@ def experiment(argv=None):
             seconds_per_pair=f"{result.seconds:.2f}",
             note="no net, MIND-SSC",
         )
+    for name in baselines.there(args.methods):
+        u, columns = baselines.displacement(name, pair.fixed, pair.moving, pair.spacing, args.threads)
+        told(name, u, **columns)
     common.store(args, "f3rnet_parameters", table, key="net")
     common.store(args, "f3rnet", rows)
     draw(args, pair, fields, trained)

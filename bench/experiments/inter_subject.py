@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import fastreg
-from bench.experiments import common, panels
+from bench.experiments import baselines, common, panels
 from bench.experiments.rrn import HALF
 from fastreg import metrics, ops
 from fastreg.models import PRDFE, RRN, F3RNet, LinDef, VoxelMorph
@@ -162,7 +162,9 @@ def recipe(method, args):
 
 
 def experiment(argv=None):
-    args = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register")).parse_args(argv)
+    args = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register", *baselines.BASELINES)).parse_args(
+        argv
+    )
     small = args.setting == "small"
     data = common.scans("hippocampusmr_msd04")
     scans, labels = images(data), [torch.from_numpy(s.astype(np.int64)) for s in data["segs"]]
@@ -222,6 +224,18 @@ def experiment(argv=None):
         note = "each pair optimised by itself"
         told("fastreg.register", dice, folding, seconds_per_pair=f"{np.median(spent):.3f}", note=note)
         fields["fastreg.register"] = pairwise(scans[pairs[0][0]], scans[pairs[0][1]])
+    for name in baselines.there(args.methods):
+        about = []
+
+        def other(f, m, name=name, about=about):
+            u, columns = baselines.displacement(name, f, m, (1.0, 1.0, 1.0), args.threads)
+            about.append(columns)
+            return u
+
+        dice, folding = score(pairs, scans, labels, other)
+        median = f"{np.median([float(a['seconds_per_pair']) for a in about]):.2f}"
+        told(name, dice, folding, **{**about[0], "seconds_per_pair": median})
+        fields[name] = other(scans[pairs[0][0]], scans[pairs[0][1]])
     common.store(args, "inter_subject", rows)
     begin = score(held_out, scans, labels, lambda f, m: still)[0].mean()
     draw(args, scans, labels, pairs[0], fields, shown, curves, begin)

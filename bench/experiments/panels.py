@@ -20,6 +20,8 @@ COLOURS = {
     "F3RNet none": "#009E73",
     "PRDFE": "#332288",
     "fastreg.register": "black",
+    "SyN": "#882255",
+    "Demons": "#999933",
 }
 
 

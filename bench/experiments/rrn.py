@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import fastreg
-from bench.experiments import common, panels
+from bench.experiments import baselines, common, panels
 from fastreg import metrics, ops
 from fastreg.models import RRN, VoxelMorph
 from fastreg.training import RECIPES, Sample
@@ -83,7 +83,7 @@ class Pair:
 
 
 def experiment(argv=None):
-    parser = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register"), long=True)
+    parser = common.Parser(__doc__, MINUTES, (*METHODS, "fastreg.register", *baselines.BASELINES), long=True)
     parser.add_argument("--size", type=int, nargs=3, help="what the scans are resampled to")
     args = parser.parse_args(argv)
     small = args.setting == "small"
@@ -133,6 +133,9 @@ def experiment(argv=None):
         )
         seconds, note = f"{result.seconds:.2f}", f"no net, {'x'.join(map(str, pair.shape))}"
         told("fastreg.register", result.displacement.cpu(), seconds_per_pair=seconds, note=note)
+    for name in baselines.there(args.methods):
+        u, columns = baselines.displacement(name, pair.fixed, pair.moving, pair.spacing, args.threads)
+        told(name, u, **columns)
     common.store(args, "rrn", rows)
     draw(args, pair, fields, trained)
 

@@ -70,8 +70,8 @@ def test_lindef_beta(tmp_path, monkeypatch):
 @pytest.mark.slow
 @needs_scans
 def test_f3rnet(tmp_path):
-    rows = ran(f3rnet, tmp_path, "--methods", "F3RNet mrb", "fastreg.register")
-    assert list(rows) == ["identity", "F3RNet mrb", "fastreg.register"]
+    rows = ran(f3rnet, tmp_path, "--methods", "F3RNet mrb", "fastreg.register", "Demons")
+    assert list(rows) == ["identity", "F3RNet mrb", "fastreg.register", "Demons"]
     assert float(rows["identity"]["dice"]) == pytest.approx(0.852, abs=0.001)
     assert float(rows["fastreg.register"]["dice"]) > 0.9
     table = {r["net"]: r for r in bench.read_rows(tmp_path / "f3rnet_parameters.csv")}
