@@ -14,6 +14,10 @@ CASES = [
     *common.sizes(lambda n: (1, 1, n, n, n), (False, True), name="u-{}"),
 ]
 
+# The displacement is interpolated in fp32, as the two ops do: where rounding moves a position a dark voxel beside a bright one shows it,
+# and a few positions in a million change their cell, which some 60 of them share on the coarse grid.
+least, kinks = 1e-2, 1e-4
+
 
 def make_inputs(case, device, dtype):
     image = common.image(case.shape, 0, device, dtype)

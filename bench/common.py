@@ -260,7 +260,7 @@ def gate(module, case, name, device):
     fastreg: a scalar within 1e-5, each value of a map within 1e-4 of max(|x|, 1e-3 max|x|), each gradient
     within 1e-4 of max(|g|, 0.1 max|g|), on a small volume and on the one that is timed. A module's `kinks` is the
     share of gradients that may deviate: a position that rounding moves across the face of a cell has the slope
-    of the other side. Others: relative L2
+    of the other side; its `least` takes the place of 1e-3. Others: relative L2
     error of 1e-3 on the small volume; one that deviates is timed all the same and marked.
     """
     if hasattr(module, "gate"):
@@ -289,7 +289,7 @@ def _errors(module, case, provider, name, device, ours):
         grads = provider.restore(case, grads)
     truth_inputs = want([t.double() for t in module.make_inputs(case, device, case.dtype)], case.grads)
     truth = (provider.reference or module.reference)(case)(*truth_inputs)
-    value = _worst(output, truth, 1e-3) if ours else _l2(output, truth)
+    value = _worst(output, truth, getattr(module, "least", 1e-3)) if ours else _l2(output, truth)
     if mode == "fwd":
         return value, 0.0
     weight = runner.weight.double() if runner.weight is not None else None

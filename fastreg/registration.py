@@ -295,7 +295,7 @@ def register(
         labels (two Tensors, optional): (1, 1, *spatial) integers, label maps of fixed and moving; those that both have, but 0, are
             laid on each other. Masks do not hide them.
         label_weight (float): 1: no overlap of any label costs as much as images that have nothing in common.
-        preset (str): "fast": other defaults, for at most a quarter of the time: nothing is searched, the finest level is left out and the others take at most
+        preset (str): "fast": other defaults, for about a quarter of the time: nothing is searched, the finest level is left out and the others take at most
             50, 50 and 20 iterations. What is given explicitly stands.
         progress (callable, optional): ``progress(level, n_levels, iteration, n_iterations, loss)``; the affine
             part's levels come first and count.

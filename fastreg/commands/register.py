@@ -126,7 +126,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     group.add_argument("--method", choices=sorted(models.MODELS), help="the net")
     group.add_argument("--steps", type=int, metavar="N", help=f"of its optimiser (default: {STEPS})")
     group.add_argument("--seed", type=int, metavar="N", help="of its weights and noise (default: 0)")
-    without = "; without --method: default, or fast, which leaves out the finest level and takes at most a quarter of the time"
+    without = "; without --method: default, or fast, which leaves out the finest level and takes about a quarter of the time"
     nets.add_arguments(group, preset=without)
     _moving.add_arguments(command)
     add_reading(command)
