@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 import fastreg
-from bench.experiments import common, lasting, r2n2, r2n2_speed
+from bench.experiments import common, r2n2, r2n2_speed
 from fastreg.models import VoxelMorph
 from fastreg.training import Recipe, Sample
 
@@ -127,9 +127,7 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     def train(steps, path=None, recipe=recipe):
         torch.manual_seed(1)
         net = VoxelMorph(encoder=(2, 2, 2, 2), decoder=(2,) * 6, ndim=2, similarity="mse")
-        done = lasting.train(
-            net, samples, samples[:2], recipe, minutes=10, steps=steps, path=path, every=0.0, seed=3
-        )
+        done = common.train(net, samples, samples[:2], recipe, minutes=10, steps=steps, seed=3, state=path)
         return net, done
 
     whole, done = train(5)
@@ -159,8 +157,8 @@ def test_table_and_picture(tmp_path, monkeypatch):
     arguments = ["--steps", "2", "--results", str(tmp_path), "--state", str(tmp_path / "state")]
     assert r2n2.main(arguments) == 0
     assert {p.name for p in (tmp_path / "state").iterdir()} == {
-        "r2n2_small_r2n2.pt",
-        "r2n2_small_voxelmorph.pt",
+        "small_r2n2_r2n2_0.pt",
+        "small_r2n2_voxelmorph_0.pt",
     }
     with (tmp_path / "r2n2.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
