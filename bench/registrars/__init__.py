@@ -33,7 +33,13 @@ class Registrar:
 
 
 REGISTRARS = {
-    "ANTs": Registrar("ants_syn", "antspyx", "ants", ("warp.nii.gz", "affine.mat"), "SyN, its defaults"),
+    "ANTs": Registrar(
+        "ants_syn",
+        "antspyx",
+        "ants",
+        ("warp.nii.gz", "affine.mat"),
+        "SyN, its defaults; seeded, so on one thread",
+    ),
     "Demons": Registrar(
         "demons",
         "SimpleITK",
