@@ -73,6 +73,12 @@ def choose(
     return Choice(taken, consistency)
 
 
+def window_of(nd: int, finest: bool = False) -> int:
+    """Side of LCC's windows, voxels, where none is given; finest: of several levels. What is left to find there is small, and so are
+    the windows that tell most of it; a square of few pixels says less than a cube of few voxels."""
+    return 9 if nd == 2 else 3 if finest else 5
+
+
 def fits(
     asked: str,
     window: int,

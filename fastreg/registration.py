@@ -234,7 +234,7 @@ def register(
     channel_weights: Sequence[float] | None = None,
     transform: _descent.TransformName = "dense",
     affine: bool = False,
-    window: int = 9,
+    window: int | None = None,
     regularization: float | Literal["auto"] = "auto",
     smoothing: float | None = None,
     levels: int | None = None,
@@ -275,7 +275,7 @@ def register(
             discretisation; "bspline", cubic; or a matrix alone: "rigid", a rotation in mm and a shift, or "affine".
         affine (bool): find an affine part first, for offsets that are small beside the image; the regularisation
             does not see it.
-        window (int): LCC window, voxels of the level, odd.
+        window (int, optional): LCC window, voxels of the level, odd. None: 9 in 2D; in 3D 5, but 3 at the finest of several levels.
         regularization (float or str): weight of the mean squared strain (mm over mm). "auto": 1.5, and for the two finest levels 1, or up to 8
             where the coarser ones find the image little strained, as the insides of one person are, and noise; 3 where `search_range` was used; 2 for "mind" and "mse".
         smoothing (float, optional): standard deviation, mm, of the Gaussian on the finest level's updates; for
@@ -341,7 +341,8 @@ def register(
     linear = transform in _descent.LINEAR
     if _check.flag(op, "affine", affine) and linear:
         _check.fail(op, "affine", f"be False with transform {transform!r}, which has nothing after it", True)
-    window = _check.odd_window(op, window)
+    if window is not None:
+        window = _check.odd_window(op, window)
     heavy = None
     if isinstance(regularization, str):
         if regularization != "auto":
@@ -403,8 +404,12 @@ def register(
         if rough:
             report = progress and (lambda level, *rest: progress(level, total, *rest))
             most = [min(n, _AFFINE_ITERATIONS) if linear else _AFFINE_ITERATIONS for n in plan]
-            options = choice.taken, window, report, most[: len(rough)], transform if linear else "affine"
-            fit, records = _fit_affine(images, rough, spacing, *options, terms, symmetric, shares)
+            compared, kind = (
+                (choice.taken, window or _similarity.window_of(nd)),
+                transform if linear else "affine",
+            )
+            options = *compared, report, most[: len(rough)], kind, terms, symmetric, shares
+            fit, records = _fit_affine(images, rough, spacing, *options)
             matrix = fit.matrix(fit.motion)
         adapt = _adaptive.Adaptive(heavy, plan, choice.taken, similarity == "auto", smoothing is None)
         half = None
@@ -422,7 +427,8 @@ def register(
             begun = time.perf_counter()
             width = None if smoothing is None else smoothing * 2.0 ** (len(shapes) - 1 - number)
             before = None if half is not None else matrix
-            rest = choice.taken, window, adapt.weight, before, terms, symmetric, shares
+            size = window or _similarity.window_of(nd, 0 < number == len(shapes) - 1)
+            rest = choice.taken, size, adapt.weight, before, terms, symmetric, shares
             level = _level(images, shape, spacing, field, transform, width, *rest)
             if searched.field is not None:
                 level.exempt = _fused.resize_displacement(searched.field, level.transform.base.shape[2:])

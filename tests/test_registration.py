@@ -215,7 +215,7 @@ def test_mask_hides_what_must_not_count():
     other = register(spoilt, moving, levels=1, **QUICK).displacement
     assert (other - clean).abs().max() > 0.5
     everywhere = register(fixed, moving, mask=torch.ones_like(mask), **QUICK).displacement
-    assert (everywhere - register(fixed, moving, **QUICK).displacement).abs().max() < 1e-2
+    assert (everywhere - register(fixed, moving, **QUICK).displacement).abs().mean() < 1e-3
     nowhere = register(fixed, moving, mask=torch.zeros_like(mask), iterations=3)
     assert (nowhere.displacement == 0).all()
 
@@ -299,7 +299,7 @@ def test_small_range_on_a_large_offset():
     plain = register(fixed, moving, **QUICK).displacement
     for scale, offset in ((0.02, 1e9), (1e-98, 0.0)):
         images = (t.double() * scale + offset for t in (fixed, moving))
-        torch.testing.assert_close(register(*images, **QUICK).displacement, plain, atol=2e-2, rtol=0)
+        torch.testing.assert_close(register(*images, **QUICK).displacement, plain, atol=4e-2, rtol=0)
 
 
 def test_scale_of_the_mask_does_not_matter():

@@ -137,7 +137,8 @@ def test_the_choice_is_the_better_one():
     other = fastreg.register(fixed, folded(moving), **options)
     assert other.similarity == "mind"
     assert error(other.displacement, truth) < 0.6 * before
-    by_lcc = fastreg.register(fixed, folded(moving), similarity="lcc", **options)
+    # within a few voxels of a texture as smooth as this a fold is a line, which T1 and T2 are not
+    by_lcc = fastreg.register(fixed, folded(moving), similarity="lcc", window=9, **options)
     assert error(by_lcc.displacement, truth) > 1.5 * error(other.displacement, truth)
     same = fastreg.register(fixed, moving, **options)
     assert same.similarity == "lcc"

@@ -48,7 +48,7 @@ HELP = {
     "better; search: turned as well, by any angle; or a FILE: an ITK transform or displacement field",
     "affine": "find an affine part first",
     "search_range": "how far to search each place before the finest level, in mm, for large motion along walls; 0: not at all",
-    "window": "side of the LCC window in voxels, odd",
+    "window": "side of the LCC window in voxels, odd; automatic: 9 in 2D, in 3D 5 and at the finest level 3",
     "regularization": "weight of the smoothness of the displacement; auto: by how strained the coarse levels find the image",
     "smoothing": "standard deviation in mm of the Gaussian that smooths updates; bspline: control point spacing",
     "levels": "number of resolutions, coarse to fine",
