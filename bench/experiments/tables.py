@@ -38,11 +38,12 @@ TABLES = (
     ),
     Table(
         "rrn",
-        "RRN, optimised on one pair (lungct_dirlab4dct_case1, 300 landmarks); paper: other scans",
+        "RRN, optimised on one pair (lungct_dirlab4dct_case1, 300 landmarks, or the thorax phantom); paper: other scans",
         {
             "method": "method",
             "TRE, mm": "{tre_mm} ± {tre_sd}",
             "TRE, refined landmarks": "tre_refined_mm",
+            "TRE near the wall": "tre_wall_mm",
             "paper, mm": "paper_mm",
             "folding": "folding",
             "steps": "steps",

@@ -39,6 +39,33 @@ def test_rrn(tmp_path):
 
 
 @pytest.mark.slow
+def test_rrn_of_the_phantom(tmp_path):
+    assert (
+        rrn.main(
+            [
+                *QUICK,
+                "--results",
+                str(tmp_path),
+                "--setting",
+                "thorax-20",
+                "--size",
+                "16",
+                "32",
+                "32",
+                "--methods",
+                "RRN",
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "rrn_thorax-20_partial.png").stat().st_size > 10_000
+    identity, net = bench.read_rows(tmp_path / "rrn.csv")
+    assert float(identity["tre_wall_mm"]) > float(identity["tre_mm"]) - 5 > 0
+    assert identity["tre_refined_mm"] == identity["paper_mm"] == ""
+    assert 0 < float(net["tre_wall_mm"]) < 200
+
+
+@pytest.mark.slow
 @needs_scans
 def test_lindef(tmp_path):
     methods = ["LinDef", "LinDef without affine", "LinDef, affine alone"]
