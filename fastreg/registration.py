@@ -36,6 +36,7 @@ __all__ = ["Registration", "register"]
 
 _SHORTEST = 12  # voxels an axis must keep to be halved once more
 _ITERATIONS = (100, 100, 60, 30)
+_SMALL = 60  # of each level of an image that has two or one: there they cost next to nothing, and little was found before
 _AFFINE_VOXELS = 2_000_000  # levels beyond this size add nothing to twelve numbers
 _AFFINE_ITERATIONS = 100
 _AFFINE_STEP = 0.1  # voxels
@@ -284,7 +285,7 @@ def register(
         levels (int, optional): at most; None: halved while axes keep 12 voxels. Thick axes are halved last.
         iterations (int or sequence): at most, of every level or coarse to fine (the affine part takes up to 100 a
             level of its own, as "rigid" and "affine" do at most); where there are more levels than numbers the first serves the coarser ones, where fewer the
-            first ones go unused. A flat loss ends a level.
+            first ones go unused. A flat loss ends a level. Where they are not given images so small that they have two levels or one take up to 60 at each.
         learning_rate (float): of Adam, in voxels of the displacement grid.
         symmetric (bool): what is found with fixed and moving exchanged is the inverse. Both directions are compared and their mean is
             minimised, over a velocity whatever the transform; a matrix is halved. Takes twice the time. A start is not part of it.
@@ -374,6 +375,8 @@ def register(
 
     shapes = _pyramid(full, spacing, levels)
     numbers, plan = plan, ([plan[0]] * len(shapes) + plan[1:])[-len(shapes) :]
+    if preset_plan and preset == "default" and levels is None and len(shapes) < 3:
+        plan = [_SMALL] * len(shapes)
     if preset_plan and not any(plan):  # the only level is not left out
         plan[-1] = next(n for n in reversed(numbers) if n > 0)
     search = _discrete.range_of(search_range, full, spacing, transform, symmetric, plan)

@@ -145,6 +145,16 @@ def test_fast_of_an_image_of_one_level_registers_it():
     assert not register(fixed, moving, preset="fast", iterations=0).displacement.any()
 
 
+def test_small_images_take_more_iterations():
+    fixed, moving, _ = pair((1.0, -1.5, 1.5), (28, 30, 26))
+    plan = [level["iterations"] for level in register(fixed, moving).levels]
+    assert len(plan) == 2
+    assert 30 < plan[-1] <= 60
+    written_out = register(fixed, moving, iterations=tuple([100, 100, 60, 30]))
+    assert written_out.levels[-1]["iterations"] <= 30
+    assert register(fixed, moving, preset="fast").levels[-1]["iterations"] == 0
+
+
 def test_presets_are_defaults():
     fixed, moving, truth = pair((1.0, -1.5, 1.5))
     fast = register(fixed, moving, preset="fast")
