@@ -159,7 +159,7 @@ def draw(results):
 def main():
     import matplotlib
 
-    matplotlib.rcParams.update({"font.size": 8, "svg.hashsalt": "fastreg"})
+    matplotlib.rcParams.update({"font.size": 8, "svg.hashsalt": "fastreg", "svg.fonttype": "none"})
     draw(common.RESULTS).savefig(Path(PICTURE), format="svg", metadata={"Date": None})
     return 0
 
