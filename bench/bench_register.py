@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from bench import bench_diffusion, bench_lcc_loss, bench_smooth, bench_warp, common
 from bench.common import ITERATION, Case, Provider, keeps
-from fastreg import _adaptive, _descent, registration
+from fastreg import _adaptive, _descent, _similarity, registration
 
 DEFAULTS = {n: p.default for n, p in inspect.signature(registration.register).parameters.items()}
 SPACING = 1.0
@@ -59,10 +59,9 @@ def level_of(case, inputs):
     images, spacing = (*inputs, None, None), (SPACING,) * len(size)
     start = base.to(inputs[0].dtype)
     # LCC is what "auto" takes of images of one kind; the weight changes no work
-    options = (
-        {**DEFAULTS, "similarity": "lcc", "regularization": _adaptive.OTHER}[n]
-        for n in ("transform", "smoothing", "similarity", "window", "regularization")
-    )
+    window = _similarity.window_of(len(size), finest=True)
+    taken = {**DEFAULTS, "similarity": "lcc", "window": window, "regularization": _adaptive.OTHER}
+    options = (taken[n] for n in ("transform", "smoothing", "similarity", "window", "regularization"))
     return registration._level(images, size, spacing, start, *options)
 
 
