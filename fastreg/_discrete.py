@@ -90,7 +90,7 @@ def range_of(
         wanted = f"be at most the longest side of the image, {longest:g} mm"
         _check.fail("register", "search_range", wanted, f"{search_range:g}")
     if search_range > 0 and without is not None:
-        _check.fail("register", "search_range", f"be 0 or None with {without}", f"{search_range:g}")
+        _check.fail("register", "search_range", f"be 0 or left out with {without}", f"{search_range:g}")
     return search_range, ASKED if search_range > 0 else "search_range is 0"
 
 

@@ -7,6 +7,7 @@ Outputs are complete or absent.
 import argparse
 import difflib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -55,10 +56,28 @@ def _line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def _typed(error: Refusal, args: argparse.Namespace) -> str:
+    """The message, with options in place of the parameters that they set."""
+    message = _line(error.brief)
+    flags = {a.dest: (a.option_strings[0], a.nargs == 0) for a in args.parser._actions if a.option_strings}
+    begin = re.match(r"(?:[A-Z]\w+: )?(?:the )?(\w+)(?=( must be False)? )", message)
+    if begin is not None and begin[1] in flags and getattr(args, begin[1], None) is not None:
+        flag, switch = flags[begin[1]]
+        message = message[begin.end() :]
+        if switch and begin[2]:
+            message = " does not go" + message.removeprefix(begin[2]).removesuffix(", got True")
+        message = flag + message
+    elif not error.place.startswith("fastreg::"):  # it may begin with a path
+        return message
+    # A parameter's name of one word may be that word.
+    return re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: flags.get(name[0], name)[0], message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     # It announces its font cache on the first run, and complains about unwritable homes.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    args = None
     try:
         args = _parsed(argv)
         # SIGTERM and, but under nohup, SIGHUP end a command as Ctrl-C does.
@@ -69,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastreg: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Refusal as error:
-        message = _line(error.brief)
+        message = _line(error.brief) if args is None else _typed(error, args)
     except (OSError, ImportError) as error:
         message = _line(error)
     except (ValueError, TypeError) as error:

@@ -287,12 +287,12 @@ def test_search_ends_where_its_first_level_finds_nothing_new():
         (TypeError, "search_range must be a number", {"search_range": "far"}),
         (
             ValueError,
-            "search_range must be 0 or None with transform 'velocity', got 20",
+            "search_range must be 0 or left out with transform 'velocity', got 20",
             {"search_range": 20, "transform": "velocity"},
         ),
         (
             ValueError,
-            "search_range must be 0 or None with symmetric, got 20",
+            "search_range must be 0 or left out with symmetric, got 20",
             {"search_range": 20, "symmetric": True},
         ),
     ],

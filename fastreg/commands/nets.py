@@ -10,10 +10,14 @@ from fastreg.training import Net
 NAMES = tuple(f.name for f in fields(Net) if f.name != "method")
 
 
-def add_arguments(parser: argparse._ActionsContainer, preset: str = "") -> None:
-    """--preset, --set and what makes the net's input; None where not given. preset: more of its help."""
-    presets = "; ".join(f"{name}: {', '.join(cls.presets)}" for name, cls in models.MODELS.items())
-    parser.add_argument("--preset", help=f'arguments of the model, "paper" by default ({presets}){preset}')
+def presets() -> str:
+    """What --preset is of a net."""
+    known = "; ".join(f"{name}: {', '.join(cls.presets)}" for name, cls in models.MODELS.items())
+    return f'arguments of the model, "paper" by default ({known})'
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """--set and what makes the net's input; None where not given."""
     parser.add_argument(
         "--set",
         action="append",

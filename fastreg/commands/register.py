@@ -119,6 +119,8 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     starts = "|".join((*_start.CHOICES, "FILE"))
     text = f"{HELP['start']} (default: auto)"
     group.add_argument("--start", metavar=starts, default=argparse.SUPPRESS, help=text)
+    text = "default, or fast, which leaves out the finest level and takes about a quarter of the time; with --method: "
+    group.add_argument("--preset", help=text + nets.presets())
     group = command.add_argument_group(
         "a net on the pair alone",
         "instead of the pairwise optimiser: --method, untrained, and what goes with it",
@@ -126,8 +128,7 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     group.add_argument("--method", choices=sorted(models.MODELS), help="the net")
     group.add_argument("--steps", type=int, metavar="N", help=f"of its optimiser (default: {STEPS})")
     group.add_argument("--seed", type=int, metavar="N", help="of its weights and noise (default: 0)")
-    without = "; without --method: default, or fast, which leaves out the finest level and takes about a quarter of the time"
-    nets.add_arguments(group, preset=without)
+    nets.add_arguments(group)
     _moving.add_arguments(command)
     add_reading(command)
     add_common(command)

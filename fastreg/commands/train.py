@@ -50,7 +50,9 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     command.add_argument(
         "--resume", action="store_true", help="go on from OUT/last.pt, with the arguments it was started with"
     )
-    nets.add_arguments(command.add_argument_group("the net"))
+    net = command.add_argument_group("the net")
+    net.add_argument("--preset", help=nets.presets())
+    nets.add_arguments(net)
     group = command.add_argument_group("training")
     group.add_argument("--steps", type=int, metavar="N", help="of the optimiser (default: the paper's)")
     group.add_argument(

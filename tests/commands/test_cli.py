@@ -330,7 +330,17 @@ BAD = {
         LABELS,
         "hold background only",
     ),
-    "window": (lambda d: None, ["--window", "4"], "window must be odd and positive, got 4"),
+    "window": (lambda d: None, ["--window", "4"], "error: --window must be odd and positive, got 4"),
+    "search-range": (
+        lambda d: None,
+        ["--search-range", "900"],
+        "error: --search-range must be at most the longest side",
+    ),
+    "switch": (
+        lambda d: None,
+        ["--affine", "--transform", "rigid"],
+        "error: --affine does not go with transform 'rigid'",
+    ),
     "iterations": (
         lambda d: None,
         ["--iterations", "many"],
@@ -338,7 +348,11 @@ BAD = {
     ),
     "threads": (lambda d: None, ["--threads", "0"], "--threads must be at least 1, got 0"),
     "range": (lambda d: change(d / "fixed.nii.gz", too_large), [], "fixed.nii.gz: must fit single precision"),
-    "diverges": (lambda d: None, ["--regularization", "1e38"], "error: the loss must stay finite"),
+    "diverges": (
+        lambda d: None,
+        ["--regularization", "1e38"],
+        "the loss must stay finite.*smaller --learning-rate",
+    ),
     "meta": (lambda d: None, ["--device", "meta"], "device meta cannot be used: must be cpu or cuda"),
     "device": (lambda d: None, ["--device", "abacus"], "device abacus cannot be used: must be cpu or cuda"),
     "option": (lambda d: None, ["--wndow", "5"], "unrecognized arguments: --wndow 5"),
@@ -516,6 +530,7 @@ def test_help_shows_choices_and_defaults_as_one_types_them(capsys, monkeypatch):
     groups = ("the pairwise optimiser:", "a net on the pair alone:", "common:")
     assert sorted(groups, key=text.index) == list(groups)
     optimiser = text[text.index(groups[0]) : text.index(groups[1])]
+    assert "--preset" in optimiser
     assert "--similarity {auto,lcc,mind,mse}" in optimiser
     assert "--transform {dense,velocity,bspline,rigid,affine}" in optimiser
     for default in re.findall(r"\(default: (.*?)\)", optimiser):
