@@ -67,7 +67,7 @@ def cropped(rng, image, grid):
     corner[axis] = first
     origin = np.asarray(grid.to_physical(corner[None]))[0]
     part = np.ascontiguousarray(image[tuple(kept)])
-    return part, io.Geometry(part.shape, grid.spacing, tuple(origin), grid.direction)
+    return part, io.Geometry(part.shape[::-1], grid.spacing, tuple(origin), grid.direction)
 
 
 def inverted(rng, image, grid):

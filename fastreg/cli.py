@@ -70,7 +70,9 @@ def _typed(error: Refusal, args: argparse.Namespace) -> str:
     elif not error.place.startswith("fastreg::"):  # it may begin with a path
         return message
     # A parameter's name of one word may be that word.
-    return re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: flags.get(name[0], name)[0], message)
+    return re.sub(
+        r"\b[a-z]+_[a-z_]+\b", lambda name: flags[name[0]][0] if name[0] in flags else name[0], message
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

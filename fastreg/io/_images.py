@@ -44,7 +44,8 @@ def read(
     if which is not None:
         raise InputError(f"{path}: no such file")
     header = header_of(file)
-    if header is not None and header.scale != (1, 0) and math.prod(header.dim[4:]) > 1:
+    scaled = header is not None and (header.scale != (1, 0) or header.stray != 0)
+    if header is not None and scaled and math.prod(header.dim[4:]) > 1:
         raise InputError(  # SimpleITK 2.5 scales the first third of three components, and writes beyond what it has of integers
             f"{file}: its vectors are scaled (scl_slope {header.scale[0]:g}, scl_inter {header.scale[1]:g}), which SimpleITK reads "
             "wrongly: save them unscaled"
@@ -54,6 +55,8 @@ def read(
         # What it says of NIfTI headers is about what we read of them ourselves.
         with heard(file, warn) if header is None else silent_stderr():
             image = itk.ReadImage(str(file))
+        if header is not None and header.stray:
+            image = _unscaled(image, header)
         bad = 0 if header is None else not_finite(file, header)
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         if "memory" in str(error) or "bad_alloc" in str(error):
@@ -65,6 +68,20 @@ def read(
         else:
             image = _itk_upright(image, file, reading, warn, nearest)
     return image, bad
+
+
+def _unscaled(image: Any, header: Header) -> Any:
+    """A slope of 0 says that values are not scaled (NIfTI-1); SimpleITK adds the intercept all the same."""
+    itk = sitk()
+    name = {2: "UInt8", 4: "Int16", 8: "Int32", 256: "Int8", 512: "UInt16", 768: "UInt32", 16: "Float32"}.get(
+        header.kind
+    )
+    wide = itk.Cast(image, itk.sitkFloat64) - header.stray
+    return (
+        itk.Cast(wide if name == "Float32" else itk.Round(wide), getattr(itk, f"sitk{name}"))
+        if name
+        else wide
+    )
 
 
 def _put(image: Any, grid: Geometry) -> Any:

@@ -46,7 +46,7 @@ NIFTI2 = _fields(
 class Header:
     """version: 0 is Analyze 7.5. order: "<" or ">". kind: of the values, bits of one of them, offset of the first.
 
-    scale: (slope, intercept) of the values, (1, 0): none.
+    scale: (slope, intercept) of the values, (1, 0): none. stray: an intercept without a slope, which counts for nothing.
     forms: by name, "qform" and "sform", those that it has: (3, 4), voxel (x, y, z) -> mm, LPS.
     """
 
@@ -62,6 +62,7 @@ class Header:
     unit: float
     forms: dict[str, np.ndarray]
     rough: float
+    stray: float = 0.0
 
     @classmethod
     def of(cls, head: bytes) -> "Header | None":
@@ -95,7 +96,8 @@ class Header:
         slope, intercept = (float(v) for v in raw["scale"])
         scaled = version and math.isfinite(slope) and slope != 0
         scale = (slope, intercept) if scaled else (1.0, 0.0)
-        return cls(version, order, kind, bits, offset, dim, intent, scale, pixdim, unit, forms, rough)
+        stray = intercept if version and not scaled and math.isfinite(intercept) else 0.0
+        return cls(version, order, kind, bits, offset, dim, intent, scale, pixdim, unit, forms, rough, stray)
 
 
 def _qform(quaternion: np.ndarray, shift: np.ndarray, pixdim: np.ndarray) -> tuple[np.ndarray, float]:

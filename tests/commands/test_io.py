@@ -185,6 +185,20 @@ def _bad_image(kind, folder):
     return path
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("slope", [0.0, np.nan])
+def test_an_intercept_without_a_slope_counts_for_nothing(tmp_path, slope, dtype):
+    values = np.arange(60, dtype=dtype).reshape(3, 4, 5)
+    path = tmp_path / "i.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+    content = bytearray(path.read_bytes())
+    content[112:120] = np.array([slope, 7.0], "<f4").tobytes()
+    path.write_bytes(content)
+    read, _ = io.read_image(path)
+    np.testing.assert_array_equal(read, values)
+    assert read.dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("kind", "match"),
     [
