@@ -14,8 +14,9 @@ from fastreg.io._sitk import sitk
 INTERPOLATIONS = ("linear", "nearest", "cubic", "lanczos")
 INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 TYPES = ("same", *INTEGERS, "float32", "float64")
-# Scans have more values than FEW; of those with more the ones with at most MANY may be labels: atlases have hundreds.
-FEW, MANY = 32, 1024
+# Scans have more values than FEW; of those with more the ones with at most MANY may be labels: atlases have hundreds, cells and
+# supervoxels thousands.
+FEW, MANY = 32, 1 << 14
 _TABLE = 1 << 16  # values: where they lie closer together they are counted, which is faster than sorting
 
 

@@ -86,6 +86,8 @@ def smooth(shape=(24, 24, 24)):
         (np.array([2**40, 0, 7], np.int64)[RNG.integers(0, 3, (5, 6, 7))], 3),
         (regions(100).astype(np.int32), 101),
         (regions(400), 385),
+        # cells, numbered in no order
+        (np.kron((np.arange(4096) * 1237 % 4099).reshape(16, 16, 16), np.ones((3, 3, 3), int)), 4096),
         (regions(100).astype(np.float32), 101),
         (RNG.integers(0, 256, (9, 9, 9)).astype(np.uint8), 0),  # a photo
         (RNG.normal(size=(9, 9, 9)), 0),
