@@ -1,5 +1,5 @@
 #pragma once
-// exp and 2^x for vectors and single numbers alike, so that loops over voxels stay in registers. V is float,
+// 2^x for vectors and single numbers alike, so that loops over voxels stay in registers. V is float,
 // double or a GCC vector of either. For weights exp(-d): what overflows is not looked after.
 #include <cmath>
 #include <cstdint>
@@ -60,22 +60,10 @@ FASTREG_HD V fast_exp2(V x) {
   if constexpr (std::is_same_v<typename Lane<V>::type, double>) {
     return lane_by_lane<std::exp2>(x);
   } else {
-    x = x < -127.0f ? V{} - 127.0f : x;
+    const V least = V{} - 127.0f;
+    x = x < least ? least : x;
     const V rounded = x + kRoundToInteger;
     return exp2_parts(rounded, x - (rounded - kRoundToInteger));
-  }
-}
-
-// e^x for x < 88.3. fp32: within 1.8 ulp of a normal result, 0 below -87.7; a NaN stays one.
-template <class V>
-FASTREG_HD V fast_exp(V x) {
-  if constexpr (std::is_same_v<typename Lane<V>::type, double>) {
-    return lane_by_lane<std::exp>(x);
-  } else {
-    constexpr float kLog2E = 1.442695041f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-    x = x < -88.03f ? V{} - 88.03f : x;
-    const V rounded = x * kLog2E + kRoundToInteger, n = rounded - kRoundToInteger;
-    return exp2_parts(rounded, (x - n * kLn2High - n * kLn2Low) * kLog2E);
   }
 }
 

@@ -118,7 +118,7 @@ FASTREG_HD V mind_variance(const V (&d)[kChannels], V least, bool six) {
   return sum * (A(1) / kChannels);
 }
 
-// `exponential` is exp for arguments <= 0.
+// exponential(x, scale) is e^(x scale), for products <= 0.
 template <class A, int kChannels, class V, class Exp>
 FASTREG_HD MindScale<V> mind_describe(const V (&d)[kChannels], bool six, const MindBounds<A>& bounds,
                                       Exp exponential, V (&descriptor)[kChannels]) {
@@ -133,7 +133,7 @@ FASTREG_HD MindScale<V> mind_describe(const V (&d)[kChannels], bool six, const M
   m.inverse_back = v <= bounds.tiny ? zero : m.inverse;
   m.inside = raw >= lower ? one : zero;
   m.inside = raw <= upper ? m.inside : zero;
-  for (int k = 0; k < kChannels; ++k) descriptor[k] = exponential((m.least - d[k]) * m.inverse);
+  for (int k = 0; k < kChannels; ++k) descriptor[k] = exponential(m.least - d[k], m.inverse);
   return m;
 }
 
@@ -153,7 +153,8 @@ FASTREG_HD void mind_adjoint(const V (&d)[kChannels], const V (&descriptor)[kCha
   }
   to_variance *= m.inverse * m.inside;
   const V through_mean = to_variance * (A(1) / kChannels);
-  const V to_least = -(six ? sum : sum + to_variance) / ties;
+  const V share = one / ties;  // a quotient, compilers would move to each of the channels
+  const V to_least = -(six ? sum : sum + to_variance) * share;
   for (int k = 0; k < kChannels; ++k) adjoint[k] += through_mean + (d[k] == m.least ? to_least : zero);
 }
 

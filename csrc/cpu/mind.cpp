@@ -26,6 +26,8 @@ FASTREG_KERNEL(void, mind_tiles, Stored, MindTask, const MindArgs&, const MindWa
 
 #ifdef FASTREG_ISA
 
+#include <limits>
+
 #include "common/exp.h"
 #include "cpu/mind_tile.h"
 
@@ -38,13 +40,17 @@ FASTREG_KERNEL(void, mind_tiles, Stored, MindTask, const MindArgs&, const MindWa
 // The loss reads each image twice: once for the mean of V, which bounds V, and once for the descriptors;
 // errors, adjoints and the gradient follow while the tile is there. Bytes: reads each image twice, writes a
 // gradient: 3 volumes or more, some 5 ms at 160^3. Arithmetic a voxel (ssc, radius 2, gradient to moved):
-// distances 12 channels x some 12 operations x 4 (two images, two passes); 24 exponentials of 15; minima,
-// means, error and adjoints 400; way back 12 channels x some 15: 1,500 in all, 160^3 in 130 ms of a core of
-// two 8-lane units at 3 GHz, 65 ms where they have 16 lanes. Measured with 16: 170 ms, a third of it errors
-// and adjoints, a tenth copies of the image, which surround a tile with 1.8 times its voxels. Longer rows
-// cost less of both and more cache: 80 voxels a row 10 ms more. Gradients of tiles overlap by radius +
-// dilation voxels. Tiles run in waves whose tiles do not overlap, so that each voxel gets its terms in one
-// order, whatever the threads.
+// distances 12 channels x some 12 operations x 4 (two images, two passes), 0.6 of it where shared; 24
+// exponentials of 20; minima, means, error and adjoints 350; way back 12 channels x some 15: 1,400 in all,
+// 160^3 in 55 ms of a core of two 16-lane units at 3.3 GHz, 110 ms where they have 8. Measured with 16: 245
+// ms, a quarter of it descriptors, errors and adjoints, an eighth copies of the image, which surround a tile
+// with 1.8 times its voxels; distances of two images (2.4 MB a tile) are more than L2 holds. Longer rows
+// cost less of both and more cache: 80 voxels a row 10 ms more. The pass for the mean is a quarter of the
+// time. To do without it, tiles none of whose voxels meets a bound need the mean only afterwards; but air
+// meets the lower one, in 3 of 4 tiles of a brain and in all of lung CT, and those would be made twice all
+// the same.
+// Gradients of tiles overlap by radius + dilation voxels. Tiles run in waves whose tiles do not overlap, so
+// that each voxel gets its terms in one order, whatever the threads.
 namespace fastreg::FASTREG_ISA {
 namespace {
 
@@ -120,7 +126,13 @@ class Tiles {
     return total;
   }
 
-  static V exponential(V x) { return fast_exp(x); }
+  // All channels have one scale, which turns to base 2 once for them all.
+  static V exponential(V x, V scale) {
+    if constexpr (sizeof(A) == 8)
+      return lane_by_lane<std::exp>(x * scale);
+    else
+      return fast_exp2(x * (scale * A(1.442695041)));
+  }
 
   template <int kChannels>
   void describe(int64_t z, int64_t y, const Row& at) {
@@ -164,8 +176,14 @@ class Tiles {
 
   void load_weight(const Row& at) {
     std::fill(weight.begin(), weight.end(), A(0));
-    const A* in = a.weight ? static_cast<const A*>(a.weight) + voxel(at, 0, 1) : nullptr;
-    for (int64_t x = 0; x < at.size; ++x) weight[x] = !in ? A(1) : a.is_mask && in[x] < A(0) ? A(0) : in[x];
+    if (!a.weight) {
+      std::fill_n(weight.begin(), at.size, A(1));
+      return;
+    }
+    const A* __restrict in = static_cast<const A*>(a.weight) + voxel(at, 0, 1);
+    const A least = a.is_mask ? A(0) : -std::numeric_limits<A>::infinity();
+    A* __restrict out = weight.data();
+    for (int64_t x = 0; x < at.size; ++x) out[x] = in[x] < least ? least : in[x];
   }
 
   template <int kChannels>

@@ -68,12 +68,13 @@ class MindTile {
       for (int64_t z = 0; z < l[0]; ++z)
         for (int64_t y = 0; y < l[1]; ++y) {
           const A* in = local_grad.data() + ((c * l[0] + z) * l[1] + y) * ix;
-          const int64_t W = a.size[2], x0 = t.begin[2] - h[2];
+          // Rows are longer than what the tile's patches see.
+          const int64_t W = a.size[2], x0 = t.begin[2] - h[2], end = t.size[2] + 2 * h[2];
           A* __restrict out = grad + image_row(n, c, z, y);
-          const int64_t first = std::clamp<int64_t>(-x0, 0, ix), last = std::clamp<int64_t>(W - x0, 0, ix);
+          const int64_t first = std::clamp<int64_t>(-x0, 0, end), last = std::clamp<int64_t>(W - x0, 0, end);
           for (int64_t i = 0; i < first; ++i) out[0] += in[i];
           for (int64_t i = first; i < last; ++i) out[x0 + i] += in[i];
-          for (int64_t i = last; i < ix; ++i) out[W - 1] += in[i];
+          for (int64_t i = last; i < end; ++i) out[W - 1] += in[i];
         }
   }
 

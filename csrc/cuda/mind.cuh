@@ -83,12 +83,12 @@ __device__ __forceinline__ void mind_at_voxel(const MindArgs& a, const MindVoxel
     if (v.inside) sum += double(mind_variance<A>(d, mind_least(d), a.six));
     return;
   }
-  const auto exponential = [](A x) {
+  const auto exponential = [](A x, A scale) {
     // The unit for 2^x: an error of |x| 2^-23, x being where e^x still counts.
     if constexpr (std::is_same_v<A, float>)
-      return __expf(x);
+      return __expf(x * scale);
     else
-      return std::exp(x);
+      return std::exp(x * scale);
   };
   A e[kChannels], g[kChannels];
   const MindScale<A> m = mind_describe<A>(d, a.six, bounds, exponential, e);

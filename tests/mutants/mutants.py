@@ -386,7 +386,7 @@ MUTANTS = [
     # mind, mind_loss
     Mutant(
         "mind_ties_take_all", "ties", COMMON,
-        "const V to_least = -(six ? sum : sum + to_variance) / ties;",
+        "const V to_least = -(six ? sum : sum + to_variance) * share;",
         "const V to_least = -(six ? sum : sum + to_variance);",
         "mind mind_loss", "tie or constant or reference", "channels that are least together share what returns",
     ),
