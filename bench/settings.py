@@ -49,6 +49,7 @@ SETTINGS = {
     "window 9": {"window": 9},
     "mse": {"similarity": "mse"},
     "mind": {"similarity": "mind"},
+    "mi": {"similarity": "mi"},
     "weight 0.5": {"regularization": 0.5},
     "weight 1": {"regularization": 1.0},
     "weight 2": {"regularization": 2.0},
@@ -221,7 +222,7 @@ SECTIONS = {
         ),
         ALIKE,
     ),
-    "contrasts": (("defaults", "mse", "mind"), ("spine T1 to T2", *ALIKE)),
+    "contrasts": (("defaults", "mse", "mind", "mi"), ("spine T1 to T2", *ALIKE)),
     "motion": (
         ("defaults", "weight 4", "velocity", "bspline", "mind", "affine"),
         ("hippocampus, turned", "lungs MR, turned"),

@@ -48,7 +48,7 @@ def in_turn(x: Tensor, parts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
 class Channels:
     """A Similarity of runs of channels that weigh the same, HELD at most, which sees a moving image of all of them.
 
-    MIND of several channels is one descriptor of them all; here it is that of each channel by itself.
+    MIND of several channels is one descriptor of them all; here it is that of each channel by itself, and so is mutual information.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Channels:
         """shares: of the channels, which sum to 1."""
         self.kind, self.share = kind, _descent.WEIGHT[kind]
         self.runs = []
-        held = 1 if kind == "mind" else HELD
+        held = 1 if kind in ("mind", "mi") else HELD
         first = 0
         for share, run in itertools.groupby(shares):
             last = first + len(list(run))
@@ -88,6 +88,9 @@ def similarity(
     kind: str, fixed: Tensor, mask: Tensor | None, window: int, shares: Sequence[float] | None
 ) -> _descent.Similarity | Channels:
     """shares: of `shares_of`."""
+    channels = fixed.shape[1]
+    if kind == "mi" and channels > 1:  # of one histogram of them all a bin would mean another thing in each
+        shares = shares or [1 / channels] * channels
     if shares is None:
         return _descent.Similarity(kind, fixed, mask, window)
     return Channels(kind, fixed, mask, window, shares)

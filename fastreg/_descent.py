@@ -38,8 +38,9 @@ HELD = 4  # channels that are compared, or made smaller, at a time
 STEPS = 5  # squarings of a velocity; 7 and 9 gave the same folds
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-# What a similarity is multiplied by, so that one regularization and one Adam epsilon suit all three.
-WEIGHT = {"lcc": 1.0, "mind": 0.5, "mse": 20.0}
+# What a similarity is multiplied by, so that one regularization and one Adam epsilon suit all.
+WEIGHT = {"lcc": 1.0, "mind": 0.5, "mi": 0.5, "mse": 20.0}
+_BINS = 32  # of mutual information
 # Standard deviation, in units of the image's range, below which a window counts as noise. Clamped, because
 # an added floor would everywhere reward a displacement for raising the contrast of what it fetches.
 _NOISE = 3e-2
@@ -237,6 +238,8 @@ class Similarity:
         mask = self.masked(weights)
         if self.kind == "mind":
             return self.prepared(moved, mask=mask)
+        if self.kind == "mi":
+            return ops.mi_loss(self.fixed, moved, bins=_BINS, mask=mask)
         if self.kind == "mse":
             return ops.mse_loss(self.fixed, moved, mask=mask)
         value = ops.lcc_loss(

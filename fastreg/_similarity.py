@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _channels, _descent, ops
 
-SimilarityName = Literal["auto", "lcc", "mind", "mse"]
+SimilarityName = Literal["auto", "lcc", "mind", "mi", "mse"]
 SIMILARITIES = get_args(SimilarityName)
 
 # docs/settings.md says what came of it.
@@ -65,7 +65,7 @@ def choose(
     shares: Sequence[float] | None = None,  # of the channels; None: alike
 ) -> Choice:
     """What is asked for, and for "auto" LCC or MIND. Costs some box filters on images of at most a million voxels."""
-    if asked == "mind":
+    if asked in ("mind", "mi"):
         return Choice(asked)
     with torch.no_grad():
         consistency = _consistency(fixed, moving, mask, moving_mask, shapes, shares)

@@ -65,9 +65,9 @@ class Registration:
             that began where it says), far_share and far_gain (the share that it moves over 8 mm otherwise than the coarse descent, and how
             much more alike the images are there), moved_mm (mean distance from where that was); these four not where its first level found nothing far; and seconds.
         start (str): "none", "centres", "masses", "search" or "given": where it began.
-        similarity (str): "lcc", "mind" or "mse": what was compared by.
+        similarity (str): "lcc", "mind", "mi" or "mse": what was compared by.
         consistency (float or None): at most 1, how well the signs of local correlations agreed at the start; below 0.1 "auto" takes
-            "mind". NaN: too few had one. None: not looked at, with "mind".
+            "mind". NaN: too few had one. None: not looked at, with "mind" and "mi".
     """
 
     displacement: Tensor
@@ -267,7 +267,8 @@ def register(
             motion that no descent finds, as of organs that slide along a wall. Where it is used the level before the finest is left
             out, and the finest penalises only what it adds. None: 40; but 0, for none, where the longest side is under 100 mm or voxels are over 4.3 mm, with "velocity",
             symmetric, a matrix alone, landmarks or labels, or no iterations.
-        similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC);
+        similarity (str): "lcc", for images of one kind, also an inverted one; "mind", for those of different kinds (MIND-SSC); "mi", the
+            same by mutual information of 32 bins, where an intensity means one thing all over the image;
             "auto": "mind" where the signs of local correlations say that they are, else "lcc" with a share of "mse" where intensities
             agree; "mse" for intensities that mean the same. Channels are rescaled to their range first.
         channel_weights (sequence, optional): how much each channel counts, all alike where None; only ratios matter. Of many
@@ -278,7 +279,7 @@ def register(
             does not see it.
         window (int, optional): LCC window, voxels of the level, odd. None: 9 in 2D; in 3D 5, but 3 at the finest of several levels.
         regularization (float or str): weight of the mean squared strain (mm over mm). "auto": 1.5, and for the two finest levels 1, or up to 8
-            where the coarser ones find the image little strained, as the insides of one person are, and noise; 3 where `search_range` was used; 2 for "mind" and "mse".
+            where the coarser ones find the image little strained, as the insides of one person are, and noise; 3 where `search_range` was used; 2 for "mind", "mi" and "mse".
         smoothing (float, optional): standard deviation, mm, of the Gaussian on the finest level's updates; for
             "bspline" the spacing of its control points; twice as wide at each coarser level. None: the
             spacing of each level's displacement grid, of three levels and more 0.7 of it at a weight of 1 or less, all of it at 2; 4 voxels between control points.

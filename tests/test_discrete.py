@@ -71,7 +71,8 @@ def test_sliding_is_found_and_was_not(kind):
 
 
 @pytest.mark.parametrize(
-    "options", [{"transform": "bspline"}, {"similarity": "mind"}, {"levels": 1}, {"levels": 2}]
+    "options",
+    [{"transform": "bspline"}, {"similarity": "mind"}, {"similarity": "mi"}, {"levels": 1}, {"levels": 2}],
 )
 def test_sliding_with_other_options(options):
     shape, shift, grain, spacing = PAIRS["2d"]

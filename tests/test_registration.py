@@ -325,6 +325,7 @@ def test_whole_numbers_of_numpy(iterations):
         pytest.param({"transform": "bspline"}, 0.2, id="bspline"),
         pytest.param({"similarity": "mse"}, 0.4, id="mse"),
         pytest.param({"similarity": "mind"}, 0.6, id="mind"),
+        pytest.param({"similarity": "mi"}, 0.6, id="mi"),
         pytest.param({"affine": True}, 0.2, id="affine"),
         pytest.param({"transform": "velocity", "similarity": "mse", "affine": True}, 0.4, id="all"),
     ],
@@ -342,11 +343,12 @@ def test_similarities_and_transforms(shape, amplitude, options, limit):
     assert torch.equal(result.moved, fastreg.warp(moving, result.displacement))
 
 
-def test_mind_sees_through_other_contrast():
+@pytest.mark.parametrize("similarity", ["mind", "mi"])
+def test_other_contrast_is_seen_through(similarity):
     fixed, moving, truth = pair((26, 28, 24), (1.5, -1.5, 1.5))
     # dark is bright, and everything bends
     other = torch.exp(-moving)
-    found = register(fixed, other, similarity="mind", **QUICK).displacement
+    found = register(fixed, other, similarity=similarity, **QUICK).displacement
     assert error(found, truth) < 0.6 * error(torch.zeros_like(truth), truth)
 
 
@@ -454,7 +456,7 @@ NAN[0, 0, 1, 2, 3] = float("nan")
         (ValueError, "mask must be finite", (IMAGE, IMAGE), {"mask": NAN}),
         (
             ValueError,
-            "similarity must be 'auto' or 'lcc' or 'mind' or 'mse', got 'ncc'",
+            "similarity must be 'auto' or 'lcc' or 'mind' or 'mi' or 'mse', got 'ncc'",
             (IMAGE, IMAGE),
             {"similarity": "ncc"},
         ),

@@ -77,7 +77,7 @@ def test_a_few_channels_at_a_time_are_all_of_them(similarity, symmetric):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind"])
+@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind", "mi"])
 def test_weights_of_channels(similarity):
     """The loss is the mean of those of the channels alone, by weight; one of weight 0 is not looked at."""
     weighted = level(3, similarity, [0.25, 0.75, 0.0])

@@ -10,7 +10,7 @@ from tests.test_registration import error, pair
 SHAPE = (56, 60)
 
 
-@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind"])
+@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind", "mi"])
 @pytest.mark.parametrize("padding", [-3024.0, float("nan")])
 def test_what_the_moving_mask_hides_is_not_looked_at(similarity, padding):
     """At every level: it must not be smoothed into its neighbours either."""

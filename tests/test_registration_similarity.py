@@ -10,7 +10,7 @@ import torch
 from test_registration import error
 
 import fastreg
-from fastreg import _descent, _similarity
+from fastreg import _channels, _descent, _similarity
 from fastreg.data import phantom
 from fastreg.registration import _pyramid
 
@@ -124,11 +124,11 @@ def test_where_nothing_tells_it_is_lcc(shape):
 
 def test_what_is_asked_for_is_taken():
     fixed, moving, _ = pair((26, 30, 24))
-    for asked in ("lcc", "mse", "mind"):
+    for asked in ("lcc", "mse", "mind", "mi"):
         result = fastreg.register(fixed, folded(moving), similarity=asked, iterations=1)
         assert result.similarity == asked
-        assert (result.consistency is None) == (asked == "mind")
-        assert asked == "mind" or result.consistency < _similarity.LEAST
+        assert (result.consistency is None) == (asked in ("mind", "mi"))
+        assert asked in ("mind", "mi") or result.consistency < _similarity.LEAST
 
 
 def test_the_choice_is_the_better_one():
@@ -143,6 +143,30 @@ def test_the_choice_is_the_better_one():
     same = fastreg.register(fixed, moving, **options)
     assert same.similarity == "lcc"
     assert error(same.displacement, truth) < 0.4 * before
+
+
+def test_mutual_information_of_a_folded_contrast():
+    """Each intensity of fixed tells the other's, if not the other way around; so it does for a matrix alone."""
+    fixed, moving, truth = pair((44, 40, 48))
+    before = error(torch.zeros_like(truth), truth)
+    found = fastreg.register(fixed, folded(moving), similarity="mi", iterations=(60, 30))
+    assert error(found.displacement, truth) < 0.6 * before
+    shape = (48, 52)
+    matrix = torch.tensor([[[1.03, 0.04, -2.0], [-0.05, 0.98, 2.5]]])
+    moving = scan(shape)
+    fixed = fastreg.warp(moving, None, affine=matrix, padding="border")
+    truth = fastreg.affine_displacement(matrix, shape)
+    found = fastreg.register(fixed, folded(moving), similarity="mi", transform="affine")
+    assert error(found.displacement, truth) < 0.3 * error(torch.zeros_like(truth), truth)
+
+
+def test_mutual_information_of_channels_is_that_of_each():
+    fixed, moving, _ = pair((26, 24, 28))
+    fixed, moving = torch.cat([fixed, 1 - fixed], 1), torch.cat([moving, folded(moving)], 1)
+    both = _channels.similarity("mi", fixed, None, 5, None)
+    alone = [_descent.Similarity("mi", fixed[:, k : k + 1], None, 5)(moving[:, k : k + 1]) for k in (0, 1)]
+    found = both.compare(moving, lambda image, by: image + 0 * by, torch.zeros(()))
+    torch.testing.assert_close(found, sum(alone) / 2)
 
 
 @pytest.mark.skipif(not DATA, reason="FASTREG_DATA, the folder with the scans, is not set")

@@ -60,7 +60,7 @@ def test_without_an_affine_part_the_velocities_are_opposite():
         torch.testing.assert_close(a.velocity, -b.velocity, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind"])
+@pytest.mark.parametrize("similarity", ["lcc", "mse", "mind", "mi"])
 def test_symmetric_is_as_accurate(similarity):
     fixed, moving, truth = pair(SHAPE, (3.0, -3.0))
     plain, both = (

@@ -41,7 +41,7 @@ from .options import (
 STEPS = 300  # of a net on one pair
 
 HELP = {
-    "similarity": "lcc, for images of one kind; mind, for different ones; auto: whichever local correlations suggest; mse for intensities "
+    "similarity": "lcc, for images of one kind; mind, for different ones; mi: mutual information, the same where an intensity means one thing everywhere; auto: whichever local correlations suggest; mse for intensities "
     "that mean the same",
     "transform": "dense; velocity: integrated, invertible up to discretisation; bspline: cubic; rigid or affine: one matrix alone",
     "start": "where to begin: none: as the images lie; centres or masses: laid on each other; auto: one of these where it is clearly "

@@ -531,7 +531,7 @@ def test_help_shows_choices_and_defaults_as_one_types_them(capsys, monkeypatch):
     assert sorted(groups, key=text.index) == list(groups)
     optimiser = text[text.index(groups[0]) : text.index(groups[1])]
     assert "--preset" in optimiser
-    assert "--similarity {auto,lcc,mind,mse}" in optimiser
+    assert "--similarity {auto,lcc,mind,mi,mse}" in optimiser
     assert "--transform {dense,velocity,bspline,rigid,affine}" in optimiser
     for default in re.findall(r"\(default: (.*?)\)", optimiser):
         flag = default.split() if default.startswith("--") else ["--iterations", default]

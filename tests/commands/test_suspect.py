@@ -143,7 +143,7 @@ def test_a_descent_that_makes_it_worse_is_suspect(scans):
     assert told[0].startswith("the images are less alike than before, by mse: 0.0000 -> ")
 
 
-@pytest.mark.parametrize("similarity", ["lcc", "mind", "mse"])
+@pytest.mark.parametrize("similarity", ["lcc", "mind", "mi", "mse"])
 def test_images_that_are_alike_before_and_after_are_not_suspect(similarity):
     image = smooth(torch.rand(1, 1, 40, 44, generator=torch.Generator().manual_seed(0)), 2.0)
 
