@@ -184,7 +184,8 @@ def draw(args, pair, fields, trained):
     errors.legend(fontsize=7, frameon=False)
     panels.plain(errors)
     panels.curves(over, trained, "TRE, mm", start=pair.errors(fields["identity"]).mean())
-    over.set_ylim(bottom=0)
+    # a training that diverges leaves the picture
+    over.set_ylim(0, 1.2 * pair.errors(fields["identity"]).mean())
     over.legend(fontsize=7, frameon=False)
     common.picture(args, "rrn", figure)
 
