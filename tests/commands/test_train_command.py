@@ -604,7 +604,7 @@ def other_labels(folder):
         (None, ["--method", "rrn", "--set", "radius=2"], "rrn registers 3D images, got 2D|--set takes"),
         (None, ["--intensity", "5,1"], "error: --intensity must be"),
         (None, ["--intensity", "a,b"], "--intensity must be comma-separated numbers"),
-        (None, ["--size", "3"], "error: --size must have 2 numbers"),
+        (None, ["--size", "3"], "size must have 2 numbers"),
         (None, ["--crop", "1,2"], "--crop must be ranges"),
         (None, ["--steps", "0"], "--steps must be at least 1"),
         (None, ["--minutes", "-1"], "--minutes must be positive"),
