@@ -81,7 +81,7 @@ def window_of(nd: int, finest: bool = False) -> int:
 
 def fits(
     asked: str,
-    window: int,
+    window: int | None,
     fixed: Tensor,  # (1, C, *spatial)
     moving: Tensor,
     u: Tensor,  # (1, nd, *spatial)
@@ -97,6 +97,8 @@ def fits(
         _descent.resized(_descent.rescaled(_descent.within(i, m), m), shape)
         for i, m in ((fixed, mask), (moving, moving_mask))
     )
+    # as that level was compared
+    window = window or window_of(len(shape), len(shapes) > 1 and shape == tuple(fixed.shape[2:]))
     compare = _channels.similarity(asked, a, masks[0], window, shares)
 
     def made(u: Tensor) -> float:

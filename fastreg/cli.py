@@ -60,19 +60,23 @@ def _typed(error: Refusal, args: argparse.Namespace) -> str:
     """The message, with options in place of the parameters that they set."""
     message = _line(error.brief)
     flags = {a.dest: (a.option_strings[0], a.nargs == 0) for a in args.parser._actions if a.option_strings}
-    begin = re.match(r"(?:[A-Z]\w+: )?(?:the )?(\w+)(?=( must be False)? )", message)
+    begin = re.match(r"(?:[A-Z]\w+: )?(?:the )?(\w+)(?=( must be False| must ))", message)
     if begin is not None and begin[1] in flags and getattr(args, begin[1], None) is not None:
         flag, switch = flags[begin[1]]
         message = message[begin.end() :]
-        if switch and begin[2]:
+        if switch and begin[2] == " must be False":
             message = " does not go" + message.removeprefix(begin[2]).removesuffix(", got True")
         message = flag + message
     elif not error.place.startswith("fastreg::"):  # it may begin with a path
         return message
-    # A parameter's name of one word may be that word.
-    return re.sub(
-        r"\b[a-z]+_[a-z_]+\b", lambda name: flags[name[0]][0] if name[0] in flags else name[0], message
-    )
+    # A parameter's name of one word may be that word; what was got may be anything.
+    rule, got, value = message.partition(", got ")
+    value, begun, hint = value.partition(" (")
+
+    def named(text: str) -> str:
+        return re.sub(r"\b[a-z]+_[a-z_]+\b", lambda n: flags[n[0]][0] if n[0] in flags else n[0], text)
+
+    return named(rule) + got + value + begun + named(hint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,8 +53,7 @@ def judge(
     }
     shapes = [shape for shape in shapes if shape in sought] or shapes
     shares = _channels.shares_of(parameters.get("channel_weights"), fixed.shape[1])
-    window = parameters["window"] or _similarity.window_of(fixed.ndim - 2)
-    compared = result.similarity, window, fixed, moving, u, *masks
+    compared = result.similarity, parameters["window"], fixed, moving, u, *masks
     before, after = _similarity.fits(*compared, shapes, shares)
     # for its own regularisation a descent may give some of it up
     if after > before + max(_GIVEN_UP * abs(before), _ALIKE):

@@ -41,6 +41,12 @@ DIFFERENCES = (
     ),
     Difference(
         "LocalNormalizedCrossCorrelationLoss",
+        "`spatial_dims=1`",
+        "NotImplementedError",
+        "the op is for images and volumes",
+    ),
+    Difference(
+        "LocalNormalizedCrossCorrelationLoss",
         "weights of the windows are fp32",
         "weights are fp64; up to 1e-7 from theirs",
         "fp64 images deserve fp64 windows",
@@ -132,6 +138,8 @@ class LocalNormalizedCrossCorrelationLoss(_Loss):
         name = type(self).__name__
         if spatial_dims not in (1, 2, 3):
             _fail(name, "spatial_dims", "be 1, 2 or 3", spatial_dims)
+        if spatial_dims == 1:
+            raise NotImplementedError(f"fastreg::compat.monai.{name}: spatial_dims=1 is MONAI's alone")
         if kernel_size % 2 == 0:
             _fail(name, "kernel_size", "be odd", kernel_size)
         self._choice("kernel_type", kernel_type, KERNELS)

@@ -46,6 +46,10 @@ def read(
     header = header_of(file)
     scaled = header is not None and (header.scale != (1, 0) or header.stray != 0)
     if header is not None and scaled and math.prod(header.dim[4:]) > 1:
+        if header.stray:
+            raise InputError(
+                f"{file}: its vectors have an intercept (scl_inter {header.stray:g}) without a slope, which SimpleITK adds: set it to 0"
+            )
         raise InputError(  # SimpleITK 2.5 scales the first third of three components, and writes beyond what it has of integers
             f"{file}: its vectors are scaled (scl_slope {header.scale[0]:g}, scl_inter {header.scale[1]:g}), which SimpleITK reads "
             "wrongly: save them unscaled"
@@ -56,7 +60,7 @@ def read(
         with heard(file, warn) if header is None else silent_stderr():
             image = itk.ReadImage(str(file))
         if header is not None and header.stray:
-            image = _unscaled(image, header)
+            image = _unscaled(image, file)
         bad = 0 if header is None else not_finite(file, header)
     except (RuntimeError, EOFError, OSError, zlib.error) as error:
         if "memory" in str(error) or "bad_alloc" in str(error):
@@ -70,18 +74,18 @@ def read(
     return image, bad
 
 
-def _unscaled(image: Any, header: Header) -> Any:
-    """A slope of 0 says that values are not scaled (NIfTI-1); SimpleITK adds the intercept all the same."""
-    itk = sitk()
-    name = {2: "UInt8", 4: "Int16", 8: "Int32", 256: "Int8", 512: "UInt16", 768: "UInt32", 16: "Float32"}.get(
-        header.kind
-    )
-    wide = itk.Cast(image, itk.sitkFloat64) - header.stray
-    return (
-        itk.Cast(wide if name == "Float32" else itk.Round(wide), getattr(itk, f"sitk{name}"))
-        if name
-        else wide
-    )
+def _unscaled(image: Any, file: Path) -> Any:
+    """A slope of 0 says that values are not scaled (NIfTI-1); SimpleITK adds the intercept all the same, in fp32: what it rounds off
+    does not come back by taking it away."""
+    kind = recognise(file)
+    if kind is None or kind.name not in FOREIGN:
+        raise InputError(
+            f"{file}: has an intercept without a slope, which SimpleITK adds: set scl_inter to 0"
+        )
+    array, _ = read_foreign(file, kind.name, file)
+    raw = sitk().GetImageFromArray(array.reshape(image.GetSize()[::-1]))
+    raw.CopyInformation(image)
+    return raw
 
 
 def _put(image: Any, grid: Geometry) -> Any:

@@ -679,6 +679,14 @@ def small_phantom(monkeypatch):
     monkeypatch.setattr(phantom, "thorax", lambda: thorax((28, 28, 40)))
 
 
+def test_a_file_that_is_called_like_a_parameter_keeps_its_name(case, tmp_path, capsys):
+    fixed = str(case("same") / "fixed.nii.gz")
+    for name in ("levels 4.nii", "search_range.nii"):
+        arguments = ["register", fixed, str(tmp_path / name), "--levels", "2", "--search-range", "0"]
+        assert cli.main([*arguments, "-o", str(tmp_path / "out")]) == 2
+        assert f"{name}: no such file" in one_line(capsys)
+
+
 def test_demo_judges(small_phantom, tmp_path, capsys, monkeypatch):
     assert cli.main(["demo", *FAST]) == 1
     text = capsys.readouterr().out

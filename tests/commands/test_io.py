@@ -185,14 +185,18 @@ def _bad_image(kind, folder):
     return path
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
-@pytest.mark.parametrize("slope", [0.0, np.nan])
-def test_an_intercept_without_a_slope_counts_for_nothing(tmp_path, slope, dtype):
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize(("slope", "intercept"), [(0.0, 7.0), (np.nan, 7.0), (0.0, 0.5), (0.0, -1e9)])
+def test_an_intercept_without_a_slope_counts_for_nothing(tmp_path, slope, intercept, dtype):
     values = np.arange(60, dtype=dtype).reshape(3, 4, 5)
+    # what fp32 and an intercept together cannot hold
+    values.flat[-2:] = {np.int32: 123456789, np.int64: 2**40 + 1, np.float32: 1e-4, np.float64: 1e-4}.get(
+        dtype, 101
+    )
     path = tmp_path / "i.nii"
     sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
     content = bytearray(path.read_bytes())
-    content[112:120] = np.array([slope, 7.0], "<f4").tobytes()
+    content[112:120] = np.array([slope, intercept], "<f4").tobytes()
     path.write_bytes(content)
     read, _ = io.read_image(path)
     np.testing.assert_array_equal(read, values)
